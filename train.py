@@ -1,0 +1,98 @@
+"""Train one vision transformer, or sweep over many: ``python train.py [-m] [experiment=ROW] [group=option] [key=value] …``"""
+
+import gc
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vix.build import build, build_model
+from vix.checks import ConfigError, UserError
+from vix.command_line import explain, git_commit, one_line, run_name
+from vix.config import GROUPS, part
+from vix.files import only_writer
+from vix.progress import show_results
+from vix.run import Run
+
+CONFIG_DIR = Path(__file__).parent.resolve() / "conf"
+log = logging.getLogger("vix")
+OmegaConf.register_new_resolver("run_name", run_name)
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> float:
+    """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximise."""
+    job = HydraConfig.get()
+    choices = job.runtime.choices
+    directory = Path(job.runtime.output_dir)
+    identity = {
+        "name": "/".join(directory.parts[-2:]),
+        "experiment": choices.experiment,
+        **{group: choices.get(group) for group in GROUPS if group != "trainer"},
+        "overrides": list(job.overrides.task),
+        "seed": cfg.seed,
+        "git_commit": git_commit(),
+    }
+    run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    try:
+        with only_writer(directory):
+            return train(cfg, run)
+    except UserError as error:
+        if job.mode == RunMode.RUN:
+            sys.exit(f"error: {error}")
+        log.error("%s: %s", identity["name"], error)
+        raise
+
+
+def train(cfg: DictConfig, run: Run) -> float:
+    """Build what the config says, train it in the run's directory, and return the top-1 accuracy of the last epoch."""
+    try:
+        model = build_model(cfg)  # refuses, if it must, before any data is read
+        optimizer = part(cfg, "optimizer")
+        build(cfg, "optimizer", params=model.parameters())
+        trainer = build(cfg, "trainer")
+        if cfg.rerun:
+            run.set_aside()
+        results = run.finished(trainer.resume)
+        if results:
+            log.info("Finished before, and not run again: rerun=true starts over")
+        else:
+            torch.manual_seed(cfg.seed)
+            results = trainer.fit(build_model(cfg), optimizer, build(cfg, "data"), run, cfg.seed)
+    except ConfigError as error:
+        if not run.results_path.exists():
+            run.write_results(status="refused", error=str(error))
+        raise
+    except Exception as error:
+        run.write_results(status="failed", error=one_line(error), traceback=traceback.format_exc())
+        log.debug("", exc_info=True)
+        raise
+    finally:
+        # The next job of a sweep in this process must find the memory free.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    show_results(results)
+    return results["top1"]
+
+
+if __name__ == "__main__":
+    # With this variable set Hydra lets its errors through, and they become one line here.
+    wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        if wants_tracebacks:
+            raise
+        sys.exit(f"error: {error if isinstance(error, UserError) else explain(error, CONFIG_DIR, sys.argv[1:])}")

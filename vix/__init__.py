@@ -1,0 +1,31 @@
+"""Vision X-formers: how much accuracy do I get for how much memory and time?
+
+The two entry points are :func:`build_model` (a composed config in, an ``nn.Module`` out) and :func:`load_model`
+(a run's directory in, the trained model out).
+
+Tensor names end in their shape, one letter an axis, so that ``q_BHNE`` reads as (batch, heads, tokens, head width):
+
+===  ==========================================  ===  =============================================
+B    images in the batch                         M    landmarks, random features, projected length
+N    tokens of an image                          C    channels of an image or of a feature map
+D    width of the model (``model.dim``)          Y X  rows and columns of an image or a feature map
+H    heads                                       K    classes
+E    width of one head (``attention.dim_head``)  T    tokens of a window
+===  ==========================================  ===  =============================================
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vix.build import build_model, load_model
+
+__all__ = ["build_model", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `python -m vix.report` reads JSON and should not wait for torch.
+    if name in __all__:
+        from vix import build
+
+        return getattr(build, name)
+    raise AttributeError(f"module 'vix' has no attribute {name!r}")

@@ -1,0 +1,106 @@
+"""Nyströmformer: Xiong et al., "Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention", 2021."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix.attention.heads import at_least_float32, head_width, merge_heads, no_autocast, split_heads
+from vix.checks import NotNegative, Positive
+from vix.tokens import TokenGrid
+
+
+class Nystrom(nn.Module):
+    """softmax(q·k̃ᵀ) · softmax(q̃·k̃ᵀ)⁺ · softmax(q̃·kᵀ) · v, where q̃ and k̃ are means over segments of the tokens.
+
+    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    landmarks: number M of segments.
+    pinv_iterations: steps of the pseudo-inverse's iteration (the paper's: 6).
+    conv_kernel: taps of the depthwise convolution of the values along the tokens, one filter a head, that is added to the
+        result; odd, or 0 for none.
+
+    Raises ValueError where ``heads`` does not divide ``dim``, there are fewer tokens than landmarks, or ``conv_kernel``
+    is even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: TokenGrid,
+        rotary: Callable[[int], nn.Module] | None = None,
+        *,
+        heads: Positive = 4,
+        dim_head: Positive | None = None,
+        landmarks: Positive = 64,
+        pinv_iterations: Positive = 6,
+        conv_kernel: NotNegative = 33,
+    ) -> None:
+        super().__init__()
+        if landmarks > tokens.count:
+            raise ValueError(f"landmarks={landmarks} is more than the {tokens.count} tokens; at most {tokens.count}")
+        if conv_kernel and conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel={conv_kernel} is even; nearest odd: {conv_kernel - 1}, {conv_kernel + 1}")
+        self.heads, self.landmarks, self.pinv_iterations = heads, landmarks, pinv_iterations
+        width = head_width(dim, heads, dim_head)
+        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=False)
+        self.to_out = nn.Linear(heads * width, dim)
+        self.conv = (
+            nn.Conv2d(heads, heads, (conv_kernel, 1), padding=(conv_kernel // 2, 0), groups=heads, bias=False)
+            if conv_kernel
+            else None
+        )
+        self.rotate = rotary(width) if rotary else nn.Identity()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
+        q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
+        out_BHNE = self.landmark_attention(q_BHNE, k_BHNE, v_BHNE).to(v_BHNE.dtype)
+        if self.conv is not None:
+            out_BHNE = out_BHNE + self.conv(v_BHNE)
+        return self.to_out(merge_heads(out_BHNE))
+
+    def landmark_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """(B, H, N, E) each → (B, H, N, E), in float32 under any autocast: the pseudo-inverse magnifies rounding.
+
+        Two of the three softmaxes are attentions themselves (landmarks to tokens, tokens to landmarks), so the fused
+        kernel serves them and no N×M matrix is stored.
+        """
+        with no_autocast(q_BHNE):
+            q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
+            q_BHME, k_BHME = segment_means(q_BHNE, self.landmarks), segment_means(k_BHNE, self.landmarks)
+            kernel_BHMM = (q_BHME @ k_BHME.mT * q_BHNE.shape[-1] ** -0.5).softmax(dim=-1)
+            summary_BHME = F.scaled_dot_product_attention(q_BHME, k_BHNE, v_BHNE)
+            values_BHME = pseudo_inverse(kernel_BHMM, self.pinv_iterations) @ summary_BHME
+            return F.scaled_dot_product_attention(q_BHNE, k_BHME, values_BHME)
+
+
+def segment_means(t_BHNE: Tensor, segments: int) -> Tensor:
+    """Means over M contiguous segments: (B, H, N, E) → (B, H, M, E).
+
+    Where M does not divide N the first N mod M segments are one token longer. (Padding to a multiple instead adds zeros
+    that attend and are attended to.) With a class token, 1,025 tokens and 64 landmarks, that is the class token's own.
+    """
+    size, longer = divmod(t_BHNE.shape[2], segments)
+    border = longer * (size + 1)
+    rest_BHME = t_BHNE[:, :, border:].unflatten(2, (segments - longer, size)).mean(dim=3)
+    if not longer:
+        return rest_BHME
+    return torch.cat([t_BHNE[:, :, :border].unflatten(2, (longer, size + 1)).mean(dim=3), rest_BHME], dim=2)
+
+
+def pseudo_inverse(a_BHMM: Tensor, iterations: int) -> Tensor:
+    """Moore–Penrose pseudo-inverse of row-stochastic matrices by the iteration of Razavi et al., 2014 (order 3).
+
+    It starts from Aᵀ / (max row sum · max column sum) of each matrix by itself; the maximum over the batch, which is
+    often taken, makes an image's result depend on its batch-mates while the iteration has not converged.
+    """
+    row_sum = a_BHMM.abs().sum(dim=-1).amax(dim=-1)
+    column_sum = a_BHMM.abs().sum(dim=-2).amax(dim=-1)
+    z_BHMM = a_BHMM.mT / (row_sum * column_sum)[..., None, None]
+    eye_MM = torch.eye(a_BHMM.shape[-1], dtype=a_BHMM.dtype, device=a_BHMM.device)
+    for _ in range(iterations):
+        az_BHMM = a_BHMM @ z_BHMM
+        inner_BHMM = 15 * eye_MM - az_BHMM @ (7 * eye_MM - az_BHMM)
+        z_BHMM = 0.25 * z_BHMM @ (13 * eye_MM - az_BHMM @ inner_BHMM)
+    return z_BHMM

@@ -1,0 +1,124 @@
+"""Performer: Choromanski et al., "Rethinking Attention with Performers", 2021 (FAVOR+ and the generalised kernel)."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vix.attention.heads import at_least_float32, head_width, merge_heads, no_autocast, split_heads
+from vix.checks import NotNegative, Positive
+from vix.tokens import TokenGrid
+
+
+class Performer(nn.Module):
+    """Kernel attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with random features, linear in the number of tokens.
+
+    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    features: number M of orthogonal random features; None means ⌊E·ln E⌋ (110 for heads of 32).
+    kernel: ``softmax`` is FAVOR+'s positive estimate of exp(q·k/√E), which the published runs used; ``relu`` is the
+        generalised kernel that the paper's text names.
+    qkv_bias: biases of the three input projections.
+    local_heads, window: so many of the heads use softmax attention within their window of ``window`` tokens and its two
+        neighbours instead (the paper's text: 256; the published runs: no such heads).
+    redraw_every: draw new features every so many training steps; 0 keeps the first ones, as the published runs did.
+
+    The features are a buffer, saved with the checkpoint: a reloaded model computes what the saved one did.
+    Raises ValueError where ``heads`` does not divide ``dim``, or ``local_heads`` exceeds ``heads``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: TokenGrid,
+        rotary: Callable[[int], nn.Module] | None = None,
+        *,
+        heads: Positive = 4,
+        dim_head: Positive | None = None,
+        features: Positive | None = None,
+        kernel: Literal["softmax", "relu"] = "softmax",
+        qkv_bias: bool = True,
+        local_heads: NotNegative = 0,
+        window: Positive = 256,
+        redraw_every: NotNegative = 0,
+    ) -> None:
+        super().__init__()
+        if local_heads > heads:
+            raise ValueError(f"local_heads={local_heads} is more than heads={heads}; at most {heads}")
+        self.heads, self.kernel, self.local_heads, self.window = heads, kernel, local_heads, window
+        self.redraw_every = redraw_every
+        width = head_width(dim, heads, dim_head)
+        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=qkv_bias)
+        self.to_out = nn.Linear(heads * width, dim)
+        self.rotate = rotary(width) if rotary else nn.Identity()
+        self.features_ME: Tensor
+        self.register_buffer("features_ME", orthogonal_features(features or max(1, int(width * math.log(width))), width))
+
+    def on_train_step(self, step: int) -> None:
+        """Redraw the features where ``step`` (counted on the host, from 0) is a multiple of ``redraw_every``."""
+        if self.redraw_every and step and step % self.redraw_every == 0:
+            self.features_ME.copy_(orthogonal_features(*self.features_ME.shape))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
+        q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
+        parts = []
+        if self.local_heads < self.heads:
+            parts.append(self.kernel_attention(*(t[:, self.local_heads :] for t in (q_BHNE, k_BHNE, v_BHNE))))
+        if self.local_heads:
+            parts.append(window_attention(*(t[:, : self.local_heads] for t in (q_BHNE, k_BHNE, v_BHNE)), self.window))
+        out_BHNE = torch.cat([part.to(x_BND.dtype) for part in reversed(parts)], dim=1)
+        return self.to_out(merge_heads(out_BHNE))
+
+    def kernel_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """(B, H, N, E) each → (B, H, N, E); exponentials, sums and the division in float32 under any autocast."""
+        with no_autocast(q_BHNE):
+            q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
+            q_BHNM, k_BHNM = self.feature_map(q_BHNE, (-1,)), self.feature_map(k_BHNE, (-2, -1))
+            context_BHME = k_BHNM.mT @ v_BHNE
+            weight_BHN1 = q_BHNM @ k_BHNM.sum(dim=-2).unsqueeze(-1)
+            return q_BHNM @ context_BHME / weight_BHN1
+
+    def feature_map(self, t_BHNE: Tensor, maximum_over: tuple[int, ...]) -> Tensor:
+        """φ: (B, H, N, E) → (B, H, N, M), without the factor M^(−1/2), which cancels in the attention.
+
+        ``maximum_over``: the axes whose common maximum is taken off the exponents. It cancels too, but for the 1e-4, so
+        for keys it must be one number a head: per image here, where common implementations take it over the whole batch
+        and let an image's logits depend on its batch-mates.
+        """
+        u_BHNE = t_BHNE * t_BHNE.shape[-1] ** -0.25
+        dots_BHNM = u_BHNE @ self.features_ME.to(u_BHNE.dtype).T
+        if self.kernel == "relu":
+            return dots_BHNM.relu() + 1e-3
+        square_BHN1 = u_BHNE.square().sum(dim=-1, keepdim=True) / 2
+        return torch.exp(dots_BHNM - square_BHN1 - dots_BHNM.detach().amax(dim=maximum_over, keepdim=True)) + 1e-4
+
+
+def orthogonal_features(count: int, width: int) -> Tensor:
+    """Random features (M, E): rows orthogonal within blocks of E, with the lengths of fresh Gaussian rows."""
+    blocks = [torch.linalg.qr(torch.randn(width, width)).Q.T for _ in range(math.ceil(count / width))]
+    lengths_M1 = torch.randn(count, width).norm(dim=1, keepdim=True)
+    return torch.cat(blocks)[:count] * lengths_M1
+
+
+def window_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, window: int) -> Tensor:
+    """Softmax attention of each window of tokens to itself and to the windows on its two sides.
+
+    The sequence need not divide into windows: the filling behind it is masked, so nothing but tokens is attended to.
+    """
+    heads, count = q_BHNE.shape[1:3]
+    windows = math.ceil(count / window)
+    filling = windows * window - count
+    q_BHNE = F.pad(q_BHNE, (0, 0, 0, filling))
+    q_B_W_TE = rearrange(q_BHNE, "b h (w t) e -> (b h) w t e", t=window)
+    k_B_W_TE, v_B_W_TE = (
+        F.pad(t, (0, 0, window, window + filling)).unfold(2, 3 * window, window).flatten(0, 1).mT for t in (k_BHNE, v_BHNE)
+    )
+    position_WT = torch.arange(windows, device=q_BHNE.device)[:, None] * window - window
+    position_WT = position_WT + torch.arange(3 * window, device=q_BHNE.device)
+    is_token_W1T = ((position_WT >= 0) & (position_WT < count)).unsqueeze(1)
+    out_B_W_TE = F.scaled_dot_product_attention(q_B_W_TE, k_B_W_TE, v_B_W_TE, attn_mask=is_token_W1T)
+    return rearrange(out_B_W_TE, "(b h) w t e -> b h (w t) e", h=heads)[:, :, :count]

@@ -1,0 +1,22 @@
+"""Token-mixing MLP: Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision", 2021."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix.checks import Positive
+from vix.tokens import TokenGrid
+
+
+class TokenMLP(nn.Module):
+    """Two linear layers with biases and a GELU along the token axis, the same for every channel; N is fixed.
+
+    hidden: width between the two layers; None means the number of tokens.
+    """
+
+    def __init__(self, dim: int, tokens: TokenGrid, *, hidden: Positive | None = None) -> None:
+        super().__init__()
+        self.expand = nn.Linear(tokens.count, hidden or tokens.count)
+        self.project = nn.Linear(hidden or tokens.count, tokens.count)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.project(F.gelu(self.expand(x_BND.mT))).mT

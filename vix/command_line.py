@@ -1,0 +1,91 @@
+"""The command line's own parts: the name of a run, and Hydra's errors in one line."""
+
+import hashlib
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from vix.config import GROUPS, nearest
+
+MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
+NOT_IN_NAME = ("experiment", "seed", "rerun", "data.root", "trainer.device", "trainer.resume", "hydra")
+
+
+def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) -> str:
+    """A run's directory below outputs/, which follows from what it is: ``vin,trainer.epochs=10/seed=1``.
+
+    It starts with the experiment, or the four parts of the model where there is none; then come the overrides that are not
+    in it yet, in alphabetical order, so that the same run has the same directory however its command was written.
+    """
+    experiment = choices.get("experiment")
+    label = experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS)
+    told = {*NOT_IN_NAME, *(() if experiment else MODEL_GROUPS)}
+    rest = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if key not in told and key.partition(".")[0] != "hydra":
+            rest.append(override)
+    name = re.sub(r"[^\w.,=+~\[\]-]+", "_", ",".join([label, *sorted(rest)]))
+    if len(name) > 180:  # file systems allow 255 bytes
+        name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name}/seed={seed}"
+
+
+def git_commit() -> str | None:
+    """The commit of this program, with ``-dirty`` where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str:
+    """Hydra's or OmegaConf's error about a command in one line that names the key and the nearest valid ones."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+        options = [str(o) for o in error.options or ()]
+        return f"{group}={option}: conf/{group}/ has no such file; {nearest(option, options)}" if group else one_line(error)
+    missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
+    if isinstance(error, HydraException) and missing:
+        key = missing[1]
+        return f"{key}: there is no such key; {nearest(key, valid_keys(config_dir, arguments, key))}"
+    return one_line(error)
+
+
+def one_line(error: Exception) -> str:
+    """The first paragraph of an error's message on one line."""
+    return " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+
+
+def valid_keys(config_dir: Path, arguments: Sequence[str], wrong_key: str) -> list[str]:
+    """Groups and dotted keys of the config that the arguments compose, without the wrong one."""
+    choices = [a for a in arguments if "=" in a and a.split("=")[0] in (*GROUPS, "experiment") and "," not in a]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        for overrides in ([a for a in choices if a.split("=")[0] != wrong_key], []):
+            try:
+                cfg = compose("config", overrides)
+            except HydraException:
+                continue
+            return sorted({*GROUPS, "experiment", *dotted(cfg)})
+    return sorted(GROUPS)
+
+
+def dotted(cfg: DictConfig) -> list[str]:
+    """``a.b`` for every leaf of a config."""
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            walk(value, f"{prefix}{key}.") if isinstance(value, dict) else keys.append(f"{prefix}{key}")
+
+    walk(OmegaConf.to_container(cfg), "")
+    return keys

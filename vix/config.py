@@ -1,0 +1,147 @@
+"""Refuses a config that cannot work before any data is read, in one line that names the key and the way out.
+
+The keys of a group are the constructor arguments of the class that its ``_target_`` names, and the annotations of that
+constructor are the schema: there is no second list of keys to keep. A key that no constructor takes is refused however it
+came in.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import os
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from torch import nn
+
+from vix.checks import ConfigError, NotNegative
+from vix.data.dataset import ImageData
+from vix.trainer import Trainer
+
+# What each group's class must be, and which of its constructor's arguments the program supplies rather than the config.
+GROUPS: dict[str, tuple[type, set[str]]] = {
+    "model": (nn.Module, {"image_size", "channels", "classes", "embedding", "posenc", "attention"}),
+    "attention": (nn.Module, {"dim", "tokens", "rotary"}),
+    "embedding": (nn.Module, {"image_size", "channels", "dim"}),
+    "posenc": (nn.Module, {"dim", "tokens"}),
+    "optimizer": (torch.optim.Optimizer, {"params"}),
+    "data": (ImageData, set()),
+    "trainer": (Trainer, set()),
+}
+SETTINGS: dict[str, Any] = {"seed": NotNegative, "rerun": bool}  # the keys that stand outside the groups
+PACKAGES = ("vix", "torch.optim")
+
+
+def check(cfg: DictConfig) -> None:
+    """Check every key of a composed config: that something reads it, and its value's type and range.
+
+    Raises ConfigError.
+    """
+    for key in cfg:
+        if key in GROUPS:
+            part(cfg, str(key))
+        elif key in SETTINGS:
+            check_value(str(key), cfg[key], SETTINGS[str(key)])
+        elif key != "hydra":
+            raise ConfigError(f"{key}: nothing reads this key; {nearest(str(key), [*GROUPS, *SETTINGS])}")
+
+
+def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
+    """The class that ``cfg.<group>._target_`` names, with the group's keys as its arguments, all checked.
+
+    Raises ConfigError.
+    """
+    kind, supplied = GROUPS[group]
+    node = cfg.get(group)
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{group}: no option of this group is chosen; add {group}=NAME with a file of conf/{group}/")
+    try:
+        options: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or group}: {' '.join(str(error.msg or error).split())}") from error
+    target = resolve(group, options.pop("_target_", None), kind)
+    parameters = dict(inspect.signature(target).parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    accepted = {name: p for name, p in parameters.items() if name not in supplied and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    hints = annotations(target)
+    for key, value in options.items():
+        if key not in accepted and (key in supplied or not takes_any):
+            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {nearest(key, accepted, prefix=f'{group}.')}")
+        check_value(f"{group}.{key}", value, hints.get(key, Any))
+    for name, parameter in accepted.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ConfigError(f"{group}.{name}: missing, and {target.__name__} needs it; add {group}.{name}=VALUE")
+    return functools.partial(target, **options)
+
+
+def resolve(group: str, path: Any, kind: type) -> Callable[..., Any]:
+    """Import the class that a ``_target_`` names: of the right kind, and from a package that may be run.
+
+    Configs are shared, so a file from a stranger must not run just anything: only classes defined in ``vix`` and
+    ``torch.optim``, and in the packages that the environment variable VIX_PACKAGES lists, are imported.
+    """
+    allowed = (*PACKAGES, *filter(None, os.environ.get("VIX_PACKAGES", "").split(",")))
+
+    def inside(module: str) -> bool:
+        return any(module == package or module.startswith(package + ".") for package in allowed)
+
+    key = f"{group}._target_"
+    if not isinstance(path, str) or "." not in path:
+        raise ConfigError(f"{key}={path}: must be the import path of a class, such as vix.attention.softmax.Softmax")
+    if not inside(path):
+        raise ConfigError(
+            f"{key}={path}: configs may only name classes of {', '.join(allowed)}; to allow more, set VIX_PACKAGES={path.split('.')[0]}"
+        )
+    module_name, _, name = path.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}={path}: cannot be imported ({error})") from error
+    if not (inspect.isclass(target) and issubclass(target, kind) and inside(target.__module__)):
+        raise ConfigError(f"{key}={path}: must be a {kind.__module__}.{kind.__qualname__} defined in {' or '.join(allowed)}")
+    return target
+
+
+def annotations(target: Any) -> dict[str, Any]:
+    """Annotations of a class's constructor; none where they name what cannot be looked up."""
+    try:
+        return typing.get_type_hints(target.__init__, include_extras=True)
+    except NameError:
+        return {}
+
+
+def check_value(key: str, value: Any, annotation: Any) -> None:
+    """Check a value against a constructor's annotation, strictly (an int is no bool, a string no number)."""
+    try:
+        adapter = adapter_of(annotation)
+    except PydanticSchemaGenerationError:
+        return
+    try:
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        # A union reports each of its members; those that JSON can never hold (a tensor) are no help.
+        problems = [e for e in error.errors() if e["type"] != "is_instance_of"] or error.errors()
+        message = " or ".join(dict.fromkeys(p["msg"][0].lower() + p["msg"][1:] for p in problems))
+        shown = json.dumps(value) if not isinstance(value, str) else value
+        raise ConfigError(f"{key}={shown}: {message}") from error
+
+
+@functools.cache
+def adapter_of(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """Words for an error message: the valid names nearest to ``name``, or all of them where none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    if close:
+        return "nearest: " + ", ".join(prefix + c for c in close)
+    return "valid: " + ", ".join(prefix + v for v in valid) if valid else "it has none"

@@ -1,0 +1,65 @@
+"""Files that are whole or absent, whatever stops the program, and directories that one process at a time writes."""
+
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vix.checks import UserError
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it over ``path``.
+
+    Raises UserError where the disk is full or not writable; what ``path`` held before is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise UserError(f"cannot write {path} ({reason}); what it held before is kept. Free space there and run the same command again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, whole or not at all; a number that is not finite as null. Raises UserError as ``write_whole``."""
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every NaN and infinity in it: JSON has no words for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold ``directory`` against other processes; the lock goes with the process, however that ends.
+
+    Raises UserError, naming the holder, where another process has it.
+    """
+    with open(directory / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,59 @@
+"""Test accuracy and device memory."""
+
+import resource
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> dict[str, float]:
+    """``top1`` and ``top5`` in percent of all images; every image counts the same, whatever its batch."""
+    model.eval()
+    hits: list[Tensor] = []
+    for images, labels in batches:
+        with autocast:
+            logits_BK = model(images)
+        guesses = logits_BK.float().topk(min(5, logits_BK.shape[1])).indices
+        hits.append(guesses == labels[:, None])
+    correct = torch.cat(hits).cpu()
+    return {"top1": 100 * correct[:, 0].float().mean().item(), "top5": 100 * correct.any(dim=1).float().mean().item()}
+
+
+class PeakMemory:
+    """Peak GPU memory of the training steps alone, without the resident data set, in GB (10⁹ bytes).
+
+    device: all figures are None where it is no CUDA device.
+    resident: bytes of the data set that lies on the device, taken off both figures.
+    """
+
+    def __init__(self, device: torch.device, resident: int) -> None:
+        self.device, self.resident = device, resident
+        self.allocated = self.reserved = 0
+
+    def start(self) -> None:
+        """Begin to watch: before an epoch's steps."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the evaluation before cached is not the steps' own
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def stop(self) -> None:
+        """Take the peaks since ``start``: after an epoch's steps, before the evaluation."""
+        if self.device.type == "cuda":
+            self.allocated = max(self.allocated, torch.cuda.max_memory_allocated(self.device) - self.resident)
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device) - self.resident)
+
+    @property
+    def gigabytes(self) -> dict[str, float | None]:
+        gpu = self.device.type == "cuda"
+        return {
+            "peak_gpu_allocated_gb": self.allocated / 1e9 if gpu else None,
+            "peak_gpu_reserved_gb": self.reserved / 1e9 if gpu else None,
+            "resident_data_gb": self.resident / 1e9 if gpu else None,
+        }
+
+
+def process_gigabytes() -> float:
+    """Peak resident memory of this process so far, in GB (10⁹ bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

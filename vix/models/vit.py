@@ -1,0 +1,67 @@
+"""Vision transformer: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; with any mixer, the paper's ViX."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vix.checks import Fraction, Positive, PositiveFloat
+from vix.models.blocks import MLP, PreNormBlock
+from vix.posenc import NoPosition
+from vix.tokens import TokenGrid
+
+
+class ViT(nn.Module):
+    """Embedding, position, ``depth`` pre-norm blocks, LayerNorm, pooling, linear head.
+
+    dim: width D of the tokens.
+    depth: number of blocks.
+    mlp_ratio: hidden width of the MLPs over ``dim``.
+    pool: ``class_token`` puts a learned token in front and reads the class off it (ViT); ``mean`` averages all tokens
+        (MLP-Mixer).
+    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        classes: int,
+        embedding: Callable[..., nn.Module],
+        posenc: Callable[..., NoPosition],
+        attention: Callable[..., nn.Module],
+        *,
+        dim: Positive = 128,
+        depth: Positive = 4,
+        mlp_ratio: PositiveFloat = 2.0,
+        pool: Literal["class_token", "mean"] = "class_token",
+        dropout: Fraction = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding(image_size=image_size, channels=channels, dim=dim)
+        self.class_token = nn.Parameter(torch.randn(dim)) if pool == "class_token" else None
+        tokens = TokenGrid(*self.embedding.grid, prefix=int(pool == "class_token"))
+        self.posenc = posenc(dim=dim, tokens=tokens)
+        self.blocks = nn.Sequential(
+            *(
+                PreNormBlock(
+                    dim,
+                    attention(dim=dim, tokens=tokens, rotary=self.posenc.rotary),
+                    MLP(dim, max(1, round(mlp_ratio * dim)), dropout),
+                    dropout,
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        x_BND = self.embedding(images_BCYX).flatten(2).mT
+        if self.class_token is not None:
+            x_BND = torch.cat([self.class_token.to(x_BND.dtype).expand(len(x_BND), 1, -1), x_BND], dim=1)
+        x_BND = self.blocks(self.posenc(x_BND))
+        # LayerNorm works on each token by itself, so where one token is read only that one needs it.
+        pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])
+        return self.head(pooled_BD)

@@ -1,0 +1,144 @@
+"""A run's directory: results, checkpoint, TensorBoard events, and when an earlier run in it is continued."""
+
+import io
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vix.checks import ConfigError, UserError
+from vix.files import write_json, write_whole
+
+log = logging.getLogger(__name__)
+
+# Where a run happens or how much is shown, not what it computes: these may differ when a run is continued.
+NOT_IDENTITY = ("rerun", "data.root", "trainer.device", "trainer.resume", "trainer.checkpoint_every", "trainer.eval_batch_size")
+
+
+class Run:
+    """What one training run writes into its directory.
+
+    directory: exists already, and holds what an earlier start of the same run left.
+    identity: the fields of results.json that are known before training.
+    config: the composed config as plain containers.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any]) -> None:
+        self.directory, self.config = directory, config
+        self.results: dict[str, Any] = {"status": "running", **identity, "config": config}
+        self.results_path, self.checkpoint_path = directory / "results.json", directory / "checkpoint.pt"
+
+    def finished(self, resume: str) -> dict[str, Any] | None:
+        """The results of an earlier start that finished this very run, else None.
+
+        Raises ConfigError where it finished with another config and ``resume`` is ``auto``.
+        """
+        try:
+            results = json.loads(self.results_path.read_text())
+            done = results["status"] == "finished"
+            saved = results["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not done or resume == "never":
+            return None
+        changed = self.refuse_other_config(saved, resume)
+        return None if changed else results
+
+    def refuse_other_config(self, saved: dict[str, Any], resume: str) -> list[str]:
+        """The keys in which this config differs from the saved one. Raises ConfigError if there are any, unless forced."""
+        then, now = flat(saved), flat(self.config)
+        changed = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k not in NOT_IDENTITY]
+        if changed and resume != "force":
+            keys = ", ".join(f"{k} was {then.get(k)} and is {now.get(k)}" for k in changed)
+            raise ConfigError(
+                f"trainer.resume: {self.directory} holds a run with another config ({keys}); "
+                "start over with rerun=true, or continue all the same with trainer.resume=force"
+            )
+        return changed
+
+    def write_results(self, **fields: Any) -> None:
+        """Add fields to results.json and write it, whole or not at all."""
+        self.results |= fields
+        write_json(self.results_path, self.results)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt, whole or not at all; ``torch.load(..., weights_only=True)`` reads it."""
+        write_whole(self.checkpoint_path, lambda file: torch.save({**state, "config": self.config}, file))
+
+    def load_checkpoint(self, resume: str) -> dict[str, Any] | None:
+        """State to continue from, or None to start.
+
+        Raises ConfigError where the checkpoint was trained with another config (unless ``resume`` is ``force``), and UserError
+        where it cannot be read.
+        """
+        if resume == "never" or not self.checkpoint_path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            saved = state["config"]
+        except Exception as error:  # a damaged file raises almost anything
+            raise UserError(f"{self.checkpoint_path} cannot be read ({type(error).__name__}); start over with rerun=true") from error
+        self.refuse_other_config(saved, resume)
+        return state
+
+    def set_aside(self) -> None:
+        """Move what an earlier run left in the directory into ``previous-1``, ``previous-2``, …; nothing is deleted."""
+        old = [p for p in self.directory.iterdir() if p.name in ("results.json", "checkpoint.pt") or p.name.startswith("events.")]
+        if old:
+            number = 1 + sum(1 for _ in self.directory.glob("previous-*"))
+            aside = self.directory / f"previous-{number}"
+            aside.mkdir()
+            for path in old:
+                path.rename(aside / path.name)
+            log.info("The earlier run was moved to %s", aside)
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return items
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """``trainable_params``: all that receive a gradient; ``weight_bias_params``: the paper's count, which takes only
+    parameters called weight or bias (position tables, class tokens and Linformer's projections are none)."""
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    counted = sum(n for name, n in trainable.items() if name.rpartition(".")[2] in ("weight", "bias"))
+    return {"trainable_params": sum(trainable.values()), "weight_bias_params": counted}
+
+
+def saved_megabytes(state: dict[str, Tensor]) -> float:
+    """Size of a state dict as torch.save writes it, in MB (10⁶ bytes)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell() / 1e6
+
+
+class Interrupted(SystemExit):
+    """A signal asked the program to stop and the run is saved; the exit status is 128 + the signal's number."""
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM, so that a run can stop between two steps with everything saved."""
+
+    signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        def note(number: int, _: Any) -> None:
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
