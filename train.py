@@ -1,4 +1,4 @@
-"""Train one vision transformer, or sweep over many: ``python train.py [-m] [experiment=ROW] [group=option] [key=value] …``"""
+"""Train a vision transformer, or sweep over many: ``python train.py [-m] [experiment=ROW] [group=option] [key=value]``"""
 
 import gc
 import logging
@@ -6,19 +6,16 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vix.build import build, build_model
 from vix.checks import ConfigError, UserError
-from vix.command_line import explain, git_commit, one_line, run_name
+from vix.command_line import about_the_command, explain, git_commit, one_line, run_name
 from vix.config import GROUPS, part
 from vix.files import only_writer
 from vix.progress import show_results
@@ -37,7 +34,7 @@ def main(cfg: DictConfig) -> float:
     directory = Path(job.runtime.output_dir)
     identity = {
         "name": "/".join(directory.parts[-2:]),
-        "experiment": choices.experiment,
+        "experiment": choices.get("experiment"),
         **{group: choices.get(group) for group in GROUPS if group != "trainer"},
         "overrides": list(job.overrides.task),
         "seed": cfg.seed,
@@ -49,6 +46,7 @@ def main(cfg: DictConfig) -> float:
             return train(cfg, run)
     except UserError as error:
         if job.mode == RunMode.RUN:
+            run.discard_if_empty()
             sys.exit(f"error: {error}")
         log.error("%s: %s", identity["name"], error)
         raise
@@ -70,7 +68,7 @@ def train(cfg: DictConfig, run: Run) -> float:
             torch.manual_seed(cfg.seed)
             results = trainer.fit(build_model(cfg), optimizer, build(cfg, "data"), run, cfg.seed)
     except ConfigError as error:
-        if not run.results_path.exists():
+        if not run.results_path.exists() and HydraConfig.get().mode == RunMode.MULTIRUN:
             run.write_results(status="refused", error=str(error))
         raise
     except Exception as error:
@@ -92,7 +90,7 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (HydraException, OmegaConfBaseException, UserError) as error:
-        if wants_tracebacks:
+    except Exception as error:
+        if wants_tracebacks or not (isinstance(error, UserError) or about_the_command(error)):
             raise
         sys.exit(f"error: {error if isinstance(error, UserError) else explain(error, CONFIG_DIR, sys.argv[1:])}")

@@ -29,9 +29,9 @@ def build_model(cfg: DictConfig) -> nn.Module:
         if "rotary" in inspect.signature(attention.func).parameters:
             supplied["rotary"] = rotary
         elif rotary is not None:
-            name = attention.func.__name__
             raise ConfigError(
-                f"posenc: rotary positions turn queries and keys, and the mixer {name} has none; use posenc=learned or posenc=none"
+                f"posenc: rotary positions turn queries and keys, and {attention.func.__name__} has none; "
+                "use posenc=learned or posenc=none"
             )
         return call("attention", attention, **supplied)
 
@@ -60,7 +60,12 @@ def call(group: str, make: Callable[..., Any], **supplied: Any) -> Any:
         raise
     except REFUSALS as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{group}.{reason}" if "=" in reason.split(" ")[0] else f"{group}: {reason}") from error
+        if "=" in reason.split(" ")[0]:
+            raise ConfigError(f"{group}.{reason}") from error
+        # PyTorch's own classes say the value, not the option that held it.
+        options = getattr(make, "keywords", {}).items()
+        named = next((f".{key}={value}" for key, value in options if reason.endswith(f": {value}")), "")
+        raise ConfigError(f"{group}{named}: {reason}") from error
 
 
 def load_model(directory: str | Path, weights: Literal["last", "best"] = "last") -> nn.Module:

@@ -61,8 +61,18 @@ def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str
 
 
 def one_line(error: Exception) -> str:
-    """The first paragraph of an error's message on one line."""
-    return " ".join(str(error).strip().split("\n\n")[0].split()) or type(error).__name__
+    """The first paragraph of an error's message on one line, without where Hydra would look things up."""
+    text = re.sub(r"\n\s*(See https|full_key|object_type).*", "", str(error).strip()).split("\n\n")[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def about_the_command(error: BaseException) -> bool:
+    """Whether an error was raised inside Hydra or OmegaConf, as it is for arguments that they cannot use."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.partition(".")[0] in ("hydra", "omegaconf", "antlr4")
 
 
 def valid_keys(config_dir: Path, arguments: Sequence[str], wrong_key: str) -> list[str]:

@@ -44,13 +44,13 @@ def check(cfg: DictConfig) -> None:
 
     Raises ConfigError.
     """
-    for key in cfg:
+    for key in map(str, cfg):
         if key in GROUPS:
-            part(cfg, str(key))
+            part(cfg, key)
         elif key in SETTINGS:
-            check_value(str(key), cfg[key], SETTINGS[str(key)])
+            check_value(key, cfg[key], SETTINGS[key])
         elif key != "hydra":
-            raise ConfigError(f"{key}: nothing reads this key; {nearest(str(key), [*GROUPS, *SETTINGS])}")
+            raise ConfigError(f"{key}: nothing reads this key; {nearest(key, [*GROUPS, *SETTINGS])}")
 
 
 def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
@@ -69,11 +69,15 @@ def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
     target = resolve(group, options.pop("_target_", None), kind)
     parameters = dict(inspect.signature(target).parameters)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    accepted = {name: p for name, p in parameters.items() if name not in supplied and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    accepted = {
+        name: p for name, p in parameters.items() if name not in supplied and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
     hints = annotations(target)
     for key, value in options.items():
         if key not in accepted and (key in supplied or not takes_any):
-            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {nearest(key, accepted, prefix=f'{group}.')}")
+            raise ConfigError(
+                f"{group}.{key}: {target.__name__} has no such option; {nearest(key, accepted, prefix=f'{group}.')}"
+            )
         check_value(f"{group}.{key}", value, hints.get(key, Any))
     for name, parameter in accepted.items():
         if parameter.default is parameter.empty and name not in options:
@@ -97,7 +101,8 @@ def resolve(group: str, path: Any, kind: type) -> Callable[..., Any]:
         raise ConfigError(f"{key}={path}: must be the import path of a class, such as vix.attention.softmax.Softmax")
     if not inside(path):
         raise ConfigError(
-            f"{key}={path}: configs may only name classes of {', '.join(allowed)}; to allow more, set VIX_PACKAGES={path.split('.')[0]}"
+            f"{key}={path}: configs may only name classes of {', '.join(allowed)}; "
+            f"to allow more, set the environment variable VIX_PACKAGES={path.split('.')[0]}"
         )
     module_name, _, name = path.rpartition(".")
     try:
@@ -128,9 +133,15 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
     except ValidationError as error:
         # A union reports each of its members; those that JSON can never hold (a tensor) are no help.
         problems = [e for e in error.errors() if e["type"] != "is_instance_of"] or error.errors()
-        message = " or ".join(dict.fromkeys(p["msg"][0].lower() + p["msg"][1:] for p in problems))
+        message = " or ".join(dict.fromkeys(describe(problem["loc"], problem["msg"]) for problem in problems))
         shown = json.dumps(value) if not isinstance(value, str) else value
         raise ConfigError(f"{key}={shown}: {message}") from error
+
+
+def describe(location: tuple[int | str, ...], message: str) -> str:
+    """Pydantic's message, with the position in a list where it is about one item."""
+    item = f"item {location[0] + 1}: " if location and isinstance(location[0], int) else ""
+    return item + message[0].lower() + message[1:]
 
 
 @functools.cache

@@ -4,6 +4,8 @@ Contract: the constructor takes ``image_size``, ``channels`` and ``dim``, then k
 and columns of tokens; ``forward`` takes ``images_BCYX`` and returns the (B, D, Y, X) map of tokens.
 """
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from vix.checks import Positive, nearest_divisors
@@ -46,11 +48,17 @@ class Conv(Embedding):
     """
 
     def __init__(
-        self, image_size: int, channels: int, dim: int, *, patch_size: Positive = 1, hidden: tuple[Positive, ...] = (32, 64)
+        self,
+        image_size: int,
+        channels: int,
+        dim: int,
+        *,
+        patch_size: Positive = 1,
+        hidden: tuple[Positive, ...] = (32, 64),
     ) -> None:
         super().__init__(image_size, patch_size)
         widths = (channels, *hidden)
-        layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, patch_size + 2, stride=patch_size, padding=1))
 
     def forward(self, images_BCYX: Tensor) -> Tensor:

@@ -28,11 +28,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise UserError(f"cannot write {path} ({reason}); what it held before is kept. Free space there and run the same command again") from error
+        raise UserError(
+            f"cannot write {path} ({reason}); what it held before is kept. Free space there and run the same command again"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, whole or not at all; a number that is not finite as null. Raises UserError as ``write_whole``."""
+    """Write ``value`` as JSON, whole or not at all, with null for numbers that are not finite. Raises UserError."""
     text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -58,7 +60,9 @@ def only_writer(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)") from None
+            raise UserError(
+                f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

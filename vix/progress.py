@@ -26,7 +26,12 @@ class EpochBar:
         self.shown = self.started = time.perf_counter()
         self.done = 0
         top1 = f"top-1 {history[-1]['top1']:.2f} %" if history else ""
-        columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         # Transient: the bar gives way to the epoch's line in the log.
         self.progress = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
         self.task = self.progress.add_task("", total=images, epoch=f"{epoch + 1}/{epochs}", note=top1)
@@ -82,7 +87,17 @@ class TensorBoard:
         """The HParams page's row of this run. ``run_name="."`` keeps it in this run instead of one nested below."""
         hparams = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat(self.run.config).items()}
         hparams |= {k: results[k] or "" for k in ("experiment", "model", "attention", "embedding", "posenc")}
-        names = ("top1", "top5", "best_top1", "train_loss", "trainable_params", "checkpoint_mb", "images_per_second", "seconds", "peak_gpu_allocated_gb")
+        names = (
+            "top1",
+            "top5",
+            "best_top1",
+            "train_loss",
+            "trainable_params",
+            "checkpoint_mb",
+            "images_per_second",
+            "seconds",
+            "peak_gpu_allocated_gb",
+        )
         metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
         self.writer.add_hparams(hparams, metrics, run_name=".", global_step=results["epochs"])
 

@@ -3,9 +3,10 @@
 import io
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from vix.files import write_json, write_whole
 log = logging.getLogger(__name__)
 
 # Where a run happens or how much is shown, not what it computes: these may differ when a run is continued.
-NOT_IDENTITY = ("rerun", "data.root", "trainer.device", "trainer.resume", "trainer.checkpoint_every", "trainer.eval_batch_size")
+NOT_IDENTITY = (
+    "rerun",
+    "data.root",
+    "trainer.device",
+    "trainer.resume",
+    "trainer.checkpoint_every",
+    "trainer.eval_batch_size",
+)
 
 
 class Run:
@@ -83,13 +91,27 @@ class Run:
             state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
             saved = state["config"]
         except Exception as error:  # a damaged file raises almost anything
-            raise UserError(f"{self.checkpoint_path} cannot be read ({type(error).__name__}); start over with rerun=true") from error
+            raise UserError(
+                f"{self.checkpoint_path} cannot be read ({type(error).__name__}); start over with rerun=true"
+            ) from error
         self.refuse_other_config(saved, resume)
         return state
 
+    def discard_if_empty(self) -> None:
+        """Remove the directory that Hydra made for a run that was refused before it wrote anything."""
+        if not self.results_path.exists() and not self.checkpoint_path.exists():
+            shutil.rmtree(self.directory / ".hydra", ignore_errors=True)
+            for name in (".lock", "train.log"):
+                (self.directory / name).unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in there: it stays
+                self.directory.rmdir()
+                self.directory.parent.rmdir()
+
     def set_aside(self) -> None:
         """Move what an earlier run left in the directory into ``previous-1``, ``previous-2``, …; nothing is deleted."""
-        old = [p for p in self.directory.iterdir() if p.name in ("results.json", "checkpoint.pt") or p.name.startswith("events.")]
+        old = [
+            p for p in self.directory.iterdir() if p.name in ("results.json", "checkpoint.pt") or p.name.startswith("events.")
+        ]
         if old:
             number = 1 + sum(1 for _ in self.directory.glob("previous-*"))
             aside = self.directory / f"previous-{number}"

@@ -24,7 +24,9 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).split(".")[0].split("\n")[0]
-        raise ConfigError(f"trainer.device={name}: this machine has no such device ({reason}); auto, cpu and cuda:N are names") from error
+        raise ConfigError(
+            f"trainer.device={name}: this machine has no such device ({reason}); auto, cpu and cuda:N are names"
+        ) from error
     if device.type == "meta":
         raise ConfigError("trainer.device=meta: nothing can be trained there; auto, cpu and cuda:N are names")
     return device
@@ -37,7 +39,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
             # Emulated bfloat16 (before compute capability 8.0) is slower than float16.
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         # Read off the processor, not timed: a run must repeat to the bit on the same machine. Where the instructions
-        # exist, bf16 is the faster one (tests/test_runtime.py measures it).
+        # exist they are the faster ones; without them bf16 is emulated, and slower.
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if device.type == "cpu" and native else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
@@ -49,10 +51,11 @@ def device_name(device: torch.device) -> str:
 
 def get_rng_state() -> dict[str, Any]:
     """State of every global random generator, in types that torch.load reads with weights_only=True."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": numpy,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -61,8 +64,8 @@ def get_rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put every global random generator back into a state that ``get_rng_state`` took."""
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,9 +1,10 @@
 """What a mixer may know about its tokens when it is built: how many, in which order, from which grid."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class TokenGrid(NamedTuple):
+@dataclass(frozen=True)
+class TokenGrid:
     """Tokens of a feature map in raster order, behind ``prefix`` tokens that belong to no place (the class token).
 
     height, width: rows and columns of the grid, in tokens.

@@ -18,6 +18,7 @@ from vix.metrics import PeakMemory, accuracy
 from vix.progress import EpochBar, TensorBoard
 from vix.run import Interrupted, Run, StopRequest, parameter_counts, saved_megabytes
 from vix.runtime import device_name, get_rng_state, resolve_device, resolve_precision, set_rng_state
+from vix.schedule import rate_factor
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,14 @@ class Trainer:
             raise ConfigError(f"trainer.warmup_epochs={self.warmup_epochs}: must be at most trainer.epochs={self.epochs}")
         self.torch_device = resolve_device(self.device)
 
-    def fit(self, model: nn.Module, make_optimizer: Callable[..., torch.optim.Optimizer], data: ImageData, run: Run, seed: int) -> dict[str, Any]:
+    def fit(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[..., torch.optim.Optimizer],
+        data: ImageData,
+        run: Run,
+        seed: int,
+    ) -> dict[str, Any]:
         """Train, writing ``run``'s files as it goes, and return the results.
 
         Continues from the run's checkpoint where there is one: on a CPU, to the bit as if it had never stopped.
@@ -70,10 +78,12 @@ class Trainer:
         model = model.to(device)
         optimizer = make_optimizer(params=model.parameters())
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
-        schedule = LambdaLR(optimizer, self.rate_factor(steps_per_epoch))
+        schedule = LambdaLR(
+            optimizer, rate_factor(self.schedule, self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch)
+        )
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-        step_hooks = [module.on_train_step for module in model.modules() if hasattr(module, "on_train_step")]
+        step_hooks: list[Callable[[int], None]] = [m.on_train_step for m in model.modules() if hasattr(m, "on_train_step")]  # type: ignore[misc]
         memory = PeakMemory(device, train.nbytes + test.nbytes)
 
         # Everything that changes while training and is not inside one of the objects above.
@@ -191,15 +201,3 @@ class Trainer:
             board.finish(run.results)
         run.write_results(status="finished")
         return run.results
-
-    def rate_factor(self, steps_per_epoch: int) -> Callable[[int], float]:
-        """The learning rate at a step over ``optimizer.lr``."""
-        warmup, total = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            done = (step - warmup) / max(1.0, total - warmup)
-            return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
-
-        return factor

@@ -50,12 +50,14 @@ class Performer(nn.Module):
             raise ValueError(f"local_heads={local_heads} is more than heads={heads}; at most {heads}")
         self.heads, self.kernel, self.local_heads, self.window = heads, kernel, local_heads, window
         self.redraw_every = redraw_every
+        self.near_and_far = slice(0, local_heads), slice(local_heads, heads)
         width = head_width(dim, heads, dim_head)
         self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=qkv_bias)
         self.to_out = nn.Linear(heads * width, dim)
         self.rotate = rotary(width) if rotary else nn.Identity()
         self.features_ME: Tensor
-        self.register_buffer("features_ME", orthogonal_features(features or max(1, int(width * math.log(width))), width))
+        count = features or max(1, int(width * math.log(width)))
+        self.register_buffer("features_ME", orthogonal_features(count, width))
 
     def on_train_step(self, step: int) -> None:
         """Redraw the features where ``step`` (counted on the host, from 0) is a multiple of ``redraw_every``."""
@@ -65,12 +67,13 @@ class Performer(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
         q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
+        near, far = ([t[:, heads] for t in (q_BHNE, k_BHNE, v_BHNE)] for heads in self.near_and_far)
         parts = []
-        if self.local_heads < self.heads:
-            parts.append(self.kernel_attention(*(t[:, self.local_heads :] for t in (q_BHNE, k_BHNE, v_BHNE))))
         if self.local_heads:
-            parts.append(window_attention(*(t[:, : self.local_heads] for t in (q_BHNE, k_BHNE, v_BHNE)), self.window))
-        out_BHNE = torch.cat([part.to(x_BND.dtype) for part in reversed(parts)], dim=1)
+            parts.append(window_attention(near[0], near[1], near[2], self.window))
+        if self.local_heads < self.heads:
+            parts.append(self.kernel_attention(*far))
+        out_BHNE = torch.cat([part.to(x_BND.dtype) for part in parts], dim=1)
         return self.to_out(merge_heads(out_BHNE))
 
     def kernel_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:

@@ -1,2 +1,5 @@
-"""Model families. Each takes ``image_size``, ``channels``, ``classes`` and the builders ``embedding``, ``posenc`` and ``attention``
-(see :mod:`vix.build`), then keyword-only options, and maps ``images_BCYX`` to ``logits_BK``."""
+"""Model families, one a file.
+
+Contract: the constructor takes ``image_size``, ``channels``, ``classes`` and the builders ``embedding``, ``posenc`` and
+``attention`` (see :mod:`vix.build`), then keyword-only options; ``forward`` maps ``images_BCYX`` to ``logits_BK``.
+"""

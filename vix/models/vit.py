@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vix.checks import Fraction, Positive, PositiveFloat
+from vix.embedding import Embedding
 from vix.models.blocks import MLP, PreNormBlock
 from vix.posenc import NoPosition
 from vix.tokens import TokenGrid
@@ -28,7 +29,7 @@ class ViT(nn.Module):
         image_size: int,
         channels: int,
         classes: int,
-        embedding: Callable[..., nn.Module],
+        embedding: Callable[..., Embedding],
         posenc: Callable[..., NoPosition],
         attention: Callable[..., nn.Module],
         *,
