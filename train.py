@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from vix.build import build, build_model
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, run_name
-from vix.config import GROUPS, part
+from vix.config import GROUPS, check, part
 from vix.files import only_writer
 from vix.progress import show_results
 from vix.run import Run
@@ -55,7 +55,9 @@ def main(cfg: DictConfig) -> float:
 def train(cfg: DictConfig, run: Run) -> float:
     """Build what the config says, train it in the run's directory, and return the top-1 accuracy of the last epoch."""
     try:
-        model = build_model(cfg)  # refuses, if it must, before any data is read
+        check(cfg)  # refuses, like the three lines after the next, before any data is read
+        torch.manual_seed(cfg.seed)
+        model = build_model(cfg)
         optimizer = part(cfg, "optimizer")
         build(cfg, "optimizer", params=model.parameters())
         trainer = build(cfg, "trainer")
@@ -65,8 +67,7 @@ def train(cfg: DictConfig, run: Run) -> float:
         if results:
             log.info("Finished before, and not run again: rerun=true starts over")
         else:
-            torch.manual_seed(cfg.seed)
-            results = trainer.fit(build_model(cfg), optimizer, build(cfg, "data"), run, cfg.seed)
+            results = trainer.fit(model, optimizer, build(cfg, "data"), run, cfg.seed)
     except ConfigError as error:
         if not run.results_path.exists() and HydraConfig.get().mode == RunMode.MULTIRUN:
             run.write_results(status="refused", error=str(error))
