@@ -13,9 +13,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from vix.config import GROUPS, nearest
+from vix.run import NOT_IDENTITY
 
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
-NOT_IN_NAME = ("experiment", "seed", "rerun", "data.root", "trainer.device", "trainer.resume", "hydra")
 
 
 def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) -> str:
@@ -26,7 +26,7 @@ def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) ->
     """
     experiment = choices.get("experiment")
     label = experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS)
-    told = {*NOT_IN_NAME, *(() if experiment else MODEL_GROUPS)}
+    told = {"experiment", "seed", *NOT_IDENTITY, *(() if experiment else MODEL_GROUPS)}
     rest = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]

@@ -44,6 +44,12 @@ class PeakMemory:
             self.allocated = max(self.allocated, torch.cuda.max_memory_allocated(self.device) - self.resident)
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device) - self.resident)
 
+    def state_dict(self) -> dict[str, int]:
+        return {"allocated": self.allocated, "reserved": self.reserved}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.allocated, self.reserved = state["allocated"], state["reserved"]
+
     @property
     def gigabytes(self) -> dict[str, float | None]:
         gpu = self.device.type == "cuda"

@@ -58,11 +58,12 @@ class EpochBar:
 class TensorBoard:
     """A run's events, in the run's own directory: a scalar per epoch, the config as text, and hparams with final metrics."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, first_epoch: int) -> None:
+        self.run, self.first_epoch = run, first_epoch
 
     def __enter__(self) -> "TensorBoard":
-        self.writer = SummaryWriter(str(self.run.directory))
+        # Purged: an epoch that an earlier start logged but did not save is done, and logged, again.
+        self.writer = SummaryWriter(str(self.run.directory), purge_step=self.first_epoch)
         self.writer.add_text("config", f"```json\n{json.dumps(self.run.config, indent=2)}\n```")
         return self
 

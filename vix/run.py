@@ -5,10 +5,9 @@ import json
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,24 +38,21 @@ class Run:
 
     def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any]) -> None:
         self.directory, self.config = directory, config
-        self.results: dict[str, Any] = {"status": "running", **identity, "config": config}
         self.results_path, self.checkpoint_path = directory / "results.json", directory / "checkpoint.pt"
+        self.identity = identity
+        self.earlier = read_results(self.results_path)
+        kept = {k: v for k, v in self.earlier.items() if k not in ("error", "traceback")}
+        self.results = {**kept, "status": "running", **identity, "config": config}
 
     def finished(self, resume: str) -> dict[str, Any] | None:
         """The results of an earlier start that finished this very run, else None.
 
         Raises ConfigError where it finished with another config and ``resume`` is ``auto``.
         """
-        try:
-            results = json.loads(self.results_path.read_text())
-            done = results["status"] == "finished"
-            saved = results["config"]
-        except (OSError, ValueError, KeyError, TypeError):
+        if self.earlier.get("status") != "finished":
             return None
-        if not done or resume == "never":
-            return None
-        changed = self.refuse_other_config(saved, resume)
-        return None if changed else results
+        changed = self.refuse_other_config(self.earlier["config"], resume)
+        return None if changed else self.earlier
 
     def refuse_other_config(self, saved: dict[str, Any], resume: str) -> list[str]:
         """The keys in which this config differs from the saved one. Raises ConfigError if there are any, unless forced."""
@@ -85,7 +81,7 @@ class Run:
         Raises ConfigError where the checkpoint was trained with another config (unless ``resume`` is ``force``), and UserError
         where it cannot be read.
         """
-        if resume == "never" or not self.checkpoint_path.exists():
+        if not self.checkpoint_path.exists():
             return None
         try:
             state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
@@ -119,6 +115,17 @@ class Run:
             for path in old:
                 path.rename(aside / path.name)
             log.info("The earlier run was moved to %s", aside)
+        self.earlier = {}
+        self.results = {"status": "running", **self.identity, "config": self.config}
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The contents of a results.json; nothing where it is absent or no such file."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) and "config" in results and "status" in results else {}
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -144,23 +151,18 @@ def saved_megabytes(state: dict[str, Tensor]) -> float:
     return buffer.tell() / 1e6
 
 
-class Interrupted(SystemExit):
-    """A signal asked the program to stop and the run is saved; the exit status is 128 + the signal's number."""
-
-
 class StopRequest:
-    """Notes SIGINT and SIGTERM, so that a run can stop between two steps with everything saved."""
+    """Notes SIGINT and SIGTERM in its context, so that a run can stop between two steps with everything saved."""
 
     signal: int | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        def note(number: int, _: Any) -> None:
-            self.signal = number
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def note(self, number: int, _: object) -> None:
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

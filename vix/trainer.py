@@ -2,25 +2,45 @@
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from vix.data.dataset import ImageData
 from vix.metrics import PeakMemory, accuracy
 from vix.progress import EpochBar, TensorBoard
-from vix.run import Interrupted, Run, StopRequest, parameter_counts, saved_megabytes
+from vix.run import Run, StopRequest, parameter_counts, saved_megabytes
 from vix.runtime import device_name, get_rng_state, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Position:
+    """How far a run has come; with the state dicts, all that is needed to continue it.
+
+    ``batch``, ``train_seconds`` and ``loss_sum`` are of the epoch that has begun; ``rate`` is the last step's learning rate;
+    ``best_model`` holds the weights, on the CPU, of the epoch in ``best``.
+    """
+
+    loss_sum: Tensor
+    epoch: int = 0
+    batch: int = 0
+    rate: float = 0.0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -37,8 +57,7 @@ class Trainer:
     clip_norm: largest norm of the gradient; null does not clip.
     label_smoothing: of the training loss.
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
-    resume: auto continues an interrupted run and skips a finished one; force does so although its config was another;
-        never starts over.
+    resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
     """
 
     epochs: Positive = 40
@@ -51,7 +70,7 @@ class Trainer:
     clip_norm: PositiveFloat | None = None
     label_smoothing: Fraction = 0.0
     checkpoint_every: NotNegative = 0
-    resume: Literal["auto", "force", "never"] = "auto"
+    resume: Literal["auto", "force"] = "auto"
 
     def __post_init__(self) -> None:
         if self.warmup_epochs > self.epochs:
@@ -69,7 +88,7 @@ class Trainer:
         """Train, writing ``run``'s files as it goes, and return the results.
 
         Continues from the run's checkpoint where there is one: on a CPU, to the bit as if it had never stopped.
-        Raises DataError where the data cannot be read, Interrupted where a signal asked to stop and all is saved.
+        Raises DataError where the data cannot be read, and SystemExit where a signal asked to stop and all is saved.
         """
         device = self.torch_device
         dtype = resolve_precision(self.precision, device)
@@ -78,124 +97,105 @@ class Trainer:
         model = model.to(device)
         optimizer = make_optimizer(params=model.parameters())
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
-        schedule = LambdaLR(
-            optimizer, rate_factor(self.schedule, self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch)
-        )
+        warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
+        schedule = LambdaLR(optimizer, rate_factor(self.schedule, warmup_steps, steps))
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-        step_hooks: list[Callable[[int], None]] = [m.on_train_step for m in model.modules() if hasattr(m, "on_train_step")]  # type: ignore[misc]
+        step_hooks = [getattr(m, "on_train_step") for m in model.modules() if hasattr(m, "on_train_step")]  # noqa: B009
         memory = PeakMemory(device, train.nbytes + test.nbytes)
-
-        # Everything that changes while training and is not inside one of the objects above.
-        epoch, batch, seconds = 0, 0, 0.0
-        loss_sum = torch.zeros((), device=device)
-        best: dict[str, Any] = {"best_top1": -1.0}
-        best_model: dict[str, torch.Tensor] = {}
-        history: list[dict[str, Any]] = []
+        parts: dict[str, Any] = {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "scaler": scaler,
+            "memory": memory,
+        }
+        at = Position(loss_sum=torch.zeros((), device=device))
         if saved:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
-            scaler.load_state_dict(saved["scaler"])
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
             set_rng_state(saved["rng"])
-            epoch, batch, seconds = saved["epoch"], saved["batch"], saved["seconds"]
-            loss_sum = saved["loss_sum"].to(device)
-            best, best_model, history = saved["best"], saved["best_model"], saved["history"]
-            memory.allocated, memory.reserved = saved["peak_bytes"]
-            log.info("Continuing after %d epochs and %d steps", epoch, batch)
+            at = Position(**saved["position"])
+            at.loss_sum = at.loss_sum.to(device)
+            log.info("Continuing after %d epochs and %d steps", at.epoch, at.batch)
 
         def checkpoint() -> None:
-            run.save_checkpoint(
-                {
-                    "model": model.state_dict(),
-                    "best_model": best_model,
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "rng": get_rng_state(),
-                    "epoch": epoch,
-                    "batch": batch,
-                    "seconds": seconds,
-                    "loss_sum": loss_sum,
-                    "best": best,
-                    "history": history,
-                    "peak_bytes": (memory.allocated, memory.reserved),
-                }
-            )
+            states = {name: part.state_dict() for name, part in parts.items()}
+            run.save_checkpoint({**states, "best_model": at.best_model, "rng": get_rng_state(), "position": vars(at)})
 
         run.write_results(
             status="running",
             **parameter_counts(model),
             checkpoint_mb=saved_megabytes(model.state_dict()),
-            precision=str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"),
+            precision={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype],
             device=device_name(device),
             torch=torch.__version__,
             train_images=len(train),
             test_images=len(test),
         )
-        board = TensorBoard(run)
-        stop = StopRequest()
-        with stop.listening(), board:
-            while epoch < self.epochs:
+        with StopRequest() as stop, TensorBoard(run, first_epoch=at.epoch + 1) as board:
+            while at.epoch < self.epochs:
                 model.train()
                 memory.start()
-                started, first_batch = time.perf_counter(), batch
-                with EpochBar(epoch, self.epochs, len(train), history) as bar:
-                    for images, labels in train.shuffled(self.batch_size, seed, epoch, first_batch=batch):
+                clock = time.perf_counter()
+                with EpochBar(at.epoch, self.epochs, len(train), at.history) as bar:
+                    for images, labels in train.shuffled(self.batch_size, seed, at.epoch, first_batch=at.batch):
                         for hook in step_hooks:
-                            hook(epoch * steps_per_epoch + batch)
+                            hook(at.epoch * steps_per_epoch + at.batch)
                         with autocast:
                             loss = F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
                         scaler.scale(loss).backward()
                         if self.clip_norm is not None:
                             scaler.unscale_(optimizer)
                             nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
-                        rate = schedule.get_last_lr()[0]
                         scaler.step(optimizer)
                         scaler.update()
-                        schedule.step()
                         optimizer.zero_grad(set_to_none=True)
-                        loss_sum += loss.detach().float() * len(labels)
-                        batch += 1
+                        at.rate = float(schedule.get_last_lr()[0])
+                        schedule.step()
+                        at.loss_sum += loss.detach().float() * len(labels)
+                        at.batch += 1
                         bar.step(len(labels), loss)
-                        wanted = self.checkpoint_every and batch % self.checkpoint_every == 0
-                        if stop.signal or (wanted and batch < steps_per_epoch):
-                            seconds += time.perf_counter() - started
+                        wanted = self.checkpoint_every and at.batch % self.checkpoint_every == 0
+                        if stop.signal or (wanted and at.batch < steps_per_epoch):
+                            at.train_seconds += time.perf_counter() - clock
+                            memory.stop()
                             checkpoint()
-                            started = time.perf_counter()
+                            clock = time.perf_counter()
                         if stop.signal:
-                            run.write_results(status="interrupted", epochs=epoch, **memory.gigabytes, seconds=seconds)
+                            run.write_results(status="interrupted", epochs=at.epoch, **memory.gigabytes)
                             log.warning("Stopped by signal %d; the same command continues from here", stop.signal)
-                            raise Interrupted(128 + stop.signal)
-                    mean_loss = loss_sum.item() / len(train)  # waits for the device: the epoch's time ends here
+                            raise SystemExit(128 + stop.signal)
+                mean_loss = at.loss_sum.item() / len(train)  # waits for the device: the epoch's time ends here
+                at.train_seconds += time.perf_counter() - clock
                 memory.stop()
-                trained = min(len(train), batch * self.batch_size) - first_batch * self.batch_size
-                epoch_seconds = time.perf_counter() - started
 
+                clock = time.perf_counter()
                 scores = accuracy(model, test.in_order(self.eval_batch_size), autocast)
-                epoch, batch = epoch + 1, 0
-                loss_sum = torch.zeros((), device=device)
-                if scores["top1"] > best["best_top1"]:
-                    best = {"best_top1": scores["top1"], "best_top5": scores["top5"], "best_epoch": epoch}
-                    best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
-                seconds += time.perf_counter() - started
-                speed = trained / epoch_seconds
-                history.append({"epoch": epoch, "train_loss": mean_loss, **scores, "lr": rate, "images_per_second": speed})
+                at.seconds += at.train_seconds + time.perf_counter() - clock
+                speed = len(train) / at.train_seconds
+                at.epoch += 1
+                at.batch, at.train_seconds, at.loss_sum = 0, 0.0, torch.zeros((), device=device)
+                if scores["top1"] > at.best.get("best_top1", -1.0):
+                    at.best = {"best_top1": scores["top1"], "best_top5": scores["top5"], "best_epoch": at.epoch}
+                    at.best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
+                row = {"train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": speed}
+                at.history.append({"epoch": at.epoch, **row})
                 run.write_results(
-                    epochs=epoch,
+                    epochs=at.epoch,
                     **scores,
-                    **best,
+                    **at.best,
                     train_loss=mean_loss,
-                    images_per_second=sum(h["images_per_second"] for h in history) / len(history),
+                    images_per_second=statistics.median(h["images_per_second"] for h in at.history),
                     **memory.gigabytes,
-                    seconds=seconds,
-                    history=history,
+                    seconds=at.seconds,
+                    history=at.history,
                 )
-                board.epoch(history[-1], memory.gigabytes)
-                left = seconds / epoch * (self.epochs - epoch)
+                board.epoch(at.history[-1], memory.gigabytes)
                 log.info(
                     "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%  %.0f images/s  %.1f min left",
-                    *(epoch, self.epochs, mean_loss, scores["top1"], scores["top5"], speed, left / 60),
+                    *(at.epoch, self.epochs, mean_loss, scores["top1"], scores["top5"], speed),
+                    at.seconds / at.epoch * (self.epochs - at.epoch) / 60,
                 )
                 checkpoint()
             board.finish(run.results)
