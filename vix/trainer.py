@@ -103,13 +103,7 @@ class Trainer:
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
         step_hooks = [getattr(m, "on_train_step") for m in model.modules() if hasattr(m, "on_train_step")]  # noqa: B009
         memory = PeakMemory(device, train.nbytes + test.nbytes)
-        parts: dict[str, Any] = {
-            "model": model,
-            "optimizer": optimizer,
-            "schedule": schedule,
-            "scaler": scaler,
-            "memory": memory,
-        }
+        parts: Any = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "memory": memory}
         at = Position(loss_sum=torch.zeros((), device=device))
         if saved:
             for name, part in parts.items():

@@ -1,0 +1,175 @@
+"""Image sets on the device: subsets, order, augmentation, and files that are absent or damaged."""
+
+import functools
+import hashlib
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from vix.checks import DataError
+from vix.data.cifar import Cifar10, Cifar100
+from vix.data.dataset import Split, balanced_subset, crop, scale
+from vix.data.digits import Digits
+
+CPU = torch.device("cpu")
+
+
+def test_real_cifar10(cifar10_root: Path) -> None:
+    """The tensors are torchvision's images, all of them, as uint8: 184 MB."""
+    train, test = Cifar10(root=str(cifar10_root)).load(CPU)
+    assert (len(train), len(test)) == (50_000, 10_000)
+    assert train.images.nbytes + test.images.nbytes == 184_320_000
+    reference = datasets.CIFAR10(str(cifar10_root), train=False)
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    images, labels = next(test.in_order(8))
+    expected = torch.stack([to_tensor(reference[i][0]) for i in range(8)])
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+    assert labels.tolist() == [reference[i][1] for i in range(8)]
+
+
+def test_subsets_are_balanced_and_the_same_for_every_run(cifar10_root: Path) -> None:
+    data = Cifar10(root=str(cifar10_root), train_size=500, test_size=25)
+    train, test = data.load(CPU)
+    assert torch.bincount(train.labels).tolist() == [50] * 10
+    assert sorted(torch.bincount(test.labels).tolist()) == [2] * 5 + [3] * 5
+    again, _ = data.load(CPU)
+    assert torch.equal(train.images, again.images)
+
+
+@pytest.mark.parametrize("size", [3, 7, 60])
+def test_balanced_subset_of_unequal_classes(size: int) -> None:
+    """A class with too few items gives all it has, and the others make up for it."""
+    labels = np.repeat([0, 1, 2], [2, 40, 60])
+    counts = np.bincount(labels[balanced_subset(labels, size)], minlength=3)
+    assert counts.sum() == size
+    assert counts[0] == min(2, -(-size // 3))
+    assert counts[1:].max() - counts[1:].min() <= 1
+
+
+def test_digits_are_scikit_learns() -> None:
+    train, test = Digits().load(CPU)
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.images.shape[1:] == (1, 8, 8)
+    ours = sorted(torch.cat([train.images, test.images]).flatten(1).double().mul(16 / 255).round().tolist())
+    assert ours == sorted(load_digits().data.tolist())
+
+
+@pytest.fixture
+def split() -> Split:
+    images = torch.arange(50 * 3 * 6 * 6).view(50, 3, 6, 6).to(torch.uint8)
+    return Split(images, torch.arange(50))
+
+
+def test_an_epoch_is_a_permutation(split: Split) -> None:
+    """Every image once, with its label; a new order every epoch and seed, and the same for the same."""
+
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = list(split.shuffled(8, seed, epoch))
+        assert [len(labels) for _, labels in batches] == [8] * 6 + [2]
+        for images, labels in batches:
+            assert torch.equal(images, scale(split.images[labels]))
+        return torch.cat([labels for _, labels in batches]).tolist()
+
+    assert sorted(order(0, 0)) == list(range(50))
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_an_epoch_continues_in_its_middle(split: Split) -> None:
+    """From any batch on, images and augmentation are those of the whole epoch."""
+    split.flip, split.crop_padding = True, 2
+    whole = list(split.shuffled(8, seed=3, epoch=5))
+    for first in range(8):
+        rest = list(split.shuffled(8, seed=3, epoch=5, first_batch=first))
+        assert len(rest) == 7 - min(first, 7)
+        for (images, labels), (expected_images, expected_labels) in zip(rest, whole[first:], strict=True):
+            assert torch.equal(images, expected_images)
+            assert torch.equal(labels, expected_labels)
+
+
+def test_crop_is_torchvisions_with_black_borders(split: Split) -> None:
+    top, left = torch.randint(5, (2, 50), generator=torch.Generator().manual_seed(0))
+    cropped = crop(split.images, 2, top, left)
+    for i in range(50):
+        padded = v2.functional.pad(split.images[i], [2])
+        assert torch.equal(cropped[i], v2.functional.crop(padded, int(top[i]), int(left[i]), 6, 6))
+
+
+def test_half_of_the_images_are_flipped() -> None:
+    split = Split(torch.arange(6, dtype=torch.uint8).expand(2000, 1, 6, 6).contiguous(), torch.zeros(2000).long(), flip=True)
+    batch = torch.cat([images for images, _ in split.shuffled(64, seed=0, epoch=0)])
+    flipped = batch[:, 0, 0, 0] > batch[:, 0, 0, 5]
+    assert 0.45 < flipped.float().mean() < 0.55
+    plain = scale(split.images[0])
+    assert torch.equal(batch[~flipped][0], plain)
+    assert torch.equal(batch[flipped][0], plain.flip(-1))
+
+
+@pytest.fixture
+def small_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, np.ndarray]]:
+    """Files in CIFAR-100's layout with 200 training and 100 test images, known to torchvision by their checksums,
+    and the archive they would be downloaded in."""
+    folder = tmp_path / "server" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (300, 3 * 32 * 32), dtype=np.uint8)
+    contents = {
+        "train": {"data": images[:200], "fine_labels": [i % 100 for i in range(200)]},
+        "test": {"data": images[200:], "fine_labels": list(range(100))},
+        "meta": {"fine_label_names": [f"name {i}" for i in range(100)]},
+    }
+    sums = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    archive = tmp_path / "server" / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "cifar-100-python")
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": sums["meta"]})
+    monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(archive.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.CIFAR100, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        yield tmp_path / "server", images
+        server.shutdown()
+
+
+def test_cifar100_layout(small_cifar100: tuple[Path, np.ndarray]) -> None:
+    root, images = small_cifar100
+    data = Cifar100(root=str(root))
+    train, test = data.load(CPU)
+    assert (len(train), len(test), data.classes) == (200, 100, 100)
+    assert torch.equal(train.images.flatten(1), torch.from_numpy(images[:200]))
+    assert data.class_names[7] == "name 7"
+
+
+def test_absent_files_are_downloaded(small_cifar100: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    train, _ = Cifar100(root=str(tmp_path / "new")).load(CPU)
+    assert len(train) == 200
+
+
+def test_damaged_and_unreachable_files_are_named(
+    small_cifar100: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = small_cifar100
+    (root / "cifar-100-python" / "train").write_bytes(b"half")
+    monkeypatch.setattr(datasets.CIFAR100, "url", datasets.CIFAR100.url + ".absent")
+    for folder, words in ((root, "incomplete or damaged"), (tmp_path / "new", "cannot be downloaded")):
+        with pytest.raises(DataError) as error:
+            Cifar100(root=str(folder)).load(CPU)
+        message = str(error.value)
+        assert "\n" not in message
+        for part in (words, str(folder), "data.root", "VIX_DATA", "experiment=quickstart"):
+            assert part in message

@@ -1,0 +1,190 @@
+"""The training loop, against a plain one, and what its options do."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from omegaconf import DictConfig, OmegaConf
+
+import vix
+from vix.build import build
+from vix.config import part
+from vix.metrics import accuracy
+from vix.run import Run
+from vix.runtime import get_rng_state, resolve_precision, set_rng_state
+from vix.schedule import rate_factor
+
+Compose = Callable[..., DictConfig]
+CPU = torch.device("cpu")
+IDENTITY = dict.fromkeys(("name", "experiment", "model", "attention", "embedding", "posenc"), "x")
+
+
+def fit(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], torch.nn.Module]:
+    """What train.py does with a config, in this process."""
+    directory.mkdir(exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    model = vix.build_model(cfg)
+    run = Run(directory, IDENTITY, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return build(cfg, "trainer").fit(model, part(cfg, "optimizer"), build(cfg, "data"), run, cfg.seed), model
+
+
+def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> None:
+    """Losses, accuracies and weights are those of a loop written out here, with clipping, smoothing and a schedule."""
+    extra = ("trainer.clip_norm=0.5", "trainer.label_smoothing=0.1", "trainer.schedule=cosine", "trainer.warmup_epochs=1")
+    cfg = compose_config(*TINY, *extra)
+    results, model = fit(cfg, tmp_path)
+
+    torch.manual_seed(cfg.seed)
+    reference = vix.build_model(cfg)
+    train, test = build(cfg, "data").load(CPU)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.01)
+    step = 0
+    for epoch in range(2):
+        losses = []
+        for images, labels in train.shuffled(20, cfg.seed, epoch):
+            rate = 1e-3 * ((step + 1) / 6 if step < 5 else (1 + math.cos(math.pi * (step - 5) / 5)) / 2)
+            optimizer.param_groups[0]["lr"] = rate
+            loss = F.cross_entropy(reference(images), labels, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+        assert results["history"][epoch]["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert results["history"][epoch]["lr"] == pytest.approx(rate, rel=1e-6)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        top = reference.eval()(next(test.in_order(50))[0]).topk(5).indices == test.labels[:, None]
+    assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
+    assert results["top5"] == pytest.approx(100 * top.any(dim=1).float().mean().item())
+
+
+def test_accuracy_counts_every_image_the_same() -> None:
+    """The mean of per-batch percentages, which the paper took, would overweight the last image here."""
+    logits = torch.eye(7)[torch.tensor([0, 1, 2, 3, 6])]
+    labels = torch.tensor([0, 1, 2, 3, 5])
+    batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
+    scores = accuracy(torch.nn.Identity(), batches, torch.autocast("cpu", enabled=False))
+    assert scores["top1"] == pytest.approx(80)
+    two_classes = accuracy(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))], torch.autocast("cpu", enabled=False))
+    assert two_classes == {"top1": 50, "top5": 100}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precisions(compose_config: Compose, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward *and* loss run under autocast in every precision, and all three learn alike."""
+    seen = []
+    cross_entropy = F.cross_entropy
+
+    def spy(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), logits.dtype))
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", spy)
+    cfg = compose_config(*TINY, f"trainer.precision={precision}")
+    results, _ = fit(cfg, tmp_path)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert set(seen) == {(precision != "fp32", dtype)}
+    assert results["precision"] == precision
+    assert results["train_loss"] == pytest.approx(2.13, abs=0.1)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert bool(saved["scaler"]) == (precision == "fp16")
+
+
+def test_automatic_precision_follows_the_hardware() -> None:
+    with open("/proc/cpuinfo") as file:
+        flags = file.read()
+    native = "amx_bf16" in flags or "avx512_bf16" in flags
+    assert resolve_precision("auto", CPU) is (torch.bfloat16 if native else torch.float32)
+    if torch.cuda.is_available():
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        assert resolve_precision("auto", torch.device("cuda")) is (torch.bfloat16 if native else torch.float16)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules(schedule: str) -> None:
+    factor = rate_factor(schedule, warmup=10, total=110)
+    assert [factor(i) for i in range(11)] == pytest.approx([(i + 1) / 11 for i in range(11)])
+    assert factor(60) == pytest.approx(1.0 if schedule == "constant" else 0.5)
+    assert factor(110) == pytest.approx(1.0 if schedule == "constant" else 0.0)
+
+
+def test_last_and_best_weights_are_kept(compose_config: Compose, tmp_path: Path) -> None:
+    """The reloaded models score what the run wrote; best and last differ where a later epoch was worse."""
+    cfg = compose_config(*TINY, "trainer.epochs=6", "optimizer.lr=0.03")
+    results, model = fit(cfg, tmp_path)
+    assert results["best_epoch"] < results["epochs"] == 6
+    _, test = build(cfg, "data").load(CPU)
+    for weights, key in (("last", "top1"), ("best", "best_top1")):
+        loaded = vix.load_model(tmp_path, weights=weights)  # type: ignore[arg-type]
+        scores = accuracy(loaded, test.in_order(256), torch.autocast("cpu", enabled=False))
+        assert scores["top1"] == pytest.approx(results[key])
+    images = torch.rand(5, 1, 8, 8)
+    assert torch.equal(vix.load_model(tmp_path)(images), model.eval()(images))
+
+
+def test_redrawn_features(compose_config: Compose, tmp_path: Path) -> None:
+    """From the loop's own step counter; the last ones are in the checkpoint."""
+    common = [*TINY[1:], "model=vit", "attention=performer", "embedding=linear", "data=digits"]
+    kept = torch.nn.Module.state_dict(fit(compose_config(*common), tmp_path / "kept")[1])
+    cfg = compose_config(*common, "attention.redraw_every=4")
+    redrawn = fit(cfg, tmp_path / "redrawn")[1].state_dict()
+    name = "blocks.0.mixer.features_ME"
+    torch.manual_seed(cfg.seed)
+    first = vix.build_model(cfg).state_dict()[name]
+    assert torch.equal(kept[name], first)
+    assert not torch.equal(redrawn[name], first)
+    saved = torch.load(tmp_path / "redrawn" / "checkpoint.pt", weights_only=True)
+    assert torch.equal(saved["model"][name], redrawn[name])
+
+
+def test_random_generators_are_restored() -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+
+    draw()
+    state = get_rng_state()
+    first = draw()
+    draw()
+    set_rng_state(state)
+    assert draw() == first
+
+
+def test_results_are_strict_json(compose_config: Compose, tmp_path: Path) -> None:
+    """A number that is not finite is null in the file, which any reader of JSON then reads."""
+    run = Run(tmp_path, IDENTITY, {})
+    run.write_results(train_loss=float("nan"), history=[{"train_loss": float("inf")}])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    read = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert read["train_loss"] is None
+    assert read["history"] == [{"train_loss": None}]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gpu_memory_is_the_steps_own(compose_config: Compose, tmp_path: Path, precision: str) -> None:
+    """A second run in the same process reports the first one's peak, not both; the data set is reported apart."""
+    cfg = compose_config(*TINY, f"trainer.precision={precision}", "trainer.device=cuda")
+    first, _ = fit(cfg, tmp_path / "first")
+    ballast = torch.empty(2**28, device="cuda")  # 1 GB that an evaluation or a job before might have taken
+    del ballast
+    torch.cuda.empty_cache()
+    second, _ = fit(cfg, tmp_path / "second")
+    assert 0 < second["peak_gpu_allocated_gb"] <= second["peak_gpu_reserved_gb"] + second["resident_data_gb"]
+    assert second["peak_gpu_allocated_gb"] == pytest.approx(first["peak_gpu_allocated_gb"], rel=0.05, abs=0.002)
+    assert second["resident_data_gb"] == pytest.approx((100 + 50) * (64 + 8) / 1e9)
