@@ -1,0 +1,1 @@
+"""Image sets. Each is a class that knows its shape without reading anything and loads onto the device as uint8."""
