@@ -7,10 +7,11 @@ Tensor names end in their shape, one letter an axis, so that ``q_BHNE`` reads as
 
 ===  ==========================================  ===  =============================================
 B    images in the batch                         M    landmarks, random features, projected length
-N    tokens of an image                          C    channels of an image or of a feature map
+N    tokens of an image                          C    channels of an image
 D    width of the model (``model.dim``)          Y X  rows and columns of an image or a feature map
 H    heads                                       K    classes
 E    width of one head (``attention.dim_head``)  T    tokens of a window
+F    width of all heads together                 P    tokens before those of the grid (class token)
 ===  ==========================================  ===  =============================================
 """
 

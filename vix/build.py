@@ -1,5 +1,6 @@
 """From a composed config to a model, and from a run's directory to the model it trained."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from vix.attention.heads import head_width
 from vix.checks import ConfigError, DataError
 from vix.config import check, part
+from vix.posenc import NoPosition
+from vix.tokens import TokenGrid
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
 
@@ -23,18 +27,6 @@ def build_model(cfg: DictConfig) -> nn.Module:
     """
     check(cfg)
     data = build(cfg, "data")
-    attention = part(cfg, "attention")
-
-    def mixer(*, rotary: Callable[[int], nn.Module] | None, **supplied: Any) -> nn.Module:
-        if "rotary" in inspect.signature(attention.func).parameters:
-            supplied["rotary"] = rotary
-        elif rotary is not None:
-            raise ConfigError(
-                f"posenc: rotary positions turn queries and keys, and {attention.func.__name__} has none; "
-                "use posenc=learned or posenc=none"
-            )
-        return call("attention", attention, **supplied)
-
     return build(
         cfg,
         "model",
@@ -43,8 +35,44 @@ def build_model(cfg: DictConfig) -> nn.Module:
         classes=data.classes,
         embedding=lambda **supplied: build(cfg, "embedding", **supplied),
         posenc=lambda **supplied: build(cfg, "posenc", **supplied),
-        attention=mixer,
+        attention=mixer_builder(part(cfg, "attention")),
     )
+
+
+def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.Module]:
+    """What families build their mixers with: the class and options of ``cfg.attention``, checked against what they need."""
+    takes = inspect.signature(attention.func).parameters
+    name = attention.func.__name__
+
+    def mixer(
+        *, dim: int, tokens: TokenGrid, posenc: NoPosition, heads: int | None = None, inner: int | None = None
+    ) -> nn.Module:
+        """One mixer of (B, N, dim) tokens.
+
+        posenc: the model's position encoding; the mixer must take all that it offers.
+        heads: number of heads in this stage; None leaves it to ``attention.heads``.
+        inner: width of all heads together where ``attention.dim_head`` leaves it open; None means ``dim``.
+        """
+        supplied: dict[str, Any] = {}
+        for parameter, offer in posenc.offers(tokens).items():
+            if parameter not in takes:
+                raise ConfigError(f"posenc: {posenc.needs}, and {name} has none; use posenc=learned or posenc=none")
+            supplied[parameter] = offer
+        if heads is not None:
+            if "heads" not in takes:
+                raise ConfigError(f"model.heads={heads}: {name} has no heads; use model.heads=null")
+            supplied["heads"] = heads
+        options = {key: p.default for key, p in takes.items()} | attention.keywords | supplied
+        try:
+            if inner is not None and "heads" in takes and options.get("dim_head", inner) is None:
+                supplied["dim_head"] = call("attention", head_width, dim=inner, heads=options["heads"], dim_head=None)
+            return call("attention", attention, dim=dim, tokens=tokens, **supplied)
+        except ConfigError as error:
+            if heads is None:
+                raise
+            raise ConfigError(str(error).replace("attention.heads=", "model.heads=", 1)) from error
+
+    return mixer
 
 
 def build(cfg: DictConfig, group: str, **supplied: Any) -> Any:

@@ -28,7 +28,7 @@ from vix.trainer import Trainer
 # What each group's class must be, and which of its constructor's arguments the program supplies rather than the config.
 GROUPS: dict[str, tuple[type, set[str]]] = {
     "model": (nn.Module, {"image_size", "channels", "classes", "embedding", "posenc", "attention"}),
-    "attention": (nn.Module, {"dim", "tokens", "rotary"}),
+    "attention": (nn.Module, {"dim", "tokens", "rotary", "position_bias"}),
     "embedding": (nn.Module, {"image_size", "channels", "dim"}),
     "posenc": (nn.Module, {"dim", "tokens"}),
     "optimizer": (torch.optim.Optimizer, {"params"}),

@@ -1,4 +1,4 @@
-"""From an image to tokens: a linear map per patch, or the three convolutions of the Hybrid models.
+"""From an image to tokens: a linear map per patch, the three convolutions of the Hybrid models, or CCT's tokenizer.
 
 Contract: the constructor takes ``image_size``, ``channels`` and ``dim``, then keyword-only options; ``grid`` tells the rows
 and columns of tokens; ``forward`` takes ``images_BCYX`` and returns the (B, D, Y, X) map of tokens.
@@ -60,6 +60,37 @@ class Conv(Embedding):
         widths = (channels, *hidden)
         layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], dim, patch_size + 2, stride=patch_size, padding=1))
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        return self.layers(images_BCYX)
+
+
+class CCT(Embedding):
+    """A stack of [3×3 convolution without bias, ReLU, 3×3 max-pooling], CCT's tokenizer (Hassani et al., 2021).
+
+    Convolutions start from Kaiming's normal distribution.
+
+    hidden: channels of all convolutions but the last, which has the model's width.
+    patch_size: stride of the last pooling, whose kernel grows with it from 4 on, so that every pixel is seen; 1 is the
+        published model.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        dim: int,
+        *,
+        patch_size: Positive = 1,
+        hidden: tuple[Positive, ...] = (64, 64),
+    ) -> None:
+        super().__init__(image_size, patch_size)
+        self.layers = nn.Sequential()
+        for before, after in pairwise((channels, *hidden, dim)):
+            conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight)
+            self.layers.extend([conv, nn.ReLU(), nn.MaxPool2d(3, stride=1, padding=1)])
+        self.layers[-1] = nn.MaxPool2d(max(3, patch_size), stride=patch_size, padding=1)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         return self.layers(images_BCYX)

@@ -3,11 +3,17 @@
 A mixer is an ``nn.Module`` whose constructor takes
 
     dim       width D of the tokens,
-    tokens    the :class:`vix.tokens.TokenGrid` they form,
-    rotary    (only where queries and keys exist) ``None``, or a function that takes the head width and returns a module
-              which turns (B, H, N, E) by position: ``posenc=rotary`` with a mixer that has no such parameter is refused,
+    tokens    the :class:`vix.tokens.TokenGrid` they form: a mixer that needs their map makes it with ``tokens.split``,
 
-and then keyword-only options, which are exactly the keys of its file in ``conf/attention/``. Its ``forward`` takes
-``x_BND`` and returns the same shape. An option that cannot work raises a ``ValueError`` that starts with the option's
-name. A mixer with a method ``on_train_step(step)`` has it called before every training step.
+then, where it can use them, what a position encoding has to give (:meth:`vix.posenc.NoPosition.offers`), None by default:
+
+    rotary           where there are queries and keys: a function from the head width E to a module that turns (B, H, N, E),
+    position_bias    where pairs of tokens have logits: a function from the number of heads H to a module that returns the
+                     bias (H, N, N) on them when called with nothing,
+
+and then keyword-only options, which are exactly the keys of its file in ``conf/attention/``. A posenc that gives what a
+mixer's constructor does not take is refused. Its ``forward`` takes ``x_BND`` and returns the same shape. An option that
+cannot work raises a ``ValueError`` that starts with the option's name. Where the options ``heads`` and ``dim_head`` exist,
+families may set them per stage (:func:`vix.build.mixer_builder`). A mixer with a method ``on_train_step(step)`` has it
+called before every training step.
 """

@@ -37,3 +37,10 @@ def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 def no_autocast(x: Tensor) -> torch.autocast:
     """Context in which matrix products keep the dtype of their inputs, whatever autocast surrounds it."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def kernel_average(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor) -> Tensor:
+    """q(kᵀv) / qΣk, attention with the weights q·k of positive features and no N×N matrix: → (B, H, N, E)."""
+    context_BHME = k_BHNM.mT @ v_BHNE
+    weight_BHN1 = q_BHNM @ k_BHNM.sum(dim=-2).unsqueeze(-1)
+    return q_BHNM @ context_BHME / weight_BHN1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32, head_width, merge_heads, no_autocast, split_heads
+from vix.attention.heads import at_least_float32, head_width, kernel_average, merge_heads, no_autocast, split_heads
 from vix.checks import NotNegative, Positive
 from vix.tokens import TokenGrid
 
@@ -80,10 +80,7 @@ class Performer(nn.Module):
         """(B, H, N, E) each → (B, H, N, E); exponentials, sums and the division in float32 under any autocast."""
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
-            q_BHNM, k_BHNM = self.feature_map(q_BHNE, (-1,)), self.feature_map(k_BHNE, (-2, -1))
-            context_BHME = k_BHNM.mT @ v_BHNE
-            weight_BHN1 = q_BHNM @ k_BHNM.sum(dim=-2).unsqueeze(-1)
-            return q_BHNM @ context_BHME / weight_BHN1
+            return kernel_average(self.feature_map(q_BHNE, (-1,)), self.feature_map(k_BHNE, (-2, -1)), v_BHNE)
 
     def feature_map(self, t_BHNE: Tensor, maximum_over: tuple[int, ...]) -> Tensor:
         """φ: (B, H, N, E) → (B, H, N, M), without the factor M^(−1/2), which cancels in the attention.

@@ -27,6 +27,7 @@ class Softmax(nn.Module):
         dim: int,
         tokens: TokenGrid,
         rotary: Callable[[int], nn.Module] | None = None,
+        position_bias: Callable[[int], nn.Module] | None = None,
         *,
         heads: Positive = 4,
         dim_head: Positive | None = None,
@@ -34,19 +35,35 @@ class Softmax(nn.Module):
         dropout: Fraction = 0.0,
     ) -> None:
         super().__init__()
-        self.heads, self.implementation, self.dropout = heads, implementation, dropout
+        self.heads = heads
         width = head_width(dim, heads, dim_head)
         self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=False)
         self.to_out = nn.Linear(heads * width, dim)
         self.rotate = rotary(width) if rotary else nn.Identity()
+        self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
+        return self.to_out(merge_heads(self.attend(self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE)))
+
+
+class Attend(nn.Module):
+    """softmax(q·kᵀ/√E + bias)·v, which every softmax mixer ends in: (B, H, N, E), twice (B, H, M, E) → (B, H, N, E).
+
+    implementation, dropout: as in :class:`Softmax`.
+    position_bias: None, or a module that returns the bias (H, N, M) when called with nothing.
+    """
+
+    def __init__(self, implementation: str, dropout: float, position_bias: nn.Module | None) -> None:
+        super().__init__()
+        self.implementation, self.dropout, self.position_bias = implementation, dropout, position_bias
+
+    def forward(self, q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        bias_1HNM = self.position_bias().to(q_BHNE.dtype).unsqueeze(0) if self.position_bias is not None else None
         if self.implementation == "fused":
-            out_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, dropout_p=dropout)
-        else:
-            weights_BHNN = (q_BHNE @ k_BHNE.mT * q_BHNE.shape[-1] ** -0.5).softmax(dim=-1)
-            out_BHNE = F.dropout(weights_BHNN, dropout).to(v_BHNE.dtype) @ v_BHNE
-        return self.to_out(merge_heads(out_BHNE))
+            return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
+        logits_BHNM = q_BHNE @ k_BHME.mT * q_BHNE.shape[-1] ** -0.5
+        if bias_1HNM is not None:
+            logits_BHNM = logits_BHNM + bias_1HNM
+        return F.dropout(logits_BHNM.softmax(dim=-1), dropout).to(v_BHME.dtype) @ v_BHME

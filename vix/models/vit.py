@@ -48,8 +48,8 @@ class ViT(nn.Module):
             *(
                 PreNormBlock(
                     dim,
-                    attention(dim=dim, tokens=tokens, rotary=self.posenc.rotary),
-                    MLP(dim, max(1, round(mlp_ratio * dim)), dropout),
+                    attention(dim=dim, tokens=tokens, posenc=self.posenc),
+                    MLP(dim, mlp_ratio, dropout),
                     dropout,
                 )
                 for _ in range(depth)

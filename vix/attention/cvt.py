@@ -1,0 +1,77 @@
+"""CvT's attention: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", 2021."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+
+from vix.attention.heads import head_width, merge_heads, split_heads
+from vix.attention.softmax import Attend
+from vix.checks import Fraction, Positive
+from vix.tokens import TokenGrid, join
+
+
+class CvTAttention(nn.Module):
+    """Softmax attention whose queries, keys and values come from depthwise convolutions of the token map.
+
+    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    conv_kernel: side of the depthwise convolutions; odd.
+    kv_stride: stride of the convolution before keys and values; 2 leaves a quarter of them, as CvT does at 224 pixels.
+    implementation, dropout: as in :class:`vix.attention.softmax.Softmax`.
+
+    Raises ValueError where ``heads`` does not divide ``dim``, ``conv_kernel`` is even, ``kv_stride`` is more than the side of
+    the grid, or keys stand in other places than queries while positions are told to the attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: TokenGrid,
+        rotary: Callable[[int], nn.Module] | None = None,
+        position_bias: Callable[[int], nn.Module] | None = None,
+        *,
+        heads: Positive = 4,
+        dim_head: Positive | None = 64,
+        conv_kernel: Positive = 3,
+        kv_stride: Positive = 1,
+        implementation: Literal["fused", "explicit"] = "fused",
+        dropout: Fraction = 0.0,
+    ) -> None:
+        super().__init__()
+        if conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel={conv_kernel} is even; nearest odd: {conv_kernel - 1}, {conv_kernel + 1}")
+        side = min(tokens.height, tokens.width)
+        if kv_stride > side:
+            raise ValueError(f"kv_stride={kv_stride} is more than the {tokens.height}×{tokens.width} tokens; at most {side}")
+        if kv_stride > 1 and (rotary or position_bias):
+            raise ValueError(f"kv_stride={kv_stride} puts keys between queries, which posenc cannot tell to attention; use 1")
+        self.heads = heads
+        width = head_width(dim, heads, dim_head)
+        self.to_q = ConvProjection(dim, heads * width, tokens, conv_kernel, 1)
+        self.to_kv = ConvProjection(dim, 2 * heads * width, tokens, conv_kernel, kv_stride)
+        self.to_out = nn.Linear(heads * width, dim)
+        self.rotate = rotary(width) if rotary else nn.Identity()
+        self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q_BHNE = split_heads(self.to_q(x_BND), self.heads)
+        k_BHME, v_BHME = (split_heads(t, self.heads) for t in self.to_kv(x_BND).chunk(2, dim=-1))
+        return self.to_out(merge_heads(self.attend(self.rotate(q_BHNE), self.rotate(k_BHME), v_BHME)))
+
+
+class ConvProjection(nn.Module):
+    """Depthwise convolution of the token map, BatchNorm, linear layer without bias: (B, N, D) → (B, M, F).
+
+    A class token stands in no place of the map: it goes through the linear layer alone, as in CvT.
+    """
+
+    def __init__(self, dim: int, width: int, tokens: TokenGrid, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.conv = nn.Conv2d(dim, dim, kernel, stride, padding=kernel // 2, groups=dim, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.project = nn.Linear(dim, width, bias=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        prefix_BPD, map_BDYX = self.tokens.split(x_BND)
+        return self.project(join(prefix_BPD, self.norm(self.conv(map_BDYX))))

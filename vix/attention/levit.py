@@ -1,0 +1,61 @@
+"""LeViT's attention: Graham et al., "LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference", 2021."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix.attention.heads import head_width, merge_heads, split_heads
+from vix.attention.softmax import Attend
+from vix.checks import Fraction, Positive
+from vix.tokens import TokenGrid
+
+
+class LeViTAttention(nn.Module):
+    """Softmax attention with BatchNorm after every projection and a GELU before the last one.
+
+    The last BatchNorm's weight starts at zero, so a residual block starts as the identity. A 1×1 convolution of a map is a
+    linear layer of its tokens, so a class token needs no exception.
+
+    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    implementation, dropout: as in :class:`vix.attention.softmax.Softmax`.
+
+    Raises ValueError where ``heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: TokenGrid,
+        rotary: Callable[[int], nn.Module] | None = None,
+        position_bias: Callable[[int], nn.Module] | None = None,
+        *,
+        heads: Positive = 4,
+        dim_head: Positive | None = None,
+        implementation: Literal["fused", "explicit"] = "fused",
+        dropout: Fraction = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        width = head_width(dim, heads, dim_head)
+        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=False)
+        self.norm_qkv = TokenBatchNorm(3 * heads * width)
+        self.to_out = nn.Linear(heads * width, dim)
+        self.norm_out = TokenBatchNorm(dim)
+        nn.init.zeros_(self.norm_out.weight)
+        self.rotate = rotary(width) if rotary else nn.Identity()
+        self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        qkv_BNF = self.norm_qkv(self.to_qkv(x_BND))
+        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in qkv_BNF.chunk(3, dim=-1))
+        out_BHNE = self.attend(self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE)
+        return self.norm_out(self.to_out(F.gelu(merge_heads(out_BHNE))))
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of each channel over all tokens of all images: (B, N, D) → the same."""
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return super().forward(x_BND.flatten(0, 1)).view(x_BND.shape)

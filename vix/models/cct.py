@@ -1,0 +1,89 @@
+"""Compact convolutional transformer: Hassani et al., "Escaping the Big Data Paradigm with Compact Transformers", 2021; CCX."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vix.checks import Fraction, Positive, PositiveFloat
+from vix.embedding import Embedding
+from vix.models.blocks import MLP, StochasticDepth
+from vix.posenc import NoPosition
+from vix.tokens import TokenGrid
+
+
+class CCT(nn.Module):
+    """Embedding, position, ``depth`` blocks, LayerNorm, sequence pooling, linear head.
+
+    All linear layers, those of the mixers too, start from a normal distribution of std 0.02, cut at ±2, and biases of zero.
+
+    dim: width D of the tokens.
+    depth: number of blocks.
+    mlp_ratio: hidden width of the MLPs over ``dim``.
+    stochastic_depth: probability of dropping a branch in the last block; from 0 in the first it grows linearly.
+    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        classes: int,
+        embedding: Callable[..., Embedding],
+        posenc: Callable[..., NoPosition],
+        attention: Callable[..., nn.Module],
+        *,
+        dim: Positive = 128,
+        depth: Positive = 4,
+        mlp_ratio: PositiveFloat = 4.0,
+        stochastic_depth: Fraction = 0.1,
+        dropout: Fraction = 0.0,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding(image_size=image_size, channels=channels, dim=dim)
+        tokens = TokenGrid(*self.embedding.grid)
+        self.posenc = posenc(dim=dim, tokens=tokens)
+        self.blocks = nn.Sequential(
+            *(
+                CCTBlock(
+                    dim,
+                    attention(dim=dim, tokens=tokens, posenc=self.posenc),
+                    MLP(dim, mlp_ratio, dropout),
+                    stochastic_depth * i / max(1, depth - 1),
+                    dropout,
+                )
+                for i in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.importance = nn.Linear(dim, 1)
+        self.head = nn.Linear(dim, classes)
+        self.apply(initialise)
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        x_BND = self.embedding(images_BCYX).flatten(2).mT
+        x_BND = self.norm(self.blocks(self.posenc(x_BND)))
+        # Sequence pooling: a mean over the tokens with weights that each token gives itself.
+        share_BN1 = self.importance(x_BND).softmax(dim=1)
+        return self.head((share_BN1.mT @ x_BND.to(share_BN1.dtype)).squeeze(1))
+
+
+class CCTBlock(nn.Module):
+    """x += mixer(LN(x)); x = LN(x); x += mlp(x): the second norm replaces the residual stream."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, stochastic_depth: float, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
+        self.norm2, self.mlp = nn.LayerNorm(dim), mlp
+        self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = self.norm2(x_BND + self.drop(self.mixer(self.norm1(x_BND))))
+        return x_BND + self.drop(self.mlp(x_BND))
+
+
+def initialise(module: nn.Module) -> None:
+    """Start of CCT's linear layers."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,77 @@
+"""CvT: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", 2021; with any mixer, the paper's CvX."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vix.checks import Fraction, Positive, PositiveFloat
+from vix.embedding import Embedding
+from vix.models.blocks import MLP, ChannelNorm, Depths, PreNormBlock, per_stage
+from vix.posenc import NoPosition
+from vix.tokens import TokenGrid, join
+
+
+class CvT(nn.Module):
+    """Stages of a convolution, a norm over channels and pre-norm blocks with that norm; average over tokens, linear head.
+
+    The first stage's convolution is the embedding (``embedding=conv embedding.hidden=[]`` is CvT's: one 3×3 convolution).
+    The published models have three stages of 32×32 tokens.
+
+    dim, depth, heads, mlp_ratio: of each stage; ``heads`` None leaves them to ``attention.heads``.
+    stride: of the 3×3 convolutions into the second and later stages.
+    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+
+    Raises ValueError where a list does not fit the number of stages, or a stride exceeds the rows of tokens.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        classes: int,
+        embedding: Callable[..., Embedding],
+        posenc: Callable[..., NoPosition],
+        attention: Callable[..., nn.Module],
+        *,
+        dim: Positive | tuple[Positive, ...] = 128,
+        depth: Depths = (1, 1, 2),
+        heads: Positive | tuple[Positive, ...] | None = None,
+        mlp_ratio: PositiveFloat | tuple[PositiveFloat, ...] = 2.0,
+        stride: Positive | tuple[Positive, ...] = 1,
+        dropout: Fraction = 0.0,
+    ) -> None:
+        super().__init__()
+        stages = len(depth)
+        dims, ratios = per_stage("dim", dim, stages), per_stage("mlp_ratio", mlp_ratio, stages)
+        all_heads, strides = per_stage("heads", heads, stages), per_stage("stride", stride, stages - 1)
+        self.embedding, self.norm = embedding(image_size=image_size, channels=channels, dim=dims[0]), ChannelNorm(dims[0])
+        tokens = TokenGrid(*self.embedding.grid)
+        self.posenc = posenc(dim=dims[0], tokens=tokens)
+        self.blocks = nn.Sequential()
+        for stage in range(stages):
+            if stage:
+                step = NextStage(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
+                self.blocks.append(step)
+                tokens = step.tokens_after
+            for _ in range(depth[stage]):
+                mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
+                mlp = MLP(dims[stage], ratios[stage], dropout)
+                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=ChannelNorm))
+        self.head = nn.Linear(dims[-1], classes)
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        x_BND = self.norm(self.embedding(images_BCYX).flatten(2).mT)
+        return self.head(self.blocks(self.posenc(x_BND)).mean(dim=1))
+
+
+class NextStage(nn.Module):
+    """A 3×3 convolution of the token map to the width and grid of the next stage, and a norm over channels."""
+
+    def __init__(self, dim: int, dim_after: int, tokens: TokenGrid, stride: int) -> None:
+        super().__init__()
+        self.tokens, self.tokens_after = tokens, tokens.strided(stride)
+        self.conv, self.norm = nn.Conv2d(dim, dim_after, 3, stride, padding=1), ChannelNorm(dim_after)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        prefix_BPD, map_BDYX = self.tokens.split(x_BND)
+        return self.norm(join(prefix_BPD, self.conv(map_BDYX)))
