@@ -1,0 +1,151 @@
+"""Every model × attention × embedding × posenc of conf/ trains a step, or is refused with its reason."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from vix.attention import softmax
+from vix.build import build_model
+from vix.checks import ConfigError
+from vix.tokens import TokenGrid
+
+GROUPS = ("model", "attention", "embedding", "posenc")
+OPTIONS = {g: sorted(p.stem for p in (Path(__file__).parents[1] / "conf" / g).glob("*.yaml")) for g in GROUPS}
+CASES = list(itertools.product(*OPTIONS.values()))
+
+# What makes no sense, and nothing else may be refused: an option that is not named here must go with all others.
+NO_QUERIES_AND_KEYS = ("fourier", "token_mlp")
+WITH_LOGITS_OF_PAIRS = ("softmax", "levit", "cvt")
+ROTARY = ("rotary", "rotary2d")
+
+# Small enough for hundreds of cases; a key is set where the option has it.
+SMALL = {"landmarks": 8, "projected_length": 8, "window": 16, "dim_head": 4}
+
+
+def reason_to_refuse(attention: str, posenc: str) -> str | None:
+    if posenc in ROTARY and attention in NO_QUERIES_AND_KEYS:
+        return "turn queries and keys"
+    if posenc == "relative2d" and attention not in WITH_LOGITS_OF_PAIRS:
+        return "attention logits of pairs"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small spend their time in waking threads up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_config(compose_config):
+    """The config of a small model from the four options, on 8×8 images; each option is composed by Hydra once."""
+
+    def node(group: str, option: str) -> DictConfig:
+        if (group, option) not in NODES:
+            NODES[group, option] = small(compose_config(f"{group}={option}")[group])
+        return NODES[group, option]
+
+    def small_config(**options: str) -> DictConfig:
+        return OmegaConf.create({group: node(group, option) for group, option in {**options, "data": "digits"}.items()})
+
+    return small_config
+
+
+NODES: dict[tuple[str, str], DictConfig] = {}
+
+
+def small(node: DictConfig) -> DictConfig:
+    for key, value in node.items():
+        listed = OmegaConf.is_list(value)
+        if key == "dim":
+            node[key] = [d // 8 for d in value] if listed else value // 8
+        elif key == "depth":
+            node[key] = [1] * len(value) if listed else 2
+        elif key == "hidden" and listed:
+            node[key] = [8] * len(value)
+        elif key in SMALL:
+            node[key] = SMALL[key]
+    return node
+
+
+def train_step(model: nn.Module) -> None:
+    """One step's loss and gradients on two images; all must be finite, and every parameter must receive its own."""
+    loss = F.cross_entropy(model(torch.randn(2, 1, 8, 8)), torch.tensor([3, 7]))
+    loss.backward()
+    assert loss.isfinite()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_there_are_all_options():
+    """What the rules above name exists, so that a renamed option cannot leave them empty."""
+    assert {*NO_QUERIES_AND_KEYS, *WITH_LOGITS_OF_PAIRS} <= {*OPTIONS["attention"]}
+    assert {*ROTARY, "relative2d"} <= {*OPTIONS["posenc"]}
+    assert {"vit", "levit", "cct", "cvt", "pit"} <= {*OPTIONS["model"]}
+
+
+@pytest.mark.parametrize(GROUPS, CASES, ids=map("-".join, CASES))
+def test_every_combination_trains_or_is_refused(small_config, model, attention, embedding, posenc):
+    torch.manual_seed(0)
+    cfg = small_config(model=model, attention=attention, embedding=embedding, posenc=posenc)
+    reason = reason_to_refuse(attention, posenc)
+    if reason is None:
+        train_step(build_model(cfg))
+    else:
+        with pytest.raises(ConfigError, match=rf"^posenc: .*{reason}.*; use posenc=\w+") as refusal:
+            build_model(cfg)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("attention", OPTIONS["attention"])
+@pytest.mark.parametrize("model", OPTIONS["model"])
+def test_every_mixer_trains_in_every_model_under_autocast(small_config, model, attention):
+    torch.manual_seed(0)
+    built = build_model(small_config(model=model, attention=attention, embedding="conv", posenc="learned"))
+    with torch.autocast("cpu", torch.bfloat16):
+        train_step(built)
+
+
+class Average(nn.Module):
+    """A mixer as a user may write it: it takes the two arguments that all must."""
+
+    def __init__(self, dim: int, tokens: TokenGrid) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, dim)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.project(x_BND.mean(dim=1, keepdim=True)).expand_as(x_BND)
+
+
+@pytest.mark.parametrize("model", OPTIONS["model"])
+def test_a_mixer_needs_only_width_and_tokens(small_config, model, monkeypatch):
+    monkeypatch.setenv("VIX_PACKAGES", __name__)
+    cfg = small_config(model=model, attention="softmax", embedding="linear", posenc="learned")
+    cfg.attention = {"_target_": f"{__name__}.Average"}
+    train_step(build_model(cfg))
+
+
+class Turned(softmax.Softmax):
+    """Another: it takes the rotation alone, and has no option for its heads."""
+
+    def __init__(self, dim: int, tokens: TokenGrid, rotary=None) -> None:
+        super().__init__(dim, tokens, rotary)
+
+
+def test_a_users_mixer_is_offered_what_it_takes(small_config, monkeypatch):
+    monkeypatch.setenv("VIX_PACKAGES", __name__)
+    cfg = small_config(model="pit", attention="softmax", embedding="linear", posenc="rotary")
+    cfg.attention = {"_target_": f"{__name__}.Turned"}
+    train_step(build_model(cfg))
+    cfg.model.heads = 4
+    with pytest.raises(ConfigError, match=r"^model\.heads=4: Turned has no heads; use model\.heads=null$"):
+        build_model(cfg)
