@@ -37,7 +37,9 @@ def compose_config() -> Callable[..., DictConfig]:
     return composed
 
 
-def run_train(directory: Path, *arguments: str, program: Path = ROOT / "train.py", **env: str) -> subprocess.CompletedProcess[str]:
+def run_train(
+    directory: Path, *arguments: str, program: Path = ROOT / "train.py", **env: str
+) -> subprocess.CompletedProcess[str]:
     """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``."""
     return subprocess.run(
         [sys.executable, str(program), *arguments],

@@ -1,0 +1,260 @@
+"""The real program, as its users start it: what a run leaves behind, that it repeats, continues and sweeps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_train
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vix
+from vix.data.digits import Digits
+from vix.metrics import accuracy
+
+REQUIRED = {
+    *("status", "experiment", "model", "attention", "embedding", "posenc", "seed", "epochs", "top1", "top5"),
+    *("best_top1", "best_top5", "best_epoch", "train_loss", "trainable_params", "weight_bias_params", "checkpoint_mb"),
+    *("peak_gpu_allocated_gb", "peak_gpu_reserved_gb", "resident_data_gb", "images_per_second", "seconds"),
+    *("precision", "device", "torch", "git_commit"),
+}
+
+
+def results_of(directory: Path) -> dict[str, Any]:
+    (path,) = directory.glob("outputs/*/*/results.json")
+    return json.loads(path.read_text())
+
+
+def check_artefacts(directory: Path, epochs: int) -> dict[str, Any]:
+    """Everything that a finished run must leave in its directory; returns its results."""
+    results = json.loads((directory / "results.json").read_text())
+    assert set(results) >= REQUIRED
+    assert results["status"] == "finished"
+    assert results["epochs"] == len(results["history"]) == epochs
+    assert 0 <= results["top1"] <= results["top5"] <= 100
+    assert results["best_top1"] == max(row["top1"] for row in results["history"])
+    assert results["history"][results["best_epoch"] - 1]["top1"] == results["best_top1"]
+    assert (results["peak_gpu_allocated_gb"] is None) == (not torch.cuda.is_available())
+
+    checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
+    assert {"model", "best_model", "optimizer", "schedule", "scaler", "rng", "config"} <= set(checkpoint)
+    torch.save(checkpoint["model"], directory / "weights_alone.pt")
+    assert results["checkpoint_mb"] == pytest.approx((directory / "weights_alone.pt").stat().st_size / 1e6, rel=0.01)
+
+    overrides = OmegaConf.load(directory / ".hydra" / "overrides.yaml")
+    assert list(overrides) == results["overrides"]  # type: ignore[call-overload]
+    assert f"epoch {epochs}/{epochs}" in (directory / "train.log").read_text()
+
+    # TensorBoard's own reader; one run, not a nested one for the hparams.
+    assert {path.parent for path in directory.rglob("events.out.*")} == {directory}
+    events = EventAccumulator(str(directory)).Reload()
+    tags = events.Tags()["scalars"]
+    for tag, key in (("loss/train", "train_loss"), ("accuracy/top1", "top1"), ("accuracy/top5", "top5"), ("train/lr", "lr")):
+        assert [e.step for e in events.Scalars(tag)] == list(range(1, epochs + 1))
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx([row[key] for row in results["history"]], rel=1e-6)
+    assert {"train/images_per_second", "memory/process_peak_gb"} <= set(tags)
+    assert events.Scalars("final/top1")[0].value == pytest.approx(results["top1"])
+    plugins = events.PluginTagToContent("hparams")
+    assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)
+    assert b"optimizer.lr" in plugins["_hparams_/session_start_info"]
+    (config,) = events.Tensors("config/text_summary")
+    assert '"optimizer"' in config.tensor_proto.string_val[0].decode()
+    return results
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    """The README's first command learns to 90 % and says so; what it wrote is what it printed and what it reloads to."""
+    done = run_train(tmp_path, "experiment=quickstart")
+    assert done.returncode == 0, done.stderr
+    directory = tmp_path / "outputs" / "quickstart" / "seed=0"
+    results = check_artefacts(directory, epochs=10)
+    assert results["top1"] >= 90
+    assert (results["experiment"], results["attention"], results["embedding"]) == ("quickstart", "nystrom", "linear")
+    assert f"{results['top1']:.2f} %" in done.stdout.split("top-1, last epoch")[1]
+    # Piped output is plain lines: one an epoch, no control sequences.
+    assert sum("images/s  " in line for line in done.stdout.splitlines()) == 10
+    assert "\x1b" not in done.stdout
+
+    _, test = Digits().load(torch.device("cpu"))
+    scores = accuracy(vix.load_model(directory), test.in_order(360), torch.autocast("cpu", enabled=False))
+    assert scores["top1"] == pytest.approx(results["top1"], abs=0.6)  # the run tested in its own precision
+
+
+def test_real_cifar10(tmp_path: Path, cifar10_root: Path) -> None:
+    """The main job on real images at full resolution: Hybrid ViN, 500 training images, one epoch, every artefact."""
+    done = run_train(tmp_path, "data.train_size=500", "data.test_size=200", "trainer.epochs=1", VIX_DATA=str(cifar10_root))
+    assert done.returncode == 0, done.stderr
+    (directory,) = tmp_path.glob("outputs/*/seed=0")
+    assert directory.parent.name == "vit-nystrom-conv-learned,data.test_size=200,data.train_size=500,trainer.epochs=1"
+    results = check_artefacts(directory, epochs=1)
+    assert (results["train_images"], results["test_images"]) == (500, 200)
+    assert (results["trainable_params"], results["weight_bias_params"]) == (755034, 623706)
+    assert results["train_loss"] < math.log(10) + 0.15
+
+
+def test_runs_repeat_to_the_bit(tmp_path: Path) -> None:
+    """The same seed gives the same numbers and weights in another process; another seed does not."""
+    runs = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        # bf16 and augmentation are part of what must repeat.
+        extra = (f"seed={seed}", "trainer.precision=bf16", "data.flip=true", "data.crop_padding=1", "model.dropout=0.1")
+        assert run_train(tmp_path / name, *TINY, *extra).returncode == 0
+        (path,) = (tmp_path / name).glob("outputs/*/*/checkpoint.pt")
+        runs[name] = results_of(tmp_path / name)["train_loss"], torch.load(path, weights_only=True)["model"]
+    assert runs["first"][0] == runs["again"][0] != runs["other"][0]
+    for name, tensor in runs["first"][1].items():
+        assert torch.equal(tensor, runs["again"][1][name])
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_continues_exactly(tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped in the middle of an epoch, twice, and continued: the weights and results of one never stopped, to the bit."""
+    arguments = (*TINY, "trainer.epochs=40", "model.dropout=0.1", "data.flip=true", "trainer.checkpoint_every=2")
+    (tmp_path / "whole").mkdir()
+    assert run_train(tmp_path / "whole", *arguments).returncode == 0
+    (tmp_path / "parts").mkdir()
+    stops = 0
+    for _ in range(2):
+        process = start(tmp_path / "parts", *arguments)
+        assert process.stdout is not None
+        epochs_seen = 0
+        for line in process.stdout:
+            epochs_seen += "epoch " in line and "images/s" in line
+            if epochs_seen == 3:
+                break
+        asked = time.monotonic()
+        process.send_signal(number)
+        process.stdout.read()
+        if process.wait() == 128 + number:
+            stops += 1
+            assert results_of(tmp_path / "parts")["status"] == "interrupted"
+        assert time.monotonic() - asked < 10
+    assert stops == 2
+    done = run_train(tmp_path / "parts", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Continuing after" in done.stdout
+
+    timings = {"seconds", "images_per_second", "overrides", "name"}
+    whole, parts = (results_of(tmp_path / name) for name in ("whole", "parts"))
+    for row in (*whole["history"], *parts["history"]):
+        del row["images_per_second"]
+    assert {k: v for k, v in whole.items() if k not in timings} == {k: v for k, v in parts.items() if k not in timings}
+    states = [torch.load(next((tmp_path / n).glob("outputs/*/*/checkpoint.pt")), weights_only=True) for n in ("whole", "parts")]
+    for kind in ("model", "best_model"):
+        for name, tensor in states[0][kind].items():
+            assert torch.equal(tensor, states[1][kind][name]), name
+
+
+def test_the_same_command_again(tmp_path: Path) -> None:
+    """A finished run is not run again, nor overwritten by another config; ``rerun=true`` moves it aside."""
+    assert run_train(tmp_path, *TINY).returncode == 0
+    (directory,) = tmp_path.glob("outputs/*/seed=0")
+    before = (directory / "results.json").read_bytes()
+    again = run_train(tmp_path, *TINY)
+    assert again.returncode == 0
+    assert "not run again" in again.stdout
+    assert (directory / "results.json").read_bytes() == before
+
+    # The same name with another meaning: a user edits YAML.
+    results = json.loads(before)
+    results["config"]["optimizer"]["lr"] = 0.5
+    (directory / "results.json").write_text(json.dumps(results))
+    refused = run_train(tmp_path, *TINY)
+    assert refused.returncode == 1
+    assert "optimizer.lr was 0.5 and is 0.001" in refused.stderr
+    assert "rerun=true" in refused.stderr
+    assert json.loads((directory / "results.json").read_text()) == results
+
+    rerun = run_train(tmp_path, *TINY, "rerun=true")
+    assert rerun.returncode == 0, rerun.stderr
+    assert json.loads((directory / "results.json").read_text())["train_loss"] == results["train_loss"]
+    assert json.loads((directory / "previous-1" / "results.json").read_text()) == results
+    assert (directory / "previous-1" / "checkpoint.pt").is_file()
+
+
+def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
+    process = start(tmp_path, *TINY, "trainer.epochs=500")
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "epoch 1/" in line:
+                break
+        second = run_train(tmp_path, *TINY, "trainer.epochs=500")
+        assert second.returncode == 1
+        assert f"process {process.pid} on {os.uname().nodename}" in second.stderr
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_multirun(tmp_path: Path) -> None:
+    """Jobs get directories of their own; one that is refused or fails is recorded there and the others still run."""
+    jobs = ("seed=0,1", "attention.landmarks=8,1000")
+    done = run_train(tmp_path, "-m", *TINY, *jobs)
+    assert done.returncode == 1
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/results.json")]
+    states = sorted((r["status"], r["seed"], r["config"]["attention"]["landmarks"]) for r in results)
+    assert states == [("finished", 0, 8), ("finished", 1, 8), ("refused", 0, 1000), ("refused", 1, 1000)]
+    assert all("attention.landmarks=1000" in r["error"] for r in results if r["status"] == "refused")
+    assert "attention.landmarks=1000 is more than the 65 tokens" in done.stderr
+    assert len({r["train_loss"] for r in results if r["status"] == "finished"}) == 2
+    good = run_train(tmp_path, "-m", *TINY, "seed=0,1", "attention.landmarks=8")
+    assert good.returncode == 0
+    assert good.stdout.count("not run again") == 2
+
+
+def test_a_failed_run_keeps_its_traceback(tmp_path: Path) -> None:
+    done = run_train(tmp_path, "data.root=nowhere", "trainer.epochs=1")
+    assert done.returncode == 1
+    results = results_of(tmp_path)
+    assert results["status"] == "failed"
+    assert "cifar-10-batches-py" in results["error"]
+    assert "DataError" in results["traceback"]
+    assert "experiment=quickstart" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    """Epoch, loss, accuracy, images/s and time left, on a terminal."""
+    import pty
+
+    primary, secondary = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    command = [sys.executable, str(ROOT / "train.py"), "experiment=quickstart", "trainer.epochs=2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=secondary, stderr=secondary, env=environment)
+    os.close(secondary)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(primary, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        shown += chunk
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "epoch 2/2" in text
+    bars = [
+        part for part in text.split("\r") if "epoch 2/2" in part and "loss" in part and "images/s" in part and "top-1" in part
+    ]
+    assert any("0:00:0" in bar for bar in bars), bars[:3]

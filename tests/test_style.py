@@ -1,0 +1,17 @@
+"""The tools that pyproject.toml configures run clean."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "mypy"])
+def test_clean(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_training_loop_reads_in_one_go() -> None:
+    assert len((ROOT / "vix" / "trainer.py").read_text().splitlines()) <= 200
