@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains many runs, one after another, and prints the report. `./sweep.sh --help`
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Train a whole table of the paper, or any sweep, and print the report of all runs.
+
+  ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
+  ./sweep.sh override …              the same as: python train.py -m override …
+
+Overrides are Hydra's: key=value, or key=a,b,c to sweep over values. Finished runs are not run again, and
+interrupted ones continue, so the same command picks up where it stopped.
+
+  ./sweep.sh table1 seed=0,1,2 trainer.epochs=10
+  ./sweep.sh all
+  ./sweep.sh experiment=vin,vip attention.heads=2,4,8
+  ./sweep.sh experiment=quickstart seed=0,1,2
+  ./sweep.sh table2 hydra.sweep.dir=outputs/table2      elsewhere than in outputs/
+
+The report (a table here; report.md, report.csv and pictures in the sweep's directory) comes also after failed
+runs; the exit status is then not 0. Make it again, sorted or filtered, with: python -m vix.report --help
+END
+}
+
+case "${1:-}" in
+    "") usage >&2; exit 2 ;;
+    -h | --help) usage; exit 0 ;;
+esac
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+case "$1" in
+    all | table*)
+        rows=$(awk -F, -v table="${1#table}" 'NR > 1 && (table == "all" || $2 == table) { print $1 }' vix/published.csv)
+        if [[ -z $rows ]]; then
+            echo "error: $1: the paper has table1 to table5; all means every row" >&2
+            exit 2
+        fi
+        missing=""
+        for row in $rows; do
+            [[ -e conf/experiment/$row.yaml ]] || missing+=" $row"
+        done
+        if [[ -n $missing ]]; then
+            echo "error: $1: conf/experiment/ has no file for:$missing" >&2
+            exit 2
+        fi
+        shift
+        set -- "experiment=${rows//$'\n'/,}" "$@"
+        ;;
+esac
+
+# Where the report looks for the runs.
+outputs=outputs
+for argument in "$@"; do
+    case "$argument" in
+        hydra.sweep.dir=*) outputs=${argument#hydra.sweep.dir=} ;;
+    esac
+done
+
+status=0
+python train.py -m "$@" || status=$?
+python -m vix.report "$outputs" || { report=$?; [[ $status -ne 0 ]] || status=$report; }
+exit "$status"

@@ -1,0 +1,368 @@
+"""The report, the comparison of two runs and the sweep, on result files that the real program wrote."""
+
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, run_train
+
+PICTURES = ["accuracy_parameters.png", "accuracy_time.png", "figure4.png", "learning_curves.png"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of a real run of two epochs."""
+    directory = tmp_path_factory.mktemp("real")
+    done = run_train(directory, *TINY)
+    assert done.returncode == 0, done.stderr
+    (path,) = directory.glob("outputs/*/*/results.json")
+    return json.loads(path.read_text())
+
+
+def write(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+    return results
+
+
+def as_row(real: dict[str, Any], experiment: str, seed: int, *overrides: str, **fields: Any) -> dict[str, Any]:
+    """The real run's results as those of a row of the paper with a seed."""
+    words = [f"experiment={experiment}", f"seed={seed}", *overrides]
+    parts = {"attention": "nystrom", "embedding": "linear", "posenc": "learned", "data": "cifar10"}
+    config = {**real["config"], "seed": seed}
+    return {**real, **parts, "experiment": experiment, "overrides": words, "seed": seed, "config": config, **fields}
+
+
+def module(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"vix.{name}", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def report_rows(directory: Path, *arguments: str | Path) -> list[dict[str, str]]:
+    """report.csv of a directory, after its report was made."""
+    done = module("report", directory, *arguments)
+    assert done.returncode == 0, done.stderr
+    with open(directory / "report.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a refused command: one line, no traceback, no result."""
+    assert done.returncode != 0
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_mean_and_standard_deviation_over_seeds_and_the_best_of_all(real: dict[str, Any], tmp_path: Path) -> None:
+    top1s, bests = [61.25, 63.5, 60.125], [62.0, 63.5, 66.75]
+    for seed, (top1, best) in enumerate(zip(top1s, bests, strict=True)):
+        fields = {"top1": top1, "top5": 90.0 + seed, "best_top1": best, "best_top5": 95.0 + seed, "seconds": 60.0 * (seed + 1)}
+        write(tmp_path / f"vin/seed={seed}/results.json", as_row(real, "vin", seed, **fields))
+    write(tmp_path / "vin/previous-1/results.json", as_row(real, "vin", 7, top1=0.0))
+    (row,) = report_rows(tmp_path)
+    assert (row["experiment"], row["seeds"], row["epochs"]) == ("vin", "3", "2")
+    assert float(row["top1"]) == pytest.approx(statistics.mean(top1s))
+    assert float(row["top1_std"]) == pytest.approx(statistics.stdev(top1s))
+    assert float(row["top5_std"]) == pytest.approx(1.0)
+    assert (float(row["best_top1"]), float(row["best_top5"])) == (66.75, 97.0)
+    assert float(row["minutes"]) == pytest.approx(2.0)
+    assert float(row["published_top1"]) == 65.06
+    assert float(row["top1_difference"]) == pytest.approx(66.75 - 65.06)
+    assert float(row["params_difference"]) == real["weight_bias_params"] - 530970
+    assert (row["gpu_gb"], row["gpu_difference"]) == ("", "")
+
+
+def test_what_is_printed(real: dict[str, Any], tmp_path: Path) -> None:
+    for seed, top1 in enumerate((61.25, 63.5)):
+        write(
+            tmp_path / f"vin/seed={seed}/results.json", as_row(real, "vin", seed, top1=top1, peak_gpu_allocated_gb=1.5 + seed)
+        )
+    done = module("report", tmp_path, "--no-files")
+    assert done.returncode == 0, done.stderr
+    ours, beside = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["vin"])
+    assert ours[:6] == ["vin", "2", "2", "62.38", "±", "1.59"]
+    assert "2.50" in ours  # the larger of the two peaks
+    assert beside[2] == "65.06"
+    assert beside[-3:] == ["4.8", "−2.3", "86.62"]
+    assert "AdamW" in done.stdout
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_real_run_has_no_published_figures_unless_it_is_a_row(real: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "a/seed=0/results.json", real)
+    write(tmp_path / "b/seed=0/results.json", as_row(real, "vin", 0, "trainer.epochs=10"))
+    write(tmp_path / "c/seed=0/results.json", as_row(real, "vin", 0, "model.dim=64"))
+    write(tmp_path / "d/seed=0/results.json", as_row(real, "vin", 0, "data=digits"))
+    write(tmp_path / "e/seed=0/results.json", as_row(real, "vit", 0, "attention.implementation=explicit"))
+    rows = {row["experiment"]: row["published_top1"] for row in report_rows(tmp_path)}
+    quickstart = next(name for name in rows if name.startswith("quickstart "))
+    assert "trainer.epochs=2" in quickstart
+    assert rows == {
+        "vit attention.implementation=explicit": "56.81",
+        "vin data=digits": "",
+        "vin model.dim=64": "",
+        "vin trainer.epochs=10": "65.06",
+        quickstart: "",
+    }
+
+
+def test_runs_that_are_not_seeds_of_one_another_are_apart(real: dict[str, Any], tmp_path: Path) -> None:
+    changed = {**real["config"], "optimizer": {**real["config"]["optimizer"], "lr": 0.5}}
+    write(tmp_path / "a/results.json", as_row(real, "vin", 0))
+    write(tmp_path / "b/results.json", as_row(real, "vin", 1, device="H200", precision="bf16"))
+    write(tmp_path / "c/results.json", as_row(real, "vin", 2, config=changed))
+    assert {row["experiment"] for row in report_rows(tmp_path)} == {
+        "vin (cpu, fp32) (config 1)",
+        "vin (cpu, fp32) (config 2)",
+        "vin (H200, bf16)",
+    }
+
+
+def test_a_seed_that_was_run_twice_counts_once(real: dict[str, Any], tmp_path: Path) -> None:
+    for name, top1, written in (("older", 10.0, 1000), ("newer", 20.0, 2000)):
+        write(tmp_path / name / "results.json", as_row(real, "vin", 0, top1=top1))
+        os.utime(tmp_path / name / "results.json", (written, written))
+    (row,) = report_rows(tmp_path)
+    assert (row["seeds"], float(row["top1"])) == ("1", 20.0)
+    assert "newer run of the same seed" in (tmp_path / "report.md").read_text()
+
+
+def test_other_files_are_listed_and_do_not_disturb(real: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "good/results.json", real)
+    whole = json.dumps(real)
+    for name, text in {
+        "half": whole[: len(whole) // 2],
+        "empty": "",
+        "list": "[1, 2]",
+        "foreign": '{"accuracy": 1}',
+        "text": whole.replace(f'"top1": {real["top1"]}', '"top1": "high"', 1),
+        "nan": whole.replace(f'"top1": {real["top1"]}', '"top1": NaN', 1),
+        "failed": json.dumps({**real, "status": "failed", "error": "CUDA [out of] memory | sorry"}),
+        "refused": json.dumps({**real, "status": "refused", "error": "attention.heads=3 is wrong"}),
+        "interrupted": json.dumps({**real, "status": "interrupted", "epochs": 1}),
+        "running": json.dumps({"status": "running", "name": "x"}),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(text)
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "results.json").write_bytes(b"\xff\xfe\x00")
+    done = module("report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    status = {}
+    for line in done.stdout.partition("Not in the table")[2].splitlines():
+        if line.strip().startswith(str(tmp_path)):
+            path, said, *_ = line.split()
+            status[Path(path).name] = said
+    assert status == {
+        **dict.fromkeys(("half", "empty", "binary"), "unreadable"),
+        **dict.fromkeys(("list", "foreign", "text", "nan"), "foreign"),
+        **{name: name for name in ("failed", "refused", "interrupted", "running")},
+    }
+    assert "CUDA [out of] memory | sorry" in done.stdout
+    assert "epochs done: 1" in done.stdout
+    with open(tmp_path / "report.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1
+
+
+def test_a_thousand_runs_in_five_seconds(real: dict[str, Any], tmp_path: Path) -> None:
+    history = [{**real["history"][0], "epoch": epoch} for epoch in range(1, 41)]
+    for i in range(1000):
+        lr, seed = f"optimizer.lr={i // 5 + 1}e-5", i % 5
+        write(tmp_path / lr / f"seed={seed}/results.json", as_row(real, "vin", seed, lr, history=history))
+    start = time.perf_counter()
+    done = module("report", tmp_path, "--no-files")
+    assert time.perf_counter() - start < 5
+    assert sum(line.strip().startswith("vin optimizer.lr=") for line in done.stdout.splitlines()) == 400  # two tables
+
+
+def test_nothing_here_imports_torch() -> None:
+    code = "import sys, vix.report, vix.plots, vix.diff; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
+    for name, top1, parts in (("vin", 30.0, {}), ("vip", 40.0, {"attention": "performer"}), ("vil", 20.0, {})):
+        write(tmp_path / name / "results.json", as_row(real, name, 0, top1=top1, **parts))
+
+    def names(*arguments: str) -> list[str]:
+        done = module("report", tmp_path, "--no-files", *arguments)
+        assert done.returncode == 0, done.stderr
+        table = done.stdout.partition("Beside the paper")[0].splitlines()
+        return [line.split()[0] for line in table if line.split()[:1] in (["vin"], ["vip"], ["vil"])]
+
+    assert names() == ["vip", "vil", "vin"]  # the paper's order
+    assert names("--sort", "top1") == ["vil", "vin", "vip"]
+    assert names("--sort", "-top1") == ["vip", "vin", "vil"]
+    assert names("--sort", "gpu_gb") == ["vip", "vil", "vin"]  # no values: as before
+    assert names("--sort", "-experiment") == ["vip", "vin", "vil"]
+    assert names("--where", "attention=performer") == ["vip"]
+    assert names("--where", "attention=nystrom", "--where", "experiment=vin") == ["vin"]
+    assert len(names("--where", "optimizer.lr=1e-3", "--where", "trainer.clip_norm=null", "--where", "rerun=false")) == 3
+
+
+def test_wrong_arguments_are_told_in_one_line(real: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "outputs/vin/results.json", as_row(real, "vin", 0))
+    outputs = tmp_path / "outputs"
+    line = one_line(module("report", outputs, "--sort", "top55"))
+    assert "top5?" in line
+    assert "images_per_second" in line
+    assert "outputs" in one_line(module("report", tmp_path / "outptus"))
+    assert "trainer.epochs" in one_line(module("report", outputs, "--where", "epochz=3"))
+    assert "nystrom" in one_line(module("report", outputs, "--where", "attention=softmax"))
+    assert "KEY=VALUE" in one_line(module("report", outputs, "--where", "attention"))
+    (tmp_path / "file").touch()
+    done = module("report", outputs, "--out", tmp_path / "file")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_empty_directory_is_no_error(tmp_path: Path) -> None:
+    done = module("report", tmp_path)
+    assert done.returncode == 0
+    assert "No results.json" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_and_pictures(real: dict[str, Any], tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    for experiment in ("vin", "vip"):
+        for seed in range(2):
+            write(tmp_path / f"runs/{experiment}/seed={seed}/results.json", as_row(real, experiment, seed))
+    done = module("report", tmp_path / "runs", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == PICTURES
+    text = (tmp_path / "out/report.md").read_text()
+    for name in PICTURES:
+        image = imread(tmp_path / "out" / name)
+        assert min(image.shape[:2]) > 400
+        assert image.var() > 0.001
+        assert f"]({name})" in text
+    assert "| vin | 2 |" in text
+
+
+def test_memory_pictures_show_runs_on_a_gpu(real: dict[str, Any], tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    without, with_gpu = tmp_path / "a", tmp_path / "b"
+    write(without / "vin/results.json", as_row(real, "vin", 0, best_top1=64.0))
+    write(with_gpu / "vin/results.json", as_row(real, "vin", 0, best_top1=64.0, peak_gpu_allocated_gb=1.0))
+    for directory in (without, with_gpu):
+        assert module("report", directory).returncode == 0
+    assert not (without / "accuracy_memory.png").exists()
+    assert imread(with_gpu / "accuracy_memory.png").var() > 0.001
+    assert (without / "figure4.png").read_bytes() != (with_gpu / "figure4.png").read_bytes()
+
+
+def test_pareto_front() -> None:
+    from vix.plots import pareto_front
+
+    assert pareto_front([(2, 50), (1, 40), (1, 30), (3, 45), (4, 60), (2, 50)]) == [(1, 40), (2, 50), (4, 60)]
+
+
+def test_diff(real: dict[str, Any], tmp_path: Path) -> None:
+    config = {**real["config"], "seed": 1, "optimizer": {**real["config"]["optimizer"], "lr": 0.5}}
+    history = [real["history"][0], {**real["history"][1], "top1": 1.0}]
+    other = {**real, "config": config, "seed": 1, "torch": "3.0", "top1": real["top1"] + 2, "history": history}
+    write(tmp_path / "a/results.json", real)
+    write(tmp_path / "b/results.json", other)
+    done = module("diff", tmp_path / "a", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
+    assert table["optimizer.lr"] == ["0.001", "0.5", "+0.499"]
+    assert table["seed"] == ["0", "1", "+1"]
+    assert table["torch"] == [real["torch"], "3.0"]
+    assert table["top1"][-1] == "+2"
+    assert "top5" not in table
+    assert "from epoch 2 on" in done.stdout
+    same = module("diff", tmp_path / "a", tmp_path / "a")
+    assert same.stdout.count("no difference") == 3
+    assert "every epoch that both have (2)" in same.stdout
+
+
+def test_diff_of_what_is_no_run(real: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "vin/seed=0/results.json", real)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/results.json").write_text(json.dumps(real)[:100])
+    run = tmp_path / "vin/seed=0"
+    assert "no such directory" in one_line(module("diff", run, tmp_path / "vim"))
+    assert "seed=0" in one_line(module("diff", tmp_path / "vin", run))
+    assert "unreadable" in one_line(module("diff", run, tmp_path / "half"))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program without its outputs/, so that a sweep's go elsewhere than into the user's."""
+    directory = tmp_path_factory.mktemp("copy")
+    for name in ("vix", "conf"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "sweep.sh"):
+        shutil.copy(ROOT / name, directory)
+    return directory
+
+
+def sweep(copy: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``./sweep.sh`` with this Python as ``python``."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [str(copy / "sweep.sh"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_sweep_help(copy: Path, tmp_path: Path) -> None:
+    done = sweep(copy, tmp_path, "--help")
+    assert done.returncode == 0
+    assert "./sweep.sh table1 seed=0,1,2 trainer.epochs=10" in done.stdout
+    assert sweep(copy, tmp_path).returncode != 0
+
+
+def test_sweep_runs_and_reports_from_anywhere(copy: Path, tmp_path: Path) -> None:
+    done = sweep(copy, tmp_path, *TINY, "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    assert len(list(copy.glob("outputs/*/seed=?/results.json"))) == 2
+    assert sorted(p.name for p in (copy / "outputs").glob("*.png")) == PICTURES
+    (line,) = (line for line in done.stdout.splitlines() if line.strip().startswith("quickstart ") and "±" in line)
+    assert "trainer.epochs=2" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_sweep_reports_and_fails(copy: Path, tmp_path: Path) -> None:
+    done = sweep(copy, tmp_path, *TINY, "attention.landmarks=4,1000", f"hydra.sweep.dir={tmp_path}/here")
+    assert done.returncode != 0
+    assert "Not in the table" in done.stdout
+    assert "refused" in done.stdout
+    assert (tmp_path / "here/report.csv").exists()
+
+
+def test_sweep_names_what_a_table_lacks(copy: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(copy, tmp_path / "copy", ignore=shutil.ignore_patterns("outputs"))
+    (directory / "conf/experiment/vip.yaml").unlink()
+    done = sweep(directory, tmp_path, "table1")
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == ["error: table1: conf/experiment/ has no file for: vip"]
+    assert "table5" in sweep(directory, tmp_path, "table9").stderr
+
+
+@pytest.mark.parametrize("table", ["table1", "table2", "table3", "table4", "table5", "all"])
+def test_a_table_is_its_published_rows(copy: Path, tmp_path: Path, table: str) -> None:
+    """With a stand-in for train.py that prints its arguments: the tables' 38 runs would take days here."""
+    directory = shutil.copytree(copy, tmp_path / "copy", ignore=shutil.ignore_patterns("outputs"))
+    (directory / "train.py").write_text("import sys; print(sys.argv[1:])")
+    (directory / "outputs").mkdir()
+    with open(ROOT / "vix" / "published.csv", newline="") as file:
+        rows = [row["experiment"] for row in csv.DictReader(file) if table in ("all", f"table{row['table']}")]
+    done = sweep(directory, tmp_path, table, "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(["-m", f"experiment={','.join(rows)}", "seed=0,1"])
