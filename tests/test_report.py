@@ -228,6 +228,14 @@ def test_wrong_arguments_are_told_in_one_line(real: dict[str, Any], tmp_path: Pa
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_without_finished_runs_there_are_no_footnotes(real: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "a/results.json", {**real, "status": "failed", "error": "no memory"})
+    done = module("report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:4] == ["Not", "in", "the", "table"]
+    assert "One line for all seeds" not in done.stdout
+
+
 def test_an_empty_directory_is_no_error(tmp_path: Path) -> None:
     done = module("report", tmp_path)
     assert done.returncode == 0

@@ -193,9 +193,10 @@ def tables(rows: Sequence[Row], others: Sequence[Run]) -> list[Table]:
     return [table for table in (ours, beside, rest) if table.lines]
 
 
-def notes(rows: Iterable[Row]) -> list[str]:
-    """The footnotes that the tables need."""
-    return [HOW_TO_READ, *(PROTOCOL if any(row["published_top1"] is not None for row in rows) else ())]
+def notes(rows: Sequence[Row]) -> list[str]:
+    """The footnotes that the tables need; none where there are no rows."""
+    published = any(row["published_top1"] is not None for row in rows)
+    return [*([HOW_TO_READ] if rows else []), *(PROTOCOL if published else [])]
 
 
 def as_csv(rows: Iterable[Row]) -> str:
