@@ -73,8 +73,10 @@ def train(cfg: DictConfig, run: Run) -> float:
             run.write_results(status="refused", error=str(error))
         raise
     except Exception as error:
-        run.write_results(status="failed", error=one_line(error), traceback=traceback.format_exc())
-        log.debug("", exc_info=True)
+        told = out_of_memory(cfg) if isinstance(error, torch.OutOfMemoryError) else error
+        run.write_results(status="failed", error=one_line(told), traceback=traceback.format_exc())
+        if told is not error:
+            raise told from error
         raise
     finally:
         # The next job of a sweep in this process must find the memory free.
@@ -83,6 +85,15 @@ def train(cfg: DictConfig, run: Run) -> float:
             torch.cuda.empty_cache()
     show_results(results)
     return results["top1"]
+
+
+def out_of_memory(cfg: DictConfig) -> UserError:
+    """What is told when the GPU's memory does not suffice."""
+    at_once = cfg.trainer.micro_batch if isinstance(cfg.trainer.micro_batch, int) else cfg.trainer.batch_size
+    return UserError(
+        f"out of GPU memory with {at_once} images at a time (trainer.batch_size={cfg.trainer.batch_size}); "
+        f"trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, trainer.micro_batch=auto finds what fits"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -14,6 +13,7 @@ from vix.attention.heads import head_width
 from vix.checks import ConfigError, DataError
 from vix.config import check, part
 from vix.posenc import NoPosition
+from vix.run import read_checkpoint
 from vix.tokens import TokenGrid
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
@@ -99,12 +99,12 @@ def call(group: str, make: Callable[..., Any], **supplied: Any) -> Any:
 def load_model(directory: str | Path, weights: Literal["last", "best"] = "last") -> nn.Module:
     """The model of a run, in eval mode, on the CPU: ``weights`` of the last epoch or of the best one.
 
-    Raises DataError where the directory holds no checkpoint.
+    Raises DataError where the directory holds no checkpoint, and UserError where it is damaged.
     """
     path = Path(directory) / "checkpoint.pt"
     if not path.is_file():
         raise DataError(f"there is no {path}: name the directory of a run, such as outputs/vin/seed=0")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     model = build_model(OmegaConf.create(checkpoint["config"]))
     model.load_state_dict(checkpoint["model" if weights == "last" else "best_model"])
     return model.eval()

@@ -5,15 +5,15 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from vix.checks import UserError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_whole(path: Path, contents: bytes | memoryview) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it over ``path``.
 
     Raises UserError where the disk is full or not writable; what ``path`` held before is then still there.
@@ -21,22 +21,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({reason}); what it held before is kept. Free space there and run the same command again"
+            f"cannot write {path} ({error.strerror}); what it held before is kept. Mend that and run the same command again"
         ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, whole or not at all, with null for numbers that are not finite. Raises UserError."""
     text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, text.encode())
 
 
 def finite(value: Any) -> Any:

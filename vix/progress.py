@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from vix.checks import UserError
 from vix.metrics import process_gigabytes
 from vix.run import Run, flat
 
@@ -68,7 +70,15 @@ class TensorBoard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.writer.close()
+        with suppress(OSError):  # what could not be written was told by ``flush``
+            self.writer.close()
+
+    def flush(self) -> None:
+        """Wait for the events to be on the disk. Raises UserError where they cannot be."""
+        try:
+            self.writer.flush()
+        except OSError as error:
+            raise UserError(f"cannot write TensorBoard's events into {self.run.directory} ({error.strerror})") from error
 
     def epoch(self, row: dict[str, Any], memory: dict[str, float | None]) -> None:
         scalars = {
@@ -82,23 +92,14 @@ class TensorBoard:
         }
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, row["epoch"])
-        self.writer.flush()
+        self.flush()
 
     def finish(self, results: dict[str, Any]) -> None:
         """The HParams page's row of this run. ``run_name="."`` keeps it in this run instead of one nested below."""
         hparams = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat(self.run.config).items()}
         hparams |= {k: results[k] or "" for k in ("experiment", "model", "attention", "embedding", "posenc")}
-        names = (
-            "top1",
-            "top5",
-            "best_top1",
-            "train_loss",
-            "trainable_params",
-            "checkpoint_mb",
-            "images_per_second",
-            "seconds",
-            "peak_gpu_allocated_gb",
-        )
+        names = ["top1", "top5", "best_top1", "train_loss", "trainable_params", "checkpoint_mb", "images_per_second", "seconds"]
+        names.append("peak_gpu_allocated_gb")
         metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
         self.writer.add_hparams(hparams, metrics, run_name=".", global_step=results["epochs"])
 

@@ -11,7 +11,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -215,7 +214,7 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         raise UserError(f"{out}: this directory cannot be made ({error.strerror}); choose another with --out") from error
     for name, content in files.items():
-        write_whole(out / name, methodcaller("write", content))
+        write_whole(out / name, content)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

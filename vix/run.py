@@ -3,9 +3,11 @@
 import io
 import json
 import logging
+import os
 import shutil
 import signal
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +30,28 @@ NOT_IDENTITY = (
 )
 
 
+KEPT = ("results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
+
+
+@dataclass
+class Position:
+    """How far a run has come; with the state dicts, all that is needed to continue it.
+
+    ``batch``, ``train_seconds`` and ``loss_sum`` are of the epoch that has begun; ``rate`` is the last step's learning rate;
+    ``best_model`` holds the weights, on the CPU, of the epoch in ``best``.
+    """
+
+    loss_sum: Tensor
+    epoch: int = 0
+    batch: int = 0
+    rate: float = 0.0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
 class Run:
     """What one training run writes into its directory.
 
@@ -39,6 +63,7 @@ class Run:
     def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any]) -> None:
         self.directory, self.config = directory, config
         self.results_path, self.checkpoint_path = directory / "results.json", directory / "checkpoint.pt"
+        self.previous_path = directory / "checkpoint.previous.pt"
         self.identity = identity
         self.earlier = read_results(self.results_path)
         kept = {k: v for k, v in self.earlier.items() if k not in ("error", "traceback")}
@@ -72,26 +97,36 @@ class Run:
         write_json(self.results_path, self.results)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write checkpoint.pt, whole or not at all; ``torch.load(..., weights_only=True)`` reads it."""
-        write_whole(self.checkpoint_path, lambda file: torch.save({**state, "config": self.config}, file))
+        """Write checkpoint.pt, whole or not at all, and keep the one before it as checkpoint.previous.pt."""
+        if self.checkpoint_path.exists():
+            link = self.directory / ".checkpoint.previous.tmp"
+            link.unlink(missing_ok=True)
+            os.link(self.checkpoint_path, link)  # so there is a checkpoint.pt at every moment
+            link.replace(self.previous_path)
+        write_tensors(self.checkpoint_path, {**state, "config": self.config})
 
     def load_checkpoint(self, resume: str) -> dict[str, Any] | None:
-        """State to continue from, or None to start.
+        """State to continue from, or None to start; from checkpoint.previous.pt where checkpoint.pt is damaged.
 
-        Raises ConfigError where the checkpoint was trained with another config (unless ``resume`` is ``force``), and UserError
-        where it cannot be read.
+        Raises ConfigError where it was trained with another config (unless ``resume`` is ``force``), and UserError where no
+        checkpoint can be read. Nothing in a checkpoint is ever executed.
         """
-        if not self.checkpoint_path.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            saved = state["config"]
-        except Exception as error:  # a damaged file raises almost anything
-            raise UserError(
-                f"{self.checkpoint_path} cannot be read ({type(error).__name__}); start over with rerun=true"
-            ) from error
-        self.refuse_other_config(saved, resume)
-        return state
+        damaged = []
+        for path in (self.checkpoint_path, self.previous_path):
+            if not path.exists():
+                continue
+            try:
+                state = read_checkpoint(path)
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            for message in damaged:
+                log.warning("%s; continuing from %s instead", message, path.name)
+            self.refuse_other_config(state["config"], resume)
+            return state
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}; start over with rerun=true")
+        return None
 
     def discard_if_empty(self) -> None:
         """Remove the directory that Hydra made for a run that was refused before it wrote anything."""
@@ -105,9 +140,7 @@ class Run:
 
     def set_aside(self) -> None:
         """Move what an earlier run left in the directory into ``previous-1``, ``previous-2``, …; nothing is deleted."""
-        old = [
-            p for p in self.directory.iterdir() if p.name in ("results.json", "checkpoint.pt") or p.name.startswith("events.")
-        ]
+        old = [p for p in self.directory.iterdir() if p.name in KEPT or p.name.startswith("events.")]
         if old:
             number = 1 + sum(1 for _ in self.directory.glob("previous-*"))
             aside = self.directory / f"previous-{number}"
@@ -149,6 +182,25 @@ def saved_megabytes(state: dict[str, Tensor]) -> float:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.tell() / 1e6
+
+
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` as torch.save does, whole or not at all. Raises UserError."""
+    buffer = io.BytesIO()  # written by itself torch.save reports a full disk without saying so
+    torch.save(state, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint.pt, on the CPU. Raises UserError, naming the file, where it is no sound checkpoint."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        reason = "it holds code, which is never run" if "weights_only" in str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from error
+    if not (isinstance(state, dict) and {"model", "best_model", "config", "position"} <= set(state)):
+        raise UserError(f"{path} is damaged or no checkpoint (it is of another program)")
+    return state
 
 
 class StopRequest:

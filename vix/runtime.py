@@ -45,6 +45,23 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+def limit_memory(device: torch.device, gigabytes: float | None) -> None:
+    """Let PyTorch take no more than so many GB (10⁹ bytes) of a GPU's memory; None lifts an earlier limit.
+
+    Raises ConfigError where the device is no CUDA GPU, or has less.
+    """
+    if device.type != "cuda":
+        if gigabytes is not None:
+            raise ConfigError(
+                f"trainer.memory_limit_gb={gigabytes}: limits GPU memory, and this run is on the {device.type}; use null"
+            )
+        return
+    total = torch.cuda.get_device_properties(device).total_memory / 1e9
+    if gigabytes is not None and gigabytes > total:
+        raise ConfigError(f"trainer.memory_limit_gb={gigabytes}: this GPU has {total:.1f} GB; at most that")
+    torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes / total, device)
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

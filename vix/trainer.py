@@ -4,43 +4,25 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from vix.data.dataset import ImageData
+from vix.learner import Learner, largest_micro_batch
 from vix.metrics import PeakMemory, accuracy
+from vix.nonfinite import find
 from vix.progress import EpochBar, TensorBoard
-from vix.run import Run, StopRequest, parameter_counts, saved_megabytes
-from vix.runtime import device_name, get_rng_state, resolve_device, resolve_precision, set_rng_state
+from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
+from vix.runtime import device_name, get_rng_state, limit_memory, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Position:
-    """How far a run has come; with the state dicts, all that is needed to continue it.
-
-    ``batch``, ``train_seconds`` and ``loss_sum`` are of the epoch that has begun; ``rate`` is the last step's learning rate;
-    ``best_model`` holds the weights, on the CPU, of the epoch in ``best``.
-    """
-
-    loss_sum: Tensor
-    epoch: int = 0
-    batch: int = 0
-    rate: float = 0.0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    best: dict[str, Any] = field(default_factory=dict)
-    best_model: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -49,6 +31,9 @@ class Trainer:
 
     epochs: passes over the training images.
     batch_size, eval_batch_size: images a step, and images at a time when testing.
+    micro_batch: images at a time within a step, whose gradients are added up: loss and updates stay those of the batch. null
+        takes the batch at once, auto the largest part of it that fits the memory.
+    memory_limit_gb: cap on the GPU memory (10⁹ bytes) that PyTorch may take, to ask whether a smaller card would do.
     precision: of forward and loss: bf16, fp16 (with gradient scaling), fp32, or auto: bf16 where the hardware computes in it
         (on a GPU without it, fp16), else fp32.
     device: auto (CUDA where there is one, else the CPU), or a PyTorch device such as cpu or cuda:1.
@@ -63,6 +48,8 @@ class Trainer:
     epochs: Positive = 40
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
+    micro_batch: Positive | Literal["auto"] | None = None
+    memory_limit_gb: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: str = "auto"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -76,6 +63,7 @@ class Trainer:
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"trainer.warmup_epochs={self.warmup_epochs}: must be at most trainer.epochs={self.epochs}")
         self.torch_device = resolve_device(self.device)
+        limit_memory(self.torch_device, self.memory_limit_gb)
 
     def fit(
         self,
@@ -100,23 +88,37 @@ class Trainer:
         warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
         schedule = LambdaLR(optimizer, rate_factor(self.schedule, warmup_steps, steps))
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-        step_hooks = [getattr(m, "on_train_step") for m in model.modules() if hasattr(m, "on_train_step")]  # noqa: B009
+        micro_batch = None if self.micro_batch == "auto" else self.micro_batch
+        learner = Learner(model, optimizer, schedule, scaler, dtype, micro_batch, self.clip_norm, self.label_smoothing)
+        if self.micro_batch == "auto":
+            learner.micro_batch = largest_micro_batch(learner, *next(train.shuffled(self.batch_size, seed, epoch=0)))
+            log.info("Micro-batch: %d images of a batch of %d fit the memory", learner.micro_batch, self.batch_size)
         memory = PeakMemory(device, train.nbytes + test.nbytes)
-        parts: Any = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler, "memory": memory}
         at = Position(loss_sum=torch.zeros((), device=device))
-        if saved:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+
+        def restore(saved: dict[str, Any]) -> None:
+            learner.load_state_dict(saved)
+            memory.load_state_dict(saved["memory"])
             set_rng_state(saved["rng"])
-            at = Position(**saved["position"])
-            at.loss_sum = at.loss_sum.to(device)
-            log.info("Continuing after %d epochs and %d steps", at.epoch, at.batch)
+            vars(at).update(saved["position"], loss_sum=saved["position"]["loss_sum"].to(device))
 
         def checkpoint() -> None:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            run.save_checkpoint({**states, "best_model": at.best_model, "rng": get_rng_state(), "position": vars(at)})
+            state = {**learner.state_dict(), "best_model": at.best_model, "memory": memory.state_dict()}
+            run.save_checkpoint({**state, "rng": get_rng_state(), "position": vars(at)})
 
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            return train.shuffled(self.batch_size, seed, at.epoch, first_batch=at.batch)
+
+        def stop_if_broken() -> None:
+            if learner.broken:
+                restore(run.load_checkpoint("force") or {})
+                raise find(learner, batches(), at.epoch * steps_per_epoch + at.batch, run.directory, run.config)
+
+        if saved:
+            restore(saved)
+            log.info("Continuing after %d epochs and %d steps", at.epoch, at.batch)
+        else:
+            checkpoint()
         run.write_results(
             status="running",
             **parameter_counts(model),
@@ -126,6 +128,7 @@ class Trainer:
             torch=torch.__version__,
             train_images=len(train),
             test_images=len(test),
+            micro_batch=learner.micro_batch,
         )
         with StopRequest() as stop, TensorBoard(run, first_epoch=at.epoch + 1) as board:
             while at.epoch < self.epochs:
@@ -133,25 +136,18 @@ class Trainer:
                 memory.start()
                 clock = time.perf_counter()
                 with EpochBar(at.epoch, self.epochs, len(train), at.history) as bar:
-                    for images, labels in train.shuffled(self.batch_size, seed, at.epoch, first_batch=at.batch):
-                        for hook in step_hooks:
-                            hook(at.epoch * steps_per_epoch + at.batch)
-                        with autocast:
-                            loss = F.cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
-                        scaler.scale(loss).backward()
-                        if self.clip_norm is not None:
-                            scaler.unscale_(optimizer)
-                            nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
-                        scaler.step(optimizer)
-                        scaler.update()
-                        optimizer.zero_grad(set_to_none=True)
-                        at.rate = float(schedule.get_last_lr()[0])
-                        schedule.step()
-                        at.loss_sum += loss.detach().float() * len(labels)
+                    for images, labels in batches():
+                        loss = learner.gradients(at.epoch * steps_per_epoch + at.batch, images, labels)
+                        at.rate = learner.rate
+                        learner.update()
+                        at.loss_sum += loss * len(labels)
                         at.batch += 1
                         bar.step(len(labels), loss)
+                        if device.type == "cpu" or at.batch % 100 == 0:  # on a GPU, looking is waiting
+                            stop_if_broken()
                         wanted = self.checkpoint_every and at.batch % self.checkpoint_every == 0
                         if stop.signal or (wanted and at.batch < steps_per_epoch):
+                            stop_if_broken()
                             at.train_seconds += time.perf_counter() - clock
                             memory.stop()
                             checkpoint()
@@ -160,12 +156,13 @@ class Trainer:
                             run.write_results(status="interrupted", epochs=at.epoch, **memory.gigabytes)
                             log.warning("Stopped by signal %d; the same command continues from here", stop.signal)
                             raise SystemExit(128 + stop.signal)
+                stop_if_broken()
                 mean_loss = at.loss_sum.item() / len(train)  # waits for the device: the epoch's time ends here
                 at.train_seconds += time.perf_counter() - clock
                 memory.stop()
 
                 clock = time.perf_counter()
-                scores = accuracy(model, test.in_order(self.eval_batch_size), autocast)
+                scores = accuracy(model, test.in_order(self.eval_batch_size), learner.autocast)
                 at.seconds += at.train_seconds + time.perf_counter() - clock
                 speed = len(train) / at.train_seconds
                 at.epoch += 1
@@ -181,6 +178,7 @@ class Trainer:
                     **at.best,
                     train_loss=mean_loss,
                     images_per_second=statistics.median(h["images_per_second"] for h in at.history),
+                    skipped_steps=learner.skipped,
                     **memory.gigabytes,
                     seconds=at.seconds,
                     history=at.history,

@@ -1,13 +1,20 @@
-"""CIFAR-10 and CIFAR-100 in torchvision's layout (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009)."""
+"""CIFAR-10 and CIFAR-100 in torchvision's layout: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009."""
 
 import contextlib
+import fcntl
 import io
+import logging
+import pickle
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vix.checks import DataError, NotNegative, Positive
 from vix.data.dataset import ImageData
+
+log = logging.getLogger(__name__)
 
 
 class Cifar10(ImageData):
@@ -36,20 +43,37 @@ class Cifar10(ImageData):
         from torchvision import datasets  # takes seconds, and only this needs it
 
         reader = getattr(datasets, self.reader)
-        present = (self.root / self.folder).is_dir()
+        where = self.root / self.folder
+        present = where.is_dir()
         try:
-            # torchvision prints its download's progress; its result is all that matters here.
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                train, test = (reader(str(self.root), train=train, download=not present) for train in (True, False))
-        except (OSError, RuntimeError) as error:
-            what = f"{self.root / self.folder} is incomplete or damaged" if present else f"{self.root / self.folder} is absent and cannot be downloaded"
-            reason = " ".join(str(error).split())
+            if not present:
+                self.download(reader)
+            train, test = (reader(str(self.root), train=train) for train in (True, False))
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
             raise DataError(
-                f"{what} ({reason}); put the original files there, or name the folder that holds {self.folder} with "
-                f"data.root=DIR or VIX_DATA=DIR; `python train.py experiment=quickstart` needs none"
+                f"{where} {what} ({' '.join(str(error).split())}); put the original files there, or name the folder that holds "
+                f"{self.folder} with data.root=DIR or VIX_DATA=DIR; `python train.py experiment=quickstart` needs none"
             ) from error
         self.class_names = tuple(train.classes)
         return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
+
+    def download(self, reader: Any) -> None:
+        """Download, verify and unpack beside ``root``'s other contents, and only then move the folder into its place.
+
+        Of several processes that start at once, one downloads and the others wait for it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".download.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (self.root / self.folder).is_dir():
+                return
+            log.info("Downloading %s into %s", self.reader, self.root)
+            with tempfile.TemporaryDirectory(dir=self.root, prefix=".download-") as unfinished:
+                # torchvision prints its progress, which is no use in a log.
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    reader(unfinished, download=True)
+                (Path(unfinished) / self.folder).rename(self.root / self.folder)
 
 
 class Cifar100(Cifar10):

@@ -117,7 +117,7 @@ class ImageData:
         splits = []
         for (images, labels), size, name in zip(self.read(), self.subset, ("training", "test"), strict=True):
             if set(np.unique(labels)) != set(range(self.classes)):
-                raise DataError(f"the {name} labels are not the {self.classes} classes 0 to {self.classes - 1}: the files are not this set's")
+                raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not this image set's")
             if size is not None:
                 chosen = balanced_subset(labels, size)
                 images, labels = images[chosen], labels[chosen]

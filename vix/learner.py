@@ -1,0 +1,119 @@
+"""One training step: gradients in micro-batches under autocast, then the update."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from vix.runtime import get_rng_state, set_rng_state
+
+
+@dataclass
+class Learner:
+    """A model with what trains it: forward, loss and backward of a batch, then the optimizer's update.
+
+    micro_batch: images at a time, whose gradients add up to the whole batch's; None takes the batch at once.
+    clip_norm: largest norm of the gradient; None does not clip.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # of autocast; float32 does without
+    micro_batch: int | None
+    clip_norm: float | None
+    label_smoothing: float
+    skipped: int = 0  # steps that float16's scaling skipped because a gradient overflowed
+    hooks: list[Callable[[int], None]] = field(init=False)
+    autocast: torch.autocast = field(init=False)
+    broken: Tensor = field(init=False)  # on the device: whether a loss or gradient was not finite in any step so far
+
+    def __post_init__(self) -> None:
+        modules = self.model.modules()
+        self.hooks = [getattr(m, "on_train_step") for m in modules if hasattr(m, "on_train_step")]  # noqa: B009
+        device = next(self.model.parameters()).device
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)
+        self.autocast = torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the coming step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def gradients(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
+        """Leave the gradients of the mean loss in the parameters, clipped, and return that loss (a scalar on the device).
+
+        number: steps of the run before this one, for mixers that do something every so many.
+        """
+        for hook in self.hooks:
+            hook(number)
+        loss = torch.zeros((), device=images.device)
+        size = self.micro_batch or len(labels)
+        for some_images, some_labels in zip(images.split(size), labels.split(size), strict=True):
+            with self.autocast:
+                part = F.cross_entropy(self.model(some_images), some_labels, label_smoothing=self.label_smoothing)
+                part = part * (len(some_labels) / len(labels))
+            self.scaler.scale(part).backward()
+            loss += part.detach().float()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+        # An overflowing gradient is float16's everyday business: its scaler skips the step and lowers the scale.
+        healthy = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & norm.isfinite()
+        self.broken |= ~healthy
+        return loss
+
+    def update(self) -> None:
+        """Move the parameters along their gradients, forget these, and go on to the next learning rate."""
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint must hold of it."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
+        return {**parts, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.skipped = state["skipped"]
+        self.broken.zero_()
+
+
+def largest_micro_batch(learner: Learner, images: Tensor, labels: Tensor) -> int:
+    """The largest of the batch size, its half, its quarter, … at which the gradients of this batch fit the device's memory.
+
+    Tries them, with room for an Adam's state, and leaves model and random generators as they were. Raises the device's
+    out-of-memory error where not even single images fit.
+    """
+    rng, buffers = get_rng_state(), [buffer.clone() for buffer in learner.model.buffers()]
+    adam_bytes = 2 * sum(p.nbytes for p in learner.model.parameters())
+    size = len(labels)
+    while True:
+        try:
+            room = torch.empty(adam_bytes, dtype=torch.uint8, device=images.device)
+            replace(learner, micro_batch=size).gradients(0, images, labels)
+            del room
+            return size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = math.ceil(size / 2)
+        finally:
+            learner.optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(learner.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            set_rng_state(rng)
+            if images.device.type == "cuda":
+                torch.cuda.empty_cache()
