@@ -1,0 +1,299 @@
+"""A folder of images: layouts, sizes, damage, and a run that trains on one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, run_train
+from omegaconf import DictConfig
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.transforms import v2
+
+import vix
+from vix.build import build
+from vix.checks import ConfigError, DataError
+from vix.data import imagefolder
+from vix.data.dataset import balanced_subset
+from vix.data.imagefolder import ImageFolder
+
+Compose = Callable[..., DictConfig]
+CPU = torch.device("cpu")
+DIGITS = load_digits()
+
+
+def picture(seed: int, size: tuple[int, int] = (8, 8), channels: int = 3) -> np.ndarray:
+    """Random pixels (rows, columns, channels); ``size`` is (columns, rows), as Pillow has it."""
+    shape = (size[1], size[0], channels) if channels > 1 else (size[1], size[0])
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes, four training and two test images of each, 8×8 pixels."""
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(3 * count):
+            write(tmp_path / "set" / split / ("ape", "bee", "cow")[i % 3] / f"{i}.png", picture(100 * count + i))
+    return tmp_path / "set"
+
+
+def digit_folder(root: Path, classes: int, side: int) -> Path:
+    """Real handwritten digits as PNG files of side × side pixels: 20 training and 4 test images of each class."""
+    for digit in range(classes):
+        for i, item in enumerate(np.flatnonzero(DIGITS.target == digit)[:24]):
+            pixels = Image.fromarray((DIGITS.images[item] * 15).astype(np.uint8)).resize((side, side))
+            write(root / ("train" if i < 20 else "test") / f"digit {digit}" / f"{i}.png", np.asarray(pixels))
+    return root
+
+
+def test_pixels_and_labels_are_the_files(folder: Path) -> None:
+    data = ImageFolder(root=str(folder), image_size=8)
+    assert (data.classes, data.class_names, data.sizes, data.channels) == (3, ("ape", "bee", "cow"), (12, 6), 3)
+    train, test = data.load(CPU)
+    assert (train.images.dtype, train.images.shape, test.images.shape) == (torch.uint8, (12, 3, 8, 8), (6, 3, 8, 8))
+    assert test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for image, seed in zip(test.images, (200, 203, 201, 204, 202, 205), strict=True):
+        assert np.array_equal(image.permute(1, 2, 0), picture(seed))
+
+
+def test_val_comes_before_test(folder: Path) -> None:
+    (folder / "val").rename(folder / "test")
+    assert ImageFolder(root=str(folder)).sizes == (12, 6)
+    (folder / "val").mkdir()
+    for name in ("ape", "bee", "cow"):
+        write(folder / "val" / name / "x.png", picture(0))
+    assert ImageFolder(root=str(folder)).sizes == (12, 3)
+
+
+def test_tiny_imagenet_as_distributed(tmp_path: Path) -> None:
+    """train/<id>/images/*.JPEG with boxes beside them, a flat val/ with its annotations, a test/ without labels."""
+    ids, lines = ("n01443537", "n02085620"), []
+    for i, name in enumerate(ids):
+        for j in range(3):
+            write(tmp_path / "train" / name / "images" / f"{name}_{j}.JPEG", np.full((64, 64, 3), 100 * i + j, np.uint8))
+        (tmp_path / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t10\t63\t58\n")
+    for j in range(4):
+        write(tmp_path / "val" / "images" / f"val_{j}.JPEG", np.full((64, 64, 3), 10 * j, np.uint8))
+        lines.append(f"val_{j}.JPEG\t{ids[j % 2 == 0]}\t0\t32\t44\t62\n")
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    write(tmp_path / "test" / "images" / "test_0.JPEG", picture(0, (64, 64)))
+    (tmp_path / "wnids.txt").write_text("\n".join(ids))
+
+    data = ImageFolder(root=str(tmp_path))
+    assert (data.image_size, data.class_names, data.sizes) == (64, ids, (6, 4))
+    train, test = data.load(CPU)
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    assert test.labels.tolist() == [0, 0, 1, 1]
+    assert test.images[:, 0, 0, 0].tolist() == [10, 30, 0, 20]
+
+    (tmp_path / "val" / "val_annotations.txt").write_text(lines[0] + "val_1.JPEG\n")
+    with pytest.raises(DataError, match=r"val_annotations\.txt: line 2 is not"):
+        ImageFolder(root=str(tmp_path))
+    # Sorted into folders, as many do, with the annotations left behind.
+    for j in range(4):
+        (tmp_path / "val" / ids[j % 2 == 0]).mkdir(exist_ok=True)
+        (tmp_path / "val" / "images" / f"val_{j}.JPEG").rename(tmp_path / "val" / ids[j % 2 == 0] / f"val_{j}.JPEG")
+    (tmp_path / "val" / "images").rmdir()
+    assert ImageFolder(root=str(tmp_path)).load(CPU)[1].labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("size", [(48, 16), (16, 48), (16, 16), (17, 40), (5, 4)])
+def test_the_middle_square_is_resized(folder: Path, size: tuple[int, int]) -> None:
+    """Of any shape of image, to the size asked for; torchvision's crop and resize agree but for rounding."""
+    pixels = picture(1, size)
+    write(folder / "train" / "ape" / "0.png", pixels)
+    train, _ = ImageFolder(root=str(folder), image_size=16).load(CPU)
+    ours = train.images[0]
+    assert ours.shape == (3, 16, 16)
+    side = min(size)
+    corner = [(s - side) // 2 for s in size]  # exact where the rest is even
+    square = Image.fromarray(pixels[corner[1] : corner[1] + side, corner[0] : corner[0] + side])
+    expected = v2.functional.pil_to_tensor(v2.functional.resize(square, [16, 16]))
+    if all((s - side) % 2 == 0 for s in size):
+        assert torch.equal(ours, expected)
+
+
+def test_a_photograph_stands_upright(folder: Path) -> None:
+    pixels = picture(1)
+    turned = Image.fromarray(np.rot90(pixels).copy())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn clockwise to show"
+    turned.save(folder / "train" / "ape" / "0.png", exif=exif)
+    train, _ = ImageFolder(root=str(folder), image_size=8).load(CPU)
+    assert np.array_equal(train.images[0].permute(1, 2, 0), pixels)
+
+
+def test_grey_and_coloured_files_mix(folder: Path) -> None:
+    grey = picture(1, channels=1)
+    write(folder / "train" / "ape" / "0.png", grey)
+    coloured, _ = ImageFolder(root=str(folder), image_size=8).load(CPU)
+    assert np.array_equal(coloured.images[0], np.stack([grey] * 3))
+    data = ImageFolder(root=str(folder), image_size=8, channels=1)
+    train, test = data.load(CPU)
+    assert (train.images.shape, test.images.shape) == ((12, 1, 8, 8), (6, 1, 8, 8))
+    assert np.array_equal(train.images[0, 0], grey)
+    assert np.array_equal(test.images[0, 0], np.asarray(Image.fromarray(picture(200)).convert("L")))
+
+
+def test_a_subset_is_what_the_whole_would_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its files are read, and they are those that every other image set would take."""
+    opened = []
+    read_image = imagefolder.read_image
+    monkeypatch.setattr(imagefolder, "read_image", lambda path, *shape: (opened.append(path), read_image(path, *shape))[1])
+    train, test = ImageFolder(root=str(folder), image_size=8, train_size=6, test_size=3).load(CPU)
+    assert len(opened) == 9
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert test.labels.tolist() == [0, 1, 2]
+    whole, _ = ImageFolder(root=str(folder), image_size=8).load(CPU)
+    assert torch.equal(train.images, whole.images[balanced_subset(whole.labels.numpy(), 6)])
+    for options, message in (
+        ({"train_size": 13}, r"^data\.train_size=13: must be from 3 \(one image a class\) to 12$"),
+        ({"test_size": 2}, r"^data\.test_size=2: must be from 3 .* to 6$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ImageFolder(root=str(folder), **options)
+
+
+def break_file(folder: Path) -> None:
+    path = folder / "val" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def write_text(folder: Path) -> None:
+    (folder / "val" / "bee" / "1.png").write_text("no image")
+
+
+def write_deep(folder: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(folder / "val" / "bee" / "1.png")
+
+
+@pytest.mark.parametrize("damage", [break_file, write_text, write_deep])
+def test_a_file_that_is_no_image_is_named(folder: Path, damage: Callable[[Path], None]) -> None:
+    damage(folder)
+    with pytest.raises(DataError, match=r"set/val/bee/1\.png: cannot be read as an image \(.+\); replace it") as error:
+        ImageFolder(root=str(folder)).load(CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_an_absent_folder_is_refused_with_what_is_expected(folder: Path) -> None:
+    (folder / "val").rename(folder / "valid")
+    for root, absent in ((folder / "no", folder / "no" / "train"), (folder, f"{folder}/val or {folder}/test")):
+        with pytest.raises(ConfigError) as error:
+            ImageFolder(root=str(root))
+        message = str(error.value)
+        assert message.startswith(f"data.root={root}: there is no {absent}; ")
+        for part in (f"{root}/train/CLASS/", f"{root}/val/CLASS/", "test/", "VIX_DATA", "data.root=DIR"):
+            assert part in message
+        assert "\n" not in message
+
+
+def test_classes_of_one_split_only_are_named(folder: Path) -> None:
+    write(folder / "val" / "dog" / "x.png", picture(0))
+    with pytest.raises(DataError, match=r"differ in their classes: only .*/set/val has dog$"):
+        ImageFolder(root=str(folder))
+    (folder / "val" / "dog").rename(folder / "train" / "dog")
+    with pytest.raises(DataError, match=r"differ in their classes: only .*/set/train has dog$"):
+        ImageFolder(root=str(folder))
+    for i in range(9):
+        write(folder / "val" / f"e{i}" / "x.png", picture(0))
+    with pytest.raises(DataError, match=r"only .*/set/train has dog$"):
+        ImageFolder(root=str(folder))
+    write(folder / "val" / "dog" / "x.png", picture(0))
+    with pytest.raises(DataError, match=r"only .*/set/val has e0, e1, e2, e3, e4 and 4 more$"):
+        ImageFolder(root=str(folder))
+
+
+def test_a_class_without_images_is_named(folder: Path) -> None:
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(DataError, match=r"/set/train: Found no valid file for the classes empty\. "):
+        ImageFolder(root=str(folder))
+
+
+def test_a_number_of_classes_builds_the_model_without_the_images(compose_config: Compose, folder: Path) -> None:
+    small = ("data=imagefolder", "data.image_size=8", "model.dim=16", "attention=softmax", "attention.heads=2")
+    model = vix.build_model(compose_config(*small, "data.root=/nonexistent", "data.classes=200"))
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 200)
+    data = ImageFolder(root=str(folder), classes=3, image_size=8)
+    train, _ = data.load(CPU)
+    assert (len(train), data.class_names) == (12, ("ape", "bee", "cow"))
+    with pytest.raises(DataError, match=r"^data\.classes=4: .*/set/train has 3 class folders$"):
+        ImageFolder(root=str(folder), classes=4).load(CPU)
+    with pytest.raises(DataError, match=r"holds 12 images of a split from which 13 are to be taken"):
+        ImageFolder(root=str(folder), classes=3, train_size=13).load(CPU)
+    with pytest.raises(ConfigError, match=r"^data\.root=/nonexistent: there is no /nonexistent/train"):
+        ImageFolder(root="/nonexistent", classes=3).load(CPU)
+
+
+@pytest.mark.parametrize("model", ["vit", "levit", "cct", "cvt", "pit"])
+@pytest.mark.parametrize(
+    ("embedding", "patch_size", "channels"), [("linear", 1, 1), ("conv", 2, 3), ("cct", 4, 3), ("linear", 3, 3)]
+)
+def test_every_family_takes_a_users_images(
+    compose_config: Compose, tmp_path: Path, model: str, embedding: str, patch_size: int, channels: int
+) -> None:
+    """Images of 20×20 pixels of 7 classes, read from files, through a model of them; 3 does not divide 20."""
+    root = digit_folder(tmp_path, classes=7, side=20)
+    cfg = compose_config(
+        f"model={model}",
+        "model.dim=[16,32]" if model == "pit" else "model.dim=16",
+        "attention=linformer",
+        "attention.heads=2",
+        f"embedding={embedding}",
+        f"embedding.patch_size={patch_size}",
+        "data=imagefolder",
+        f"data.root={root}",
+        "data.image_size=20",
+        f"data.channels={channels}",
+        "data.train_size=7",
+    )
+    if patch_size == 3:
+        with pytest.raises(ConfigError, match=r"^embedding\.patch_size=3 does not divide the image size 20; .*: 2, 4$"):
+            vix.build_model(cfg)
+        return
+    built = vix.build_model(cfg).eval()
+    train, _ = build(cfg, "data").load(CPU)
+    images, _ = next(train.in_order(7))
+    assert images.shape == (7, channels, 20, 20)
+    logits = built(images)
+    assert logits.shape == (7, 7)
+    assert logits.isfinite().all()
+
+
+def test_a_run_learns_a_users_images(tmp_path: Path) -> None:
+    """``python train.py data=imagefolder``: seven digits as 12×12 colour PNGs in train/ and test/."""
+    root = digit_folder(tmp_path / "digits", classes=7, side=12)
+    done = run_train(
+        tmp_path,
+        *TINY[:4],
+        "data=imagefolder",
+        "data.image_size=12",
+        "embedding.patch_size=2",
+        "trainer.batch_size=20",
+        "trainer.epochs=8",
+        "trainer.precision=fp32",
+        "optimizer.lr=3e-3",
+        VIX_DATA=str(root),
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("outputs/*/*/results.json")
+    results = json.loads(path.read_text())
+    assert (results["status"], results["data"]) == ("finished", "imagefolder")
+    assert results["config"]["data"]["channels"] == 3
+    assert results["top1"] > 50  # by chance: 14 %
+
+
+def test_refused_in_one_line_and_nothing_left_behind(tmp_path: Path) -> None:
+    done = run_train(tmp_path, "data=imagefolder", VIX_DATA=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: data.root={tmp_path}: there is no {tmp_path}/train; ")
+    assert not list(tmp_path.glob("outputs/*/*"))
