@@ -1,5 +1,7 @@
 """Splitting the width into heads, and the arithmetic that must not follow autocast."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -34,9 +36,10 @@ def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Context in which matrix products keep the dtype of their inputs, whatever autocast surrounds it."""
-    return torch.autocast(x.device.type, enabled=False)
+    # The meta device, which knows shapes alone, has no autocast to switch off.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def kernel_average(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor) -> Tensor:
