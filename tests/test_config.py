@@ -219,6 +219,7 @@ def test_a_runs_name_follows_from_what_it_is() -> None:
     one = run_name(choices, ["experiment=vin", "trainer.epochs=3", "optimizer.lr=0.1", "data.root=/x"], 0)
     other = run_name(choices, ["optimizer.lr=0.1", "trainer.device=cpu", "trainer.epochs=3", "experiment=vin"], 0)
     assert one == other == "vin,optimizer.lr=0.1,trainer.epochs=3/seed=0"
+    assert run_name(choices, ["experiment=vin", "trainer.epochs=2", "trainer.epochs=3"], 0) == "vin,trainer.epochs=3/seed=0"
     parts = {**choices, "experiment": None}
     assert run_name(parts, ["attention=nystrom", "data=digits"], 0) == "vit-nystrom-linear-learned,data=digits/seed=0"
     long = run_name(choices, [f"+data.name{i}=a/b c" for i in range(40)], 0)

@@ -105,6 +105,9 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
     if not path.is_file():
         raise DataError(f"there is no {path}: name the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
-    model = build_model(OmegaConf.create(checkpoint["config"]))
+    cfg = OmegaConf.create(checkpoint["config"])
+    if "classes" in cfg.data:  # an image folder, which need not be on this machine
+        cfg.data.classes = len(checkpoint["model"]["head.weight"])
+    model = build_model(cfg)
     model.load_state_dict(checkpoint["model" if weights == "last" else "best_model"])
     return model.eval()

@@ -13,9 +13,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from vix.config import GROUPS, nearest
+from vix.results import MODEL_GROUPS, override_key
 from vix.run import NOT_IDENTITY
-
-MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
 
 
 def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) -> str:
@@ -27,11 +26,8 @@ def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) ->
     experiment = choices.get("experiment")
     label = experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS)
     told = {"experiment", "seed", *NOT_IDENTITY, *(() if experiment else MODEL_GROUPS)}
-    rest = []
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        if key not in told and key.partition(".")[0] != "hydra":
-            rest.append(override)
+    last = {override_key(override): override for override in overrides}  # of two values for a key the last one counts
+    rest = [override for key, override in last.items() if key not in told and key.partition(".")[0] != "hydra"]
     name = re.sub(r"[^\w.,=+~\[\]-]+", "_", ",".join([label, *sorted(rest)]))
     if len(name) > 180:  # file systems allow 255 bytes
         name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]

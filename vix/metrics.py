@@ -18,7 +18,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocas
         guesses = logits_BK.float().topk(min(5, logits_BK.shape[1])).indices
         hits.append(guesses == labels[:, None])
     correct = torch.cat(hits).cpu()
-    return {"top1": 100 * correct[:, 0].float().mean().item(), "top5": 100 * correct.any(dim=1).float().mean().item()}
+    return {"top1": 100 * correct[:, 0].double().mean().item(), "top5": 100 * correct.any(dim=1).double().mean().item()}
 
 
 class PeakMemory:

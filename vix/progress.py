@@ -14,7 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vix.checks import UserError
 from vix.metrics import process_gigabytes
-from vix.run import Run, flat
+from vix.results import flat
+from vix.run import Run
 
 
 class EpochBar:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vix.checks import ConfigError, UserError
 from vix.files import write_json, write_whole
+from vix.results import flat
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Run:
             link.unlink(missing_ok=True)
             os.link(self.checkpoint_path, link)  # so there is a checkpoint.pt at every moment
             link.replace(self.previous_path)
+            link.unlink(missing_ok=True)  # still there where both names were one file, after a kill at this very place
         write_tensors(self.checkpoint_path, {**state, "config": self.config})
 
     def load_checkpoint(self, resume: str) -> dict[str, Any] | None:
@@ -159,14 +161,6 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return results if isinstance(results, dict) and "config" in results and "status" in results else {}
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    items: dict[str, Any] = {}
-    for key, value in config.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return items
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

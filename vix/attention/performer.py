@@ -99,7 +99,10 @@ class Performer(nn.Module):
 
 def orthogonal_features(count: int, width: int) -> Tensor:
     """Random features (M, E): rows orthogonal within blocks of E, with the lengths of fresh Gaussian rows."""
-    blocks = [torch.linalg.qr(torch.randn(width, width)).Q.T for _ in range(math.ceil(count / width))]
+    factors = [torch.linalg.qr(torch.randn(width, width)) for _ in range(math.ceil(count / width))]
+    # LAPACK ties the signs of Q's columns to the matrix. R's give them back; without them no direction is as likely as its
+    # opposite, and the estimate keeps an error however many features there are.
+    blocks = [(q * r.diagonal().sign()).T for q, r in factors]
     lengths_M1 = torch.randn(count, width).norm(dim=1, keepdim=True)
     return torch.cat(blocks)[:count] * lengths_M1
 

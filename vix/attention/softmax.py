@@ -63,7 +63,8 @@ class Attend(nn.Module):
         bias_1HNM = self.position_bias().to(q_BHNE.dtype).unsqueeze(0) if self.position_bias is not None else None
         if self.implementation == "fused":
             return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
-        logits_BHNM = q_BHNE @ k_BHME.mT * q_BHNE.shape[-1] ** -0.5
+        # Scaled before the product, which in float16 could overflow otherwise.
+        logits_BHNM = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHME.mT
         if bias_1HNM is not None:
             logits_BHNM = logits_BHNM + bias_1HNM
         return F.dropout(logits_BHNM.softmax(dim=-1), dropout).to(v_BHME.dtype) @ v_BHME

@@ -1,0 +1,324 @@
+"""What happens to runs: killed, out of disk, fed damaged files, numbers that go wrong. Done to real train.py processes."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_train
+
+from vix.checks import UserError
+from vix.run import Run, read_checkpoint
+
+SMALL = (*TINY, "trainer.epochs=3", "data.flip=true", "model.dropout=0.1", "trainer.checkpoint_every=2")
+
+
+class Forked:
+    """``train.py`` processes that start in no time (see forked.py)."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "forked.py")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def start(self, directory: Path, *arguments: str) -> int:
+        """Start a process in ``directory`` and return its number."""
+        directory.mkdir(exist_ok=True)
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps([str(directory), arguments]) + "\n")
+        self.server.stdin.flush()
+        return self.answer("started")[0]
+
+    def answer(self, word: str) -> list[int]:
+        assert self.server.stdout is not None
+        for line in self.server.stdout:
+            said, *numbers = line.split()
+            if said == word:
+                return [int(number) for number in numbers]
+        raise AssertionError("the server of processes has ended")
+
+    def wait(self, process: int) -> int:
+        """The exit status of a process (minus the signal that killed it)."""
+        while True:
+            ended, status = self.answer("ended")
+            if ended == process:
+                return status
+
+    def kill(self, process: int) -> int:
+        """kill -9, unless it has ended; its exit status."""
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        return self.wait(process)
+
+    def run(self, directory: Path, *arguments: str) -> tuple[int, str]:
+        """Run a process to its end; its exit status and all that processes have printed in ``directory``."""
+        process = self.start(directory, *arguments)
+        return self.wait(process), (directory / "out").read_text()
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    forked = Forked()
+    yield forked
+    forked.server.kill()
+
+
+def run_directory(directory: Path) -> Path:
+    (found,) = (path.parent for path in directory.glob("outputs/*/*/.hydra"))
+    return found
+
+
+def outcome(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results without timings, and the checkpoint."""
+    run = run_directory(directory)
+    results = json.loads((run / "results.json").read_text())
+    for row in (results, *results["history"]):
+        row.pop("images_per_second")
+    results.pop("seconds")
+    results.pop("git_commit")  # somebody may be at work in the checkout
+    return results, torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(directory: Path, expected: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    results, checkpoint = outcome(directory)
+    assert results == expected[0]
+    for kind in ("model", "best_model"):
+        for name, tensor in expected[1][kind].items():
+            assert torch.equal(checkpoint[kind][name], tensor), name
+
+
+def assert_files_are_whole(run: Path) -> None:
+    if (run / "results.json").exists():
+        json.loads((run / "results.json").read_text())
+    for checkpoint in run.glob("checkpoint*.pt"):
+        read_checkpoint(checkpoint)
+
+
+def test_killed_at_any_moment(tmp_path: Path, forked: Forked) -> None:
+    """kill -9 on 30 runs at random times: every file is whole or absent, and the same command then ends as if undisturbed."""
+    assert forked.run(tmp_path / "whole", *SMALL)[0] == 0
+    began = time.monotonic()  # the first one waited for the server's imports
+    assert forked.run(tmp_path / "timed", *SMALL)[0] == 0
+    duration = time.monotonic() - began
+    expected = outcome(tmp_path / "whole")
+    times = random.Random(0)
+    killed = continued = 0
+    for i in range(30):
+        directory = tmp_path / f"killed-{i}"
+        process = forked.start(directory, *SMALL)
+        time.sleep(times.uniform(0, duration))
+        killed += forked.kill(process) == -signal.SIGKILL
+        for run in directory.glob("outputs/*/*"):
+            assert_files_are_whole(run)
+        status, output = forked.run(directory, *SMALL)
+        assert status == 0, output
+        continued += "Continuing after" in output
+        assert_same(directory, expected)
+        assert not list(run_directory(directory).glob(".*.tmp"))
+        shutil.rmtree(directory)
+    # Not all were dead before they began, nor at their end already.
+    assert killed >= 20
+    assert continued >= 5
+
+
+def test_stopped_at_an_epochs_end_and_continued(tmp_path: Path, forked: Forked) -> None:
+    """Two of three epochs done, and the third from their checkpoint alone: as one run of three, to the bit."""
+    assert forked.run(tmp_path / "whole", *SMALL)[0] == 0
+    longer = [*SMALL[:-4], "trainer.epochs=3", *SMALL[-3:]]
+    directory = tmp_path / "parts"
+    process = forked.start(directory, *longer)
+    while not any(len(json.loads(p.read_text()).get("history", [])) >= 2 for p in directory.glob("outputs/*/*/results.json")):
+        time.sleep(0.002)
+    forked.kill(process)
+    assert forked.run(directory, *longer)[0] == 0
+    assert_same(directory, outcome(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "noise", "empty", "foreign", "code"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, forked: Forked, damage: str) -> None:
+    """Never executed; the previous one is used where it is sound, and without one the run says how to start over."""
+    assert forked.run(tmp_path, *SMALL)[0] == 0
+    expected = outcome(tmp_path)
+    run = run_directory(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, "status": "interrupted"}))
+    path = run / "checkpoint.pt"
+    whole = path.read_bytes()
+
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "noise":
+        path.write_bytes(random.Random(0).randbytes(5000))
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        torch.save({"model": Code()}, path, pickle_module=pickle)
+
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
+        read_checkpoint(path)
+    spoiled = path.read_bytes()
+    status, output = forked.run(tmp_path, *SMALL)
+    assert status == 0, output
+    assert "checkpoint.pt is damaged" in output
+    assert "continuing from checkpoint.previous.pt" in output
+    assert_same(tmp_path, expected)
+
+    for file in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (run / file).write_bytes(spoiled)
+    (run / "results.json").write_text(json.dumps({**results, "status": "interrupted"}))
+    status, output = forked.run(tmp_path, *SMALL)
+    assert status == 1
+    assert output.splitlines()[-1].startswith("error: ")
+    assert "rerun=true" in output.splitlines()[-1]
+    assert not (tmp_path / "executed").exists()
+    assert path.read_bytes() == spoiled
+
+
+def test_a_full_disk(tmp_path: Path, forked: Forked) -> None:
+    """One clear error; the checkpoint and results from before are whole; with room again, the same command finishes."""
+    arguments = (*SMALL, "model.dim=64")
+    assert forked.run(tmp_path / "whole", *arguments)[0] == 0
+    size = (run_directory(tmp_path / "whole") / "checkpoint.pt").stat().st_size
+    directory = tmp_path / "full"
+    directory.mkdir()
+    # Room for one and a half checkpoints and the small files, so a second whole one fails.
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={3 * size // 2 + 100_000}", "tmpfs", str(directory)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("only root can mount the small disk that this test fills")
+    try:
+        status, output = forked.run(directory, *arguments)
+        assert status == 1
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert "No space left on device" in errors[0]
+        assert "Traceback" not in output
+        run = run_directory(directory)
+        assert_files_are_whole(run)
+        assert (run / "checkpoint.pt").exists()
+        assert not list(run.glob(".*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=100m", str(directory)], check=True)
+        status, output = forked.run(directory, *arguments)
+        assert status == 0, output
+        assert "Continuing after" in output
+        assert_same(directory, outcome(tmp_path / "whole"))
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("extra", [("optimizer.lr=1e30",), ("optimizer.lr=1e30", "trainer.precision=bf16")])
+def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tuple[str, ...]) -> None:
+    """The run stops with step, layer, rate and scale, and saves the batch; one command repeats it."""
+    status, output = forked.run(tmp_path, *TINY, *extra)
+    assert status == 1
+    line = output.splitlines()[-1]
+    assert line.startswith("error: not finite at step ")
+    assert "learning rate 1e+30" in line
+    assert "scale 1" in line
+    run = run_directory(tmp_path)
+    assert json.loads((run / "results.json").read_text())["status"] == "failed"
+    saved = torch.load(run / "nonfinite.pt", weights_only=True)
+    assert all(t.isfinite().all() for t in saved["model"].values() if t.is_floating_point()) or "output of" in line
+    command = line.split("`")[1].split(" ")
+    assert command[:3] == ["python", "-m", "vix.nonfinite"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    again = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, env=environment, check=True)
+    assert again.stdout.strip() == line.removeprefix("error: ").split(";")[0]
+
+
+def test_float16_skips_steps_and_counts_them(tmp_path: Path, forked: Forked) -> None:
+    """Gradients that overflow are float16's everyday business: the scale falls until they do not."""
+    status, output = forked.run(tmp_path, *TINY, "trainer.precision=fp16", "trainer.label_smoothing=0.1", "model.dim=64")
+    assert status == 0, output
+    results, checkpoint = outcome(tmp_path)
+    assert results["skipped_steps"] == checkpoint["skipped"]
+    halved = 65536.0 / checkpoint["scaler"]["scale"]
+    assert 2 ** results["skipped_steps"] == halved
+
+
+def test_fifty_jobs_do_not_leak(tmp_path: Path, forked: Forked) -> None:
+    """Memory after the fiftieth job of a sweep is within 5 % of that after the tenth; no file or thread is left open."""
+    process = forked.start(tmp_path, "-m", *TINY, "trainer.epochs=1", "seed=range(50)")
+    status, seen = Path(f"/proc/{process}"), {}
+    while len(seen) < 50:
+        done = len(list(tmp_path.glob("outputs/*/*/results.json")))
+        if done not in seen and done:
+            try:
+                fields = dict(line.split(":\t") for line in (status / "status").read_text().splitlines() if ":\t" in line)
+                seen[done] = int(fields["VmRSS"].split()[0]), int(fields["Threads"]), len(list((status / "fd").iterdir()))
+            except (FileNotFoundError, ProcessLookupError):
+                break
+        time.sleep(0.005)
+    assert forked.wait(process) == 0
+    early = [seen[i] for i in range(9, 13) if i in seen]
+    late = [seen[i] for i in range(47, 51) if i in seen]
+    assert early
+    assert late
+    assert max(memory for memory, _, _ in late) <= 1.05 * max(memory for memory, _, _ in early)
+    assert max(threads for _, threads, _ in late) <= max(threads for _, threads, _ in early)
+    assert max(files for _, _, files in late) <= max(files for _, _, files in early)
+
+
+def test_a_run_moved_aside_keeps_everything(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, {})
+    names = {"results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt", "events.out.tfevents.1"}
+    for name in names:
+        (tmp_path / name).write_text(name)
+    run.set_aside()
+    assert {p.name for p in tmp_path.iterdir()} == {"previous-1"}
+    assert {p.name: p.read_text() for p in (tmp_path / "previous-1").iterdir()} == {name: name for name in names}
+    (tmp_path / "results.json").write_text("second")
+    run.set_aside()
+    assert (tmp_path / "previous-2" / "results.json").read_text() == "second"
+
+
+def test_two_processes_download_once(tmp_path: Path) -> None:
+    """The second waits for the first, and uses what it brought; see test_data.py for the download itself."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from vix.data.cifar import Cifar10
+class Reader:
+    def __init__(self, root, download=False):
+        with open({str(tmp_path / "downloads")!r}, "a") as file:
+            file.write("x")
+        time.sleep(1)
+        (Path(root) / "cifar-10-batches-py").mkdir()
+Cifar10(root={str(tmp_path / "data")!r}).download(Reader)
+assert Path({str(tmp_path / "data" / "cifar-10-batches-py")!r}).is_dir()
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (tmp_path / "downloads").read_text() == "x"
+    assert not list((tmp_path / "data").glob(".download-*"))
+
+
+def test_wrong_module_commands_print_one_line(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "vix.nonfinite", str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert run_train(tmp_path, "--no-such-flag").returncode != 0
