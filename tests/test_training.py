@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 import vix
 from vix.build import build
 from vix.config import part
+from vix.learner import Learner
 from vix.metrics import accuracy
 from vix.run import Run
 from vix.runtime import get_rng_state, resolve_precision, set_rng_state
@@ -65,6 +66,35 @@ def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> 
         top = reference.eval()(next(test.in_order(50))[0]).topk(5).indices == test.labels[:, None]
     assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
     assert results["top5"] == pytest.approx(100 * top.any(dim=1).float().mean().item())
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(20, 20), (20, 7), (20, 1), (30, 64)])
+def test_micro_batches_train_the_same(compose_config: Compose, tmp_path: Path, batch: int, micro: int) -> None:
+    """Gradients add up to the whole batch's, also of a short last batch: losses and weights agree to 1e-6 in float32."""
+    common = (*TINY, f"trainer.batch_size={batch}", "trainer.label_smoothing=0.1", "trainer.clip_norm=1.0")
+    whole, model = fit(compose_config(*common), tmp_path / "whole")
+    parts, micro_model = fit(compose_config(*common, f"trainer.micro_batch={micro}"), tmp_path / "parts")
+    assert parts["micro_batch"] == micro
+    for ours, theirs in zip(parts["history"], whole["history"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
+    for ours, theirs in zip(micro_model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)  # AdamW's first steps divide by tiny gradients
+
+
+def test_the_largest_micro_batch_that_fits(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by halving until memory suffices, and without a trace in what the run then computes."""
+    whole, _ = fit(compose_config(*TINY, "model.dropout=0.1", "trainer.micro_batch=5"), tmp_path / "five")
+    gradients = Learner.gradients
+
+    def small_memory(learner: Learner, *args: Any) -> torch.Tensor:
+        if learner.micro_batch is None or learner.micro_batch > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients(learner, *args)
+
+    monkeypatch.setattr(Learner, "gradients", small_memory)
+    found, _ = fit(compose_config(*TINY, "model.dropout=0.1", "trainer.micro_batch=auto"), tmp_path / "auto")
+    assert found["micro_batch"] == 5
+    assert [row["train_loss"] for row in found["history"]] == [row["train_loss"] for row in whole["history"]]
 
 
 def test_accuracy_counts_every_image_the_same() -> None:

@@ -48,7 +48,7 @@ def check(cfg: DictConfig) -> None:
         if key in GROUPS:
             part(cfg, key)
         elif key in SETTINGS:
-            check_value(key, cfg[key], SETTINGS[key])
+            check_value(key, plain(cfg, key), SETTINGS[key])
         elif key != "hydra":
             raise ConfigError(f"{key}: nothing reads this key; {nearest(key, [*GROUPS, *SETTINGS])}")
 
@@ -59,13 +59,9 @@ def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
     Raises ConfigError.
     """
     kind, supplied = GROUPS[group]
-    node = cfg.get(group)
-    if not isinstance(node, DictConfig):
+    options = plain(cfg, group)
+    if not isinstance(options, dict):
         raise ConfigError(f"{group}: no option of this group is chosen; add {group}=NAME with a file of conf/{group}/")
-    try:
-        options: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or group}: {' '.join(str(error.msg or error).split())}") from error
     target = resolve(group, options.pop("_target_", None), kind)
     parameters = dict(inspect.signature(target).parameters)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -83,6 +79,17 @@ def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"{group}.{name}: missing, and {target.__name__} needs it; add {group}.{name}=VALUE")
     return functools.partial(target, **options)
+
+
+def plain(cfg: DictConfig, key: str) -> Any:
+    """``cfg.<key>`` as plain containers, with its interpolations resolved; None where it is absent. Raises ConfigError."""
+    try:
+        value = cfg.get(key)
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or key}: {' '.join(str(error.msg or error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{key}: its value refers to itself") from error
 
 
 def resolve(group: str, path: Any, kind: type) -> Callable[..., Any]:

@@ -52,9 +52,7 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
     """
     if device.type != "cuda":
         if gigabytes is not None:
-            raise ConfigError(
-                f"trainer.memory_limit_gb={gigabytes}: limits GPU memory, and this run is on the {device.type}; use null"
-            )
+            raise ConfigError(f"trainer.memory_limit_gb={gigabytes}: this run is on no GPU but the {device.type}; use null")
         return
     total = torch.cuda.get_device_properties(device).total_memory / 1e9
     if gigabytes is not None and gigabytes > total:
