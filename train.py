@@ -37,18 +37,17 @@ def main(cfg: DictConfig) -> float:
         "experiment": choices.get("experiment"),
         **{group: choices.get(group) for group in GROUPS if group != "trainer"},
         "overrides": list(job.overrides.task),
-        "seed": cfg.seed,
+        "seed": cfg.get("seed"),
         "git_commit": git_commit(),
     }
-    run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     try:
         with only_writer(directory):
-            return train(cfg, run)
-    except UserError as error:
-        if job.mode == RunMode.RUN:
-            run.discard_if_empty()
+            return train(cfg, Run(directory, identity, OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+    except Exception as error:
+        if job.mode == RunMode.MULTIRUN:  # the sweep goes on, and its end would tell the first failure only
+            log.error("%s: %s", identity["name"], one_line(error))
+        elif isinstance(error, UserError):
             sys.exit(f"error: {error}")
-        log.error("%s: %s", identity["name"], error)
         raise
 
 
@@ -61,7 +60,7 @@ def train(cfg: DictConfig, run: Run) -> float:
         optimizer = part(cfg, "optimizer")
         build(cfg, "optimizer", params=model.parameters())
         trainer = build(cfg, "trainer")
-        if cfg.rerun:
+        if cfg.get("rerun"):
             run.set_aside()
         results = run.finished(trainer.resume)
         if results:
@@ -69,7 +68,9 @@ def train(cfg: DictConfig, run: Run) -> float:
         else:
             results = trainer.fit(model, optimizer, build(cfg, "data"), run, cfg.seed)
     except ConfigError as error:
-        if not run.results_path.exists() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if HydraConfig.get().mode == RunMode.RUN:
+            run.discard_if_empty()
+        elif not run.results_path.exists():
             run.write_results(status="refused", error=str(error))
         raise
     except Exception as error:
@@ -100,6 +101,8 @@ if __name__ == "__main__":
     # With this variable set Hydra lets its errors through, and they become one line here.
     wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Processes that a launcher starts must find vix, wherever this was called from.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
     try:
         main()
     except Exception as error:

@@ -40,14 +40,17 @@ def compose_config() -> Callable[..., DictConfig]:
 def run_train(
     directory: Path, *arguments: str, program: Path = ROOT / "train.py", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``."""
+    """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``.
+
+    On one thread unless ``OMP_NUM_THREADS`` says more: most models here are too small for two.
+    """
     return subprocess.run(
         [sys.executable, str(program), *arguments],
         cwd=directory,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **env},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         check=False,
     )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+import vix
 from vix.checks import UserError
 from vix.learner import Learner
 from vix.run import write_tensors
@@ -78,15 +79,13 @@ def describe(model: nn.Module, state: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from vix.build import build_model
-
     parser = argparse.ArgumentParser(prog="python -m vix.nonfinite", description=__doc__)
     parser.add_argument("directory", type=Path, help="directory of a run that stopped because a number was not finite")
     directory = parser.parse_args().directory
     if not (directory / FILE).is_file():
         sys.exit(f"error: {directory} holds no {FILE}: no step of a run there was not finite")
     state = torch.load(directory / FILE, weights_only=True)
-    model = build_model(OmegaConf.create(state["config"]))
+    model = vix.build_model(OmegaConf.create(state["config"]))
     model.load_state_dict(state["model"])
     print(describe(model.to(state["images"].device), state))
 

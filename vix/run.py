@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,12 +199,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM in its context, so that a run can stop between two steps with everything saved."""
+    """Notes SIGINT and SIGTERM in its context, so that a run can stop between two steps with everything saved.
+
+    In a thread other than the main one, where a program may keep its runs, Python hears no signals and none are noted.
+    """
 
     signal: int | None = None
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def note(self, number: int, _: object) -> None:
