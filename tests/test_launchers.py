@@ -1,0 +1,87 @@
+"""Several runs at once, and a search: the launchers and the sweeper of conf/hydra/, with the real program.
+
+Their plugins are optional (requirements-launchers.txt); without them these tests are skipped.
+"""
+
+import json
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, run_train
+from omegaconf import OmegaConf
+
+from vix.run import StopRequest
+
+# Option of hydra/launcher, its plugin, and what it needs on a machine with two cores and no GPU.
+LAUNCHERS = [
+    ("joblib_cores", "hydra_joblib_launcher", ("hydra.launcher.n_jobs=2",)),
+    ("ray_gpus", "hydra_ray_launcher", ("hydra.launcher.ray.remote.num_gpus=0", "+hydra.launcher.ray.init.num_cpus=2")),
+    ("slurm_rehearsal", "hydra_submitit_launcher", ()),
+]
+
+
+def need(plugin: str) -> None:
+    if not find_spec("hydra_plugins") or not find_spec(f"hydra_plugins.{plugin}"):
+        pytest.skip(f"{plugin} is not installed: pip install -r requirements-launchers.txt")
+
+
+def all_results(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("outputs/*/*/results.json"))]
+
+
+@pytest.mark.parametrize(("launcher", "plugin", "options"), LAUNCHERS)
+def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple[str, ...]) -> None:
+    """Every run finishes in a directory of its own; one that is refused says so there, in the end, and by the exit status."""
+    need(plugin)
+    landmarks = "8,1000" if launcher == "joblib_cores" else "8,16"  # 1000 is refused
+    sweep = ("-m", f"hydra/launcher={launcher}", *options, *TINY, f"attention.landmarks={landmarks}")
+    done = run_train(tmp_path, *sweep, RAY_USAGE_STATS_ENABLED="0")
+    states = {r["config"]["attention"]["landmarks"]: (r["status"], r.get("epochs")) for r in all_results(tmp_path)}
+    if launcher == "joblib_cores":
+        assert states == {8: ("finished", 2), 1000: ("refused", None)}, done.stdout + done.stderr
+        assert done.returncode == 1
+        assert "error: attention.landmarks=1000 is more than the 65 tokens" in done.stderr
+    else:
+        assert states == {8: ("finished", 2), 16: ("finished", 2)}, done.stdout + done.stderr
+        assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_search(tmp_path: Path) -> None:
+    """Five trials; the best of them is told with its settings."""
+    need("hydra_optuna_sweeper")
+    free = [setting for setting in TINY if not setting.startswith("model.dim")]
+    search = (
+        "-m",
+        "hydra/sweeper=optuna_search",
+        "hydra.sweeper.n_trials=5",
+        *free,
+        "model.dim=16,32",
+        "attention.landmarks=8,16",
+    )
+    done = run_train(tmp_path, *search)
+    assert done.returncode == 0, done.stderr
+    trials = all_results(tmp_path)
+    assert [trial["status"] for trial in trials] == ["finished"] * 5
+    assert len({trial["config"]["optimizer"]["lr"] for trial in trials}) == 5
+    assert all(1e-4 <= trial["config"]["optimizer"]["lr"] <= 1e-2 for trial in trials)
+    best: Any = OmegaConf.load(tmp_path / "outputs" / "optimization_results.yaml")
+    assert best.best_value == max(trial["top1"] for trial in trials)
+    assert set(best.best_params) == {"optimizer.lr", "model.dim", "attention.landmarks"}
+
+
+def test_a_thread_may_ask_for_stops() -> None:
+    """Only the main thread hears signals; in another one a run works without."""
+    reached = []
+
+    def enter() -> None:
+        with StopRequest() as stop:
+            reached.append(stop.signal)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert reached == [None]
