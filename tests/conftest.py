@@ -1,6 +1,11 @@
 """What several test files share: composed configs, real runs of the program, and real CIFAR-10."""
 
 import os
+
+# There is a test process on each core, and threads that wait for one another on busy cores take many times as long. Set before
+# PyTorch is imported, and inherited by the programs that the tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,17 +45,14 @@ def compose_config() -> Callable[..., DictConfig]:
 def run_train(
     directory: Path, *arguments: str, program: Path = ROOT / "train.py", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``.
-
-    On one thread unless ``OMP_NUM_THREADS`` says more: most models here are too small for two.
-    """
+    """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``."""
     return subprocess.run(
         [sys.executable, str(program), *arguments],
         cwd=directory,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **env},
         check=False,
     )
 

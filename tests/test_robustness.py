@@ -29,8 +29,7 @@ class Forked:
 
     def __init__(self) -> None:
         command = [sys.executable, str(ROOT / "tests" / "forked.py")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def start(self, directory: Path, *arguments: str) -> int:
         """Start a process in ``directory`` and return its number."""
