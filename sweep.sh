@@ -8,6 +8,7 @@ Train a whole table of the paper, or any sweep, and print the report of all runs
 
   ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
   ./sweep.sh override …              the same as: python train.py -m override …
+  ./sweep.sh --plan …                only tell what that would do: runs, costs, refusals (the same as: python -m vix.plan)
 
 Overrides are Hydra's: key=value, or key=a,b,c to sweep over values. Finished runs are not run again, and
 interrupted ones continue, so the same command picks up where it stopped.
@@ -17,12 +18,18 @@ interrupted ones continue, so the same command picks up where it stopped.
   ./sweep.sh experiment=vin,vip attention.heads=2,4,8
   ./sweep.sh experiment=quickstart seed=0,1,2
   ./sweep.sh table2 hydra.sweep.dir=outputs/table2      elsewhere than in outputs/
+  ./sweep.sh --plan table3 trainer.epochs=10            exit status 1 if a run would be refused
 
 The report (a table here; report.md, report.csv and pictures in the sweep's directory) comes also after failed
 runs; the exit status is then not 0. Make it again, sorted or filtered, with: python -m vix.report --help
 END
 }
 
+plan=false
+if [[ ${1:-} == --plan ]]; then
+    plan=true
+    shift
+fi
 case "${1:-}" in
     "") usage >&2; exit 2 ;;
     -h | --help) usage; exit 0 ;;
@@ -48,6 +55,10 @@ case "$1" in
         set -- "experiment=${rows//$'\n'/,}" "$@"
         ;;
 esac
+
+if [[ $plan == true ]]; then
+    exec python -m vix.plan "$@"
+fi
 
 # Where the report looks for the runs.
 outputs=outputs

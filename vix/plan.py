@@ -1,0 +1,250 @@
+"""``python -m vix.plan [group=option,option] [key=value,value] …``: what a sweep would do, before anything starts.
+
+Takes what ``train.py -m`` takes, composes and builds every run of it, and prints each with its cost, with what there is of it
+already, and with the reason where it would be refused; the exit status is then 1. Reads no data and writes nothing.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vix.build import build, build_model
+from vix.checks import ConfigError, UserError
+from vix.command_line import about_the_command, explain, run_name
+from vix.config import check
+from vix.report import Table
+from vix.results import MODEL_GROUPS, Row, find_runs, flat
+from vix.run import Run
+from vix.runtime import device_name
+from vix.summary import CONFIG_DIR, Summary, summarise
+
+# Keys that change neither the time of an epoch nor the memory: runs that differ in these alone cost the same.
+COSTLESS = (
+    *("seed", "rerun", "data.root", "trainer.device", "trainer.epochs", "trainer.schedule", "trainer.warmup_epochs"),
+    *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
+)
+HOW_TO_READ = (
+    "GFLOPs are for one image: of a forward pass, and of training on it. Hours, of the epochs that are left, and peak GPU GB\n"
+    "are taken from runs of the same model, data, batch and hardware in the same outputs; – where there are none yet."
+)
+
+
+@dataclass
+class Job:
+    """A run of a sweep: what there is of it, and what it would cost.
+
+    directory: where it would write; None where its config cannot be composed.
+    state: new, continues, finished, again (rerun=true) or refused; ``reason`` is why it is refused.
+    left: epochs that it would train.   device: the hardware that it would do so on.
+    hours, gpu_gb: None where no earlier run tells. GB are of 10⁹ bytes.
+    """
+
+    name: str
+    state: str = "refused"
+    reason: str = ""
+    directory: Path | None = None
+    config: Row | None = None
+    left: int = 0
+    device: str = ""
+    summary: Summary | None = None
+    hours: float | None = None
+    gpu_gb: float | None = None
+
+
+def plan(arguments: Sequence[str]) -> list[Job]:
+    """Every job of the sweep, in the order in which ``train.py -m`` runs them.
+
+    Raises what Hydra raises for arguments that it cannot use, and UserError for a search.
+    """
+    models: dict[str, Summary] = {}
+    jobs = [plan_job(number, overrides, models) for number, overrides in enumerate(expand(arguments))]
+    tops = {job.directory.parents[1] for job in jobs if job.directory}
+    earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
+    for job in jobs:
+        estimate(job, earlier)
+    return jobs
+
+
+def expand(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper makes them."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        overrides = parser.parse_overrides(list(arguments))
+        for override in overrides:
+            if override.key_or_group == "hydra/sweeper" and override.value() != "basic":
+                raise UserError(f"{override.input_line}: a search chooses its runs as it goes, so they cannot be planned")
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return jobs
+
+
+def plan_job(number: int, overrides: list[str], models: dict[str, Summary]) -> Job:
+    """One job, by the checks that ``train.py`` makes. ``models`` keeps the summaries: counting takes a third of a second."""
+    job = Job(" ".join(overrides))
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            cfg = compose("config", overrides, return_hydra_config=True)
+        job.directory = output_directory(cfg, number)
+        job.name = "/".join(job.directory.parts[-2:])
+        with open_dict(cfg):
+            del cfg["hydra"]
+        config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        job.config = config
+        examine(job, cfg, job.directory)
+        model = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
+        if model not in models:
+            models[model] = summarise(cfg)
+        job.summary = models[model]
+    except Exception as error:
+        if not (isinstance(error, UserError) or about_the_command(error)):
+            raise
+        job.state = "refused"
+        job.reason = str(error) if isinstance(error, UserError) else explain(error, CONFIG_DIR, overrides)
+    return job
+
+
+def output_directory(cfg: DictConfig, number: int) -> Path:
+    """The directory of the sweep's job of that number, from a config composed with Hydra's own part."""
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)  # as train.py does
+    with open_dict(cfg):
+        cfg.hydra.job.num = number
+    HydraConfig.instance().set_config(cfg)
+    return Path(str(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir)
+
+
+def examine(job: Job, cfg: DictConfig, directory: Path) -> None:
+    """Find the job's state. Raises UserError where ``train.py`` would refuse it."""
+    check(cfg)
+    with torch.device("meta"):
+        model = build_model(cfg)
+        build(cfg, "optimizer", params=model.parameters())
+    trainer = build(cfg, "trainer")
+    job.device, job.left = device_name(trainer.torch_device), trainer.epochs
+    holder = held_by(directory)
+    if holder:
+        raise ConfigError(f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)")
+    run = Run(directory, {}, job.config or {})
+    if cfg.get("rerun"):
+        job.state = "again" if run.earlier else "new"
+    elif run.finished(trainer.resume):
+        job.state, job.left = "finished", 0
+    elif saved := run.load_checkpoint(trainer.resume):
+        job.state, job.left = "continues", max(0, trainer.epochs - saved["position"]["epoch"])
+    else:
+        job.state = "new"
+
+
+def held_by(directory: Path) -> str:
+    """The process that trains in a directory now; empty where none does."""
+    with suppress(FileNotFoundError), open(directory / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return ""
+
+
+def estimate(job: Job, earlier: Iterable[Row]) -> None:
+    """Set the job's hours and memory to the median of those earlier runs that cost the same, where there are any."""
+    if job.state == "refused" or job.config is None:
+        return
+    key = cost_key(job.config)
+    alike = [r for r in earlier if r.get("device") == job.device and cost_key(r.get("config")) == key]
+    seconds = [r["seconds"] / r["epochs"] for r in alike if is_number(r.get("seconds")) and is_number(r.get("epochs"))]
+    gigabytes = [r["peak_gpu_allocated_gb"] for r in alike if is_number(r.get("peak_gpu_allocated_gb"))]
+    job.hours = statistics.median(seconds) * job.left / 3600 if seconds else None
+    job.gpu_gb = statistics.median(gigabytes) if gigabytes else None
+    if not job.left:
+        job.hours = 0.0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field of someone's results.json is a number above 0."""
+    return isinstance(value, int | float) and value > 0
+
+
+def cost_key(config: Any) -> Row:
+    """What of a config decides on its cost; empty for what is no config."""
+    return {k: v for k, v in flat(config).items() if k not in COSTLESS} if isinstance(config, dict) else {}
+
+
+def show(jobs: Sequence[Job]) -> None:
+    """Print the table, the reasons of the refused jobs, and the sums."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    lines = []
+    for job in jobs:
+        s = job.summary
+        costs = (
+            (f"{s.trainable_params:,}", *(number(f / 1e9, 3) for f in (s.forward_flops, s.training_flops))) if s else ("–",) * 3
+        )
+        lines.append((job.name, job.state, *costs, str(job.left) if s else "–", number(job.hours, 2), number(job.gpu_gb, 2)))
+    heads = (
+        "run",
+        "state",
+        "trainable\nparameters",
+        "GFLOPs\nforward",
+        "GFLOPs\ntraining",
+        "epochs\nleft",
+        "hours",
+        "peak\nGPU GB",
+    )
+    Table("Plan", heads, lines, words=2).print()
+    print(HOW_TO_READ)
+    states = Counter(job.state for job in jobs)
+    device = next((job.device for job in jobs if job.device), "no hardware")
+    print(f"\n{len(jobs)} runs on {device}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    to_train = [job for job in jobs if job.left and job.state != "refused"]
+    hours = [job.hours for job in to_train if job.hours is not None]
+    if to_train:
+        unknown = f"; unknown for {len(to_train) - len(hours)} of {len(to_train)} runs" if len(hours) < len(to_train) else ""
+        print(f"time, one after another: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
+    for job in jobs:
+        if job.reason:
+            print(f"refused: {job.name}: {job.reason}", file=sys.stderr)
+    if any(job.directory is None for job in jobs):
+        print("refused: the whole sweep, as Hydra composes all of its runs before the first one starts", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vix.plan", description="What a sweep would do: its runs, their cost, and which would be refused."
+    )
+    parser.add_argument("overrides", nargs="*", help="what train.py -m takes: experiment=vin,vip seed=0,1 …")
+    overrides = parser.parse_args().overrides
+    logging.getLogger("vix").setLevel(logging.ERROR)  # that there is no GPU need not be told once a run
+    clock = time.perf_counter()
+    try:
+        jobs = plan(overrides)
+    except Exception as error:
+        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        if wants_traceback or not (isinstance(error, UserError) or about_the_command(error)):
+            raise
+        sys.exit(f"error: {error if isinstance(error, UserError) else explain(error, CONFIG_DIR, overrides)}")
+    show(jobs)
+    print(f"planned in {time.perf_counter() - clock:.0f} s")
+    sys.exit(any(job.state == "refused" for job in jobs))
+
+
+if __name__ == "__main__":
+    main()
