@@ -50,6 +50,12 @@ def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple
     assert "Traceback" not in done.stderr
 
 
+def test_a_missing_plugin_is_told(tmp_path: Path) -> None:
+    done = run_train(tmp_path, "-m", "hydra/launcher=nosuch", *TINY)
+    assert done.returncode == 1
+    assert "hydra/launcher=nosuch: there is no such option, or its plugin is missing: pip install -r" in done.stderr
+
+
 def test_search(tmp_path: Path) -> None:
     """Five trials; the best of them is told with its settings."""
     need("hydra_optuna_sweeper")

@@ -48,6 +48,9 @@ def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
         options = [str(o) for o in error.options or ()]
+        if group.startswith("hydra/"):
+            plugins = "its plugin is missing: pip install -r requirements-launchers.txt"
+            return f"{group}={option}: there is no such option, or {plugins}"
         return f"{group}={option}: conf/{group}/ has no such file; {nearest(option, options)}" if group else one_line(error)
     missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
     if isinstance(error, HydraException) and missing:
