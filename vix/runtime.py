@@ -29,6 +29,8 @@ def resolve_device(name: str) -> torch.device:
         ) from error
     if device.type == "meta":
         raise ConfigError("trainer.device=meta: nothing can be trained there; auto, cpu and cuda:N are names")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # random generators, peaks and caches are asked for without a name
     return device
 
 
@@ -65,14 +67,14 @@ def device_name(device: torch.device) -> str:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """State of every global random generator, in types that torch.load reads with weights_only=True."""
+    """State of every global random generator (of GPUs, the current one's), in types that weights_only=True reads."""
     numpy: Any = np.random.get_state(legacy=False)
     numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
         "python": random.getstate(),
         "numpy": numpy,
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -82,5 +84,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
     inner = state["numpy"]["state"]
     np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
