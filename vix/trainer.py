@@ -66,12 +66,7 @@ class Trainer:
         limit_memory(self.torch_device, self.memory_limit_gb)
 
     def fit(
-        self,
-        model: nn.Module,
-        make_optimizer: Callable[..., torch.optim.Optimizer],
-        data: ImageData,
-        run: Run,
-        seed: int,
+        self, model: nn.Module, make_optimizer: Callable[..., torch.optim.Optimizer], data: ImageData, run: Run, seed: int
     ) -> dict[str, Any]:
         """Train, writing ``run``'s files as it goes, and return the results.
 
@@ -94,7 +89,7 @@ class Trainer:
             learner.micro_batch = largest_micro_batch(learner, *next(train.shuffled(self.batch_size, seed, epoch=0)))
             log.info("Micro-batch: %d images of a batch of %d fit the memory", learner.micro_batch, self.batch_size)
         memory = PeakMemory(device, train.nbytes + test.nbytes)
-        at = Position(loss_sum=torch.zeros((), device=device))
+        at, stop = Position(loss_sum=torch.zeros((), device=device)), StopRequest()
 
         def restore(saved: dict[str, Any]) -> None:
             learner.load_state_dict(saved)
@@ -114,6 +109,19 @@ class Trainer:
                 restore(run.load_checkpoint("force") or {})
                 raise find(learner, batches(), at.epoch * steps_per_epoch + at.batch, run.directory, run.config)
 
+        def test_batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for images, labels in test.in_order(self.eval_batch_size):
+                if stop.signal:
+                    checkpoint()  # the test of this epoch is what continues it
+                    leave_if_asked()
+                yield images, labels
+
+        def leave_if_asked() -> None:
+            if stop.signal:
+                run.write_results(status="interrupted", epochs=at.epoch, **memory.gigabytes)
+                log.warning("Stopped by signal %d; the same command continues from here", stop.signal)
+                raise SystemExit(128 + stop.signal)
+
         if saved:
             restore(saved)
             log.info("Continuing after %d epochs and %d steps", at.epoch, at.batch)
@@ -130,7 +138,7 @@ class Trainer:
             test_images=len(test),
             micro_batch=learner.micro_batch,
         )
-        with StopRequest() as stop, TensorBoard(run, first_epoch=at.epoch + 1) as board:
+        with stop, TensorBoard(run, first_epoch=at.epoch + 1) as board:
             while at.epoch < self.epochs:
                 model.train()
                 memory.start()
@@ -151,18 +159,15 @@ class Trainer:
                             at.train_seconds += time.perf_counter() - clock
                             memory.stop()
                             checkpoint()
+                            leave_if_asked()
                             clock = time.perf_counter()
-                        if stop.signal:
-                            run.write_results(status="interrupted", epochs=at.epoch, **memory.gigabytes)
-                            log.warning("Stopped by signal %d; the same command continues from here", stop.signal)
-                            raise SystemExit(128 + stop.signal)
                 stop_if_broken()
                 mean_loss = at.loss_sum.item() / len(train)  # waits for the device: the epoch's time ends here
                 at.train_seconds += time.perf_counter() - clock
                 memory.stop()
 
                 clock = time.perf_counter()
-                scores = accuracy(model, test.in_order(self.eval_batch_size), learner.autocast)
+                scores = accuracy(model, test_batches(), learner.autocast)
                 at.seconds += at.train_seconds + time.perf_counter() - clock
                 speed = len(train) / at.train_seconds
                 at.epoch += 1
