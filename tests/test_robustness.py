@@ -259,7 +259,8 @@ def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tupl
     run = run_directory(tmp_path)
     assert json.loads((run / "results.json").read_text())["status"] == "failed"
     saved = torch.load(run / "nonfinite.pt", weights_only=True)
-    assert all(t.isfinite().all() for t in saved["model"].values() if t.is_floating_point()) or "output of" in line
+    assert "the output of blocks.0" in line
+    assert all(t.isfinite().all() for t in saved["model"].values())  # the weights from before the step broke them
     command = line.split("`")[1].split(" ")
     assert command[:3] == ["python", "-m", "vix.nonfinite"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -268,12 +269,13 @@ def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tupl
 
 
 def test_float16_skips_steps_and_counts_them(tmp_path: Path, forked: Forked) -> None:
-    """Gradients that overflow are float16's everyday business: the scale falls until they do not."""
-    status, output = forked.run(tmp_path, *TINY, "trainer.precision=fp16", "trainer.label_smoothing=0.1", "model.dim=64")
+    """Gradients that overflow are float16's everyday business: the scale falls until they do not, and the run goes on."""
+    status, output = forked.run(tmp_path, *TINY, "trainer.precision=fp16", "trainer.batch_size=1")
     assert status == 0, output
     results, checkpoint = outcome(tmp_path)
     assert results["skipped_steps"] == checkpoint["skipped"]
     halved = 65536.0 / checkpoint["scaler"]["scale"]
+    assert results["skipped_steps"] > 0
     assert 2 ** results["skipped_steps"] == halved
 
 
