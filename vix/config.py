@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[type, set[str]]] = {
     "data": (ImageData, set()),
     "trainer": (Trainer, set()),
 }
-SETTINGS: dict[str, Any] = {"seed": NotNegative, "rerun": bool}  # the keys that stand outside the groups
+SETTINGS: dict[str, Any] = {"seed": NotNegative, "rerun": bool, "fail_fast": bool}  # the keys that stand outside the groups
 PACKAGES = ("vix", "torch.optim")
 
 

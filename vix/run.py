@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 # Where a run happens or how much is shown, not what it computes: these may differ when a run is continued.
 NOT_IDENTITY = (
     "rerun",
+    "fail_fast",
     "data.root",
     "trainer.device",
     "trainer.resume",
