@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -28,11 +29,12 @@ def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) 
     side = np.clip(0.5 * classes, 4.5, 9) if classes <= MOST_NUMBERS else np.clip(0.12 * classes, 6, 12)
     figure = Figure((side + 2, side + 1), DPI, layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    # The square root: a mistake that is made once in 20 times must be seen.
+    picture = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
     axes.set_title(f"Test images by class, top-1 {100 * np.mean(true == predicted):.2f} %")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    figure.colorbar(picture, ax=axes, label="% of the true class", shrink=0.6)
+    figure.colorbar(picture, ax=axes, label="% of the true class", shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 100])
     if classes <= MOST_NAMES:
         names, size = [short(name) for name in class_names], 9 if classes <= MOST_NUMBERS else 5
         axes.set_xticks(range(classes), names, fontsize=size)
@@ -42,7 +44,7 @@ def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) 
     if classes <= MOST_NUMBERS:
         for row, column in np.argwhere(counts):
             share = percent[row, column]
-            color = "white" if share > 50 else "black"
+            color = "white" if share > 35 else "black"
             text = f"{share:.0f}" if share >= 0.5 else "<1"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     return rendered(figure)
@@ -62,23 +64,24 @@ def worst_images(images: Array, true: Array, predicted: Array, losses: Array, cl
 def attention_maps(images: Array, captions: Sequence[str], maps: Sequence[Array]) -> Array:
     """A row for each image: itself with its caption, then the class token's attention in each layer (count, Y, X).
 
-    Below a map: its largest weight, in units of the weight that even attention would give. Each map has a scale of its own,
-    from 0 (black) to that weight; where an approximate mixer has negative weights these are blue.
+    Each map has a scale of its own, from 0 (black) to its largest weight, which is told in units of what even attention would
+    give; where an approximate mixer has negative weights these are blue.
     """
     cells, texts = [], []
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         layers = [layer[i] * layer[i].size for layer in maps]
         cells.append([square(image), *(square(heat(layer)) for layer in layers)])
-        texts.append([caption, *(f"layer {k}\nmax {layer.max():.3g}" for k, layer in enumerate(layers))])
-    title = "Attention of the class token, mean of the heads\n(weights in units of 1 / number of tokens)"
+        texts.append([caption, *(f"layer {k}\nmax. {layer.max():.1f} ×" for k, layer in enumerate(layers))])
+    blue = "; blue: negative" if any(layer.min() < 0 for layer in maps) else ""
+    title = f"Attention of the class token, mean of the heads\n(× the mean weight{blue})"
     return grid(title, cells, texts, [["black"] * len(row) for row in cells])
 
 
 def heat(map_YX: Array) -> Array:
-    """A map in colours (Y, X, 3): black, red, yellow from 0 to its largest magnitude, and blues below 0."""
-    shade_YX = map_YX / max(np.abs(map_YX).max(), 1e-30)
-    colors = np.where(shade_YX[..., None] >= 0, colormaps["inferno"](shade_YX), colormaps["bone"](-shade_YX))
-    return np.round(255 * colors[..., :3]).astype(np.uint8)
+    """A map in colours (Y, X, 3): black, red, yellow from 0 to its largest magnitude, and blue below 0."""
+    shade_YX1 = (map_YX / max(np.abs(map_YX).max(), 1e-30))[..., None]
+    colors = np.where(shade_YX1 >= 0, colormaps["inferno"](shade_YX1[..., 0])[..., :3], -shade_YX1 * [0.2, 0.65, 1.0])
+    return np.round(255 * colors).astype(np.uint8)
 
 
 def square(image_YXC: Array) -> Array:
