@@ -4,6 +4,7 @@ import resource
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,6 +20,19 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocas
         hits.append(guesses == labels[:, None])
     correct = torch.cat(hits).cpu()
     return {"top1": 100 * correct[:, 0].double().mean().item(), "top5": 100 * correct.any(dim=1).double().mean().item()}
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> tuple[Tensor, Tensor]:
+    """The cross-entropy (nats) and the predicted class of every image, on the CPU."""
+    model.eval()
+    losses, guesses = [], []
+    for images, labels in batches:
+        with autocast:
+            logits_BK = model(images)
+        losses.append(F.cross_entropy(logits_BK.float(), labels, reduction="none"))
+        guesses.append(logits_BK.argmax(dim=1))
+    return torch.cat(losses).cpu(), torch.cat(guesses).cpu()
 
 
 class PeakMemory:

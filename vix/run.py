@@ -28,6 +28,7 @@ NOT_IDENTITY = (
     "data.root",
     "trainer.device",
     "trainer.resume",
+    "trainer.probe",
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
 )

@@ -17,10 +17,11 @@ from vix.data.dataset import ImageData
 from vix.learner import Learner, largest_micro_batch
 from vix.metrics import PeakMemory, accuracy
 from vix.nonfinite import find
-from vix.progress import EpochBar, TensorBoard
+from vix.progress import EpochBar
 from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
 from vix.runtime import device_name, get_rng_state, limit_memory, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
+from vix.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Trainer:
     clip_norm: largest norm of the gradient; null does not clip.
     label_smoothing: of the training loss.
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
+    probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
     """
 
@@ -57,6 +59,7 @@ class Trainer:
     clip_norm: PositiveFloat | None = None
     label_smoothing: Fraction = 0.0
     checkpoint_every: NotNegative = 0
+    probe: bool = False
     resume: Literal["auto", "force"] = "auto"
 
     def __post_init__(self) -> None:
@@ -101,13 +104,11 @@ class Trainer:
             state = {**learner.state_dict(), "best_model": at.best_model, "memory": memory.state_dict()}
             run.save_checkpoint({**state, "rng": get_rng_state(), "position": vars(at)})
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            return train.shuffled(self.batch_size, seed, at.epoch, first_batch=at.batch)
-
         def stop_if_broken() -> None:
             if learner.broken:
                 restore(run.load_checkpoint("force") or {})
-                raise find(learner, batches(), at.epoch * steps_per_epoch + at.batch, run.directory, run.config)
+                batches = train.shuffled(self.batch_size, seed, at.epoch, at.batch)
+                raise find(learner, batches, at.epoch * steps_per_epoch + at.batch, run.directory, run.config)
 
         def test_batches() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in test.in_order(self.eval_batch_size):
@@ -138,13 +139,13 @@ class Trainer:
             test_images=len(test),
             micro_batch=learner.micro_batch,
         )
-        with stop, TensorBoard(run, first_epoch=at.epoch + 1) as board:
+        with stop, TensorBoard(run, at.epoch + 1, model, test, data.class_names, self.probe) as board:
             while at.epoch < self.epochs:
                 model.train()
                 memory.start()
                 clock = time.perf_counter()
                 with EpochBar(at.epoch, self.epochs, len(train), at.history) as bar:
-                    for images, labels in batches():
+                    for images, labels in train.shuffled(self.batch_size, seed, at.epoch, at.batch):
                         loss = learner.gradients(at.epoch * steps_per_epoch + at.batch, images, labels)
                         at.rate = learner.rate
                         learner.update()
@@ -170,13 +171,12 @@ class Trainer:
                 scores = accuracy(model, test_batches(), learner.autocast)
                 at.seconds += at.train_seconds + time.perf_counter() - clock
                 speed = len(train) / at.train_seconds
-                at.epoch += 1
-                at.batch, at.train_seconds, at.loss_sum = 0, 0.0, torch.zeros((), device=device)
+                at.epoch, at.batch, at.train_seconds, at.loss_sum = at.epoch + 1, 0, 0.0, torch.zeros((), device=device)
                 if scores["top1"] > at.best.get("best_top1", -1.0):
                     at.best = {"best_top1": scores["top1"], "best_top5": scores["top5"], "best_epoch": at.epoch}
                     at.best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
-                row = {"train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": speed}
-                at.history.append({"epoch": at.epoch, **row})
+                row = {"epoch": at.epoch, "train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": speed}
+                at.history.append(row)
                 run.write_results(
                     epochs=at.epoch,
                     **scores,
@@ -188,13 +188,13 @@ class Trainer:
                     seconds=at.seconds,
                     history=at.history,
                 )
-                board.epoch(at.history[-1], memory.gigabytes)
+                board.epoch(row, memory.gigabytes)
                 log.info(
                     "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%  %.0f images/s  %.1f min left",
                     *(at.epoch, self.epochs, mean_loss, scores["top1"], scores["top5"], speed),
                     at.seconds / at.epoch * (self.epochs - at.epoch) / 60,
                 )
                 checkpoint()
-            board.finish(run.results)
+            board.finish(run.results, test_batches(), learner.autocast)
         run.write_results(status="finished")
         return run.results
