@@ -16,10 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from vix.build import build, build_model
+from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
-from vix.config import GROUPS, check, part
+from vix.config import GROUPS, check
 from vix.files import only_writer
 from vix.progress import show_results
 from vix.run import Run
@@ -39,11 +39,13 @@ def main(cfg: DictConfig) -> float:
     identity = {
         "name": "/".join(directory.parts[-2:]),
         "experiment": choices.get("experiment"),
+        "recipe": choices.get("recipe"),
         **{group: choices.get(group) for group in GROUPS if group != "trainer"},
         "overrides": list(job.overrides.task),
         "seed": cfg.get("seed"),
         "command": repeating_command(job.overrides.task),
         "git_commit": git_commit(),
+        "torch": torch.__version__,
     }
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
@@ -66,8 +68,8 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         check(cfg)  # refuses, like the three lines after the next, before any data is read
         torch.manual_seed(cfg.seed)
         model = build_model(cfg)
-        optimizer = part(cfg, "optimizer")
-        build(cfg, "optimizer", params=model.parameters())
+        make_optimizer = optimizer_builder(cfg)
+        make_optimizer(model)
         trainer = build(cfg, "trainer")
         if cfg.get("rerun"):
             run.set_aside()
@@ -75,7 +77,7 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if results:
             log.info("Finished before, and not run again: rerun=true starts over")
         else:
-            results = trainer.fit(model, optimizer, build(cfg, "data"), run, cfg.seed)
+            results = trainer.fit(model, make_optimizer, build(cfg, "data"), run, cfg.seed)
     except ConfigError as error:
         if HydraConfig.get().mode == RunMode.RUN:
             run.discard_if_empty()

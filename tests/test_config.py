@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, run_train
 from omegaconf import DictConfig, OmegaConf
 
 import vix
-from vix.build import build
+from vix.build import build, optimizer_builder
 from vix.checks import ConfigError
 from vix.command_line import run_name
 from vix.config import GROUPS, check, part
@@ -121,7 +121,7 @@ def test_refused(compose_config: Compose, overrides: str, named: list[str]) -> N
         cfg = compose_config(*overrides.split(" "))
         check(cfg)
         model = vix.build_model(cfg)
-        build(cfg, "optimizer", params=model.parameters())
+        optimizer_builder(cfg)(model)
         build(cfg, "trainer")
 
     with pytest.raises(ConfigError) as refused:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 import vix
-from vix.build import build
+from vix.build import build, optimizer_builder
 from vix.checks import ConfigError
 from vix.command_line import about_the_command, dotted, explain
-from vix.config import GROUPS, check
+from vix.config import GROUPS, OVERLAYS, check
 
 OPTIONS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}
 KEYS = sorted(
@@ -69,7 +69,7 @@ def refusal(cfg: DictConfig) -> str | None:
         check(cfg)
         with torch.device("meta"):
             model = vix.build_model(cfg)
-        build(cfg, "optimizer", params=model.parameters())
+        optimizer_builder(cfg)(model)
         build(cfg, "trainer")
     except ConfigError as refused:
         return str(refused)
@@ -100,7 +100,9 @@ def test_any_values(parts: Callable[[dict[str, str]], DictConfig], choices: dict
         st.one_of(
             st.builds("{}{}={}".format, st.sampled_from(["", "", "+", "++", "~"]), NAMES, VALUES.map(str)),
             st.builds(
-                "{}={}".format, st.sampled_from([*GROUPS, "experiment"]), st.sampled_from(sum(OPTIONS.values(), ["quickstart"]))
+                "{}={}".format,
+                st.sampled_from([*GROUPS, *OVERLAYS]),
+                st.sampled_from(sum(OPTIONS.values(), ["quickstart", "modern"])),
             ),
             st.text(max_size=12),
         ),

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from vix.attention.heads import head_width
 from vix.checks import ConfigError, DataError
-from vix.config import check, part
+from vix.config import check, part, plain
 from vix.posenc import NoPosition
 from vix.run import read_checkpoint
 from vix.tokens import TokenGrid
+from vix.weight_decay import matrices_only
 
 REFUSALS = (ValueError, TypeError, RuntimeError)
 
@@ -73,6 +75,15 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
             raise ConfigError(str(error).replace("attention.heads=", "model.heads=", 1)) from error
 
     return mixer
+
+
+def optimizer_builder(cfg: DictConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """What a model's optimizer is made with: the class and options of ``cfg.optimizer``, checked. Both raise ConfigError."""
+    make = part(cfg, "optimizer")
+    decay_only = plain(cfg, "optimizer").get("decay_only")
+    if decay_only and "weight_decay" not in inspect.signature(make.func).parameters:
+        raise ConfigError(f"optimizer.decay_only={decay_only}: {make.func.__name__} has no weight decay; use null")
+    return lambda model: call("optimizer", make, params=matrices_only(model) if decay_only else model.parameters())
 
 
 def build(cfg: DictConfig, group: str, **supplied: Any) -> Any:

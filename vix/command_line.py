@@ -14,8 +14,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from vix.checks import UserError
-from vix.config import GROUPS, nearest
-from vix.results import MODEL_GROUPS, override_key
+from vix.config import GROUPS, OVERLAYS, nearest
+from vix.results import DEFAULT_RECIPE, MODEL_GROUPS, override_key
 from vix.run import NOT_IDENTITY
 
 NOT_THE_RUN = ("rerun", "fail_fast", "trainer.resume")  # how a run is started
@@ -31,8 +31,8 @@ def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) ->
     label = experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS)
     told = {"experiment", "seed", *NOT_IDENTITY, *(() if experiment else MODEL_GROUPS)}
     last = {override_key(override): override for override in overrides}  # of two values for a key the last one counts
-    rest = [override for key, override in last.items() if key not in told and key.partition(".")[0] != "hydra"]
-    name = re.sub(r"[^\w.,=+~\[\]-]+", "_", ",".join([label, *sorted(rest)]))
+    rest = {override for key, override in last.items() if key not in told and key.partition(".")[0] != "hydra"}
+    name = re.sub(r"[^\w.,=+~\[\]-]+", "_", ",".join([label, *sorted(rest - {DEFAULT_RECIPE})]))
     if len(name) > 180:  # file systems allow 255 bytes
         name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return f"{name}/seed={seed}"
@@ -88,7 +88,7 @@ def about_the_command(error: BaseException) -> bool:
 
 def valid_keys(config_dir: Path, arguments: Sequence[str], wrong_key: str) -> list[str]:
     """Groups and dotted keys of the config that the arguments compose, without the wrong one."""
-    choices = [a for a in arguments if "=" in a and a.split("=")[0] in (*GROUPS, "experiment") and "," not in a]
+    choices = [a for a in arguments if "=" in a and a.split("=")[0] in (*GROUPS, *OVERLAYS) and "," not in a]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         for overrides in ([a for a in choices if a.split("=")[0] != wrong_key], []):
@@ -96,8 +96,8 @@ def valid_keys(config_dir: Path, arguments: Sequence[str], wrong_key: str) -> li
                 cfg = compose("config", overrides)
             except HydraException:
                 continue
-            return sorted({*GROUPS, "experiment", *dotted(cfg)})
-    return sorted(GROUPS)
+            return sorted({*GROUPS, *OVERLAYS, *dotted(cfg)})
+    return sorted({*GROUPS, *OVERLAYS})
 
 
 def dotted(cfg: DictConfig) -> list[str]:

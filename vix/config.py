@@ -13,7 +13,7 @@ import json
 import os
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +36,9 @@ GROUPS: dict[str, tuple[type, set[str]]] = {
     "trainer": (Trainer, set()),
 }
 SETTINGS: dict[str, Any] = {"seed": NotNegative, "rerun": bool, "fail_fast": bool}  # the keys that stand outside the groups
+# Options of a group that the program reads itself: they stand beside those of the constructor, which does not get them.
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"optimizer": {"decay_only": Literal["matrices"] | None}}
+OVERLAYS = ("recipe", "experiment")  # groups whose files only set keys of the groups above
 PACKAGES = ("vix", "torch.optim")
 
 
@@ -56,6 +59,8 @@ def check(cfg: DictConfig) -> None:
 def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
     """The class that ``cfg.<group>._target_`` names, with the group's keys as its arguments, all checked.
 
+    Options that the program reads itself are checked, too, and left out.
+
     Raises ConfigError.
     """
     kind, supplied = GROUPS[group]
@@ -68,17 +73,18 @@ def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
     accepted = {
         name: p for name, p in parameters.items() if name not in supplied and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
-    hints = annotations(target)
+    own = OWN_OPTIONS.get(group, {})
+    hints = annotations(target) | own
     for key, value in options.items():
-        if key not in accepted and (key in supplied or not takes_any):
+        if key not in accepted | own and (key in supplied or not takes_any):
             raise ConfigError(
-                f"{group}.{key}: {target.__name__} has no such option; {nearest(key, accepted, prefix=f'{group}.')}"
+                f"{group}.{key}: {target.__name__} has no such option; {nearest(key, accepted | own, prefix=f'{group}.')}"
             )
         check_value(f"{group}.{key}", value, hints.get(key, Any))
     for name, parameter in accepted.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"{group}.{name}: missing, and {target.__name__} needs it; add {group}.{name}=VALUE")
-    return functools.partial(target, **options)
+    return functools.partial(target, **{key: value for key, value in options.items() if key not in own})
 
 
 def plain(cfg: DictConfig, key: str) -> Any:

@@ -15,7 +15,15 @@ from vix.results import Row, as_text, flat, read_run
 VERSIONS = ("git_commit", "torch", "device", "precision")
 RESULTS = (
     *("status", "error", "epochs", "top1", "top5", "best_top1", "best_top5", "best_epoch", "train_loss"),
-    *("trainable_params", "weight_bias_params", "checkpoint_mb", "train_images", "test_images", "images_per_second"),
+    *(
+        "trainable_params",
+        "weight_bias_params",
+        "checkpoint_mb",
+        "train_images",
+        "test_images",
+        "tested_on",
+        "images_per_second",
+    ),
     *("peak_gpu_allocated_gb", "peak_gpu_reserved_gb", "resident_data_gb", "seconds"),
 )
 ABSENT = "–"

@@ -1,5 +1,6 @@
 """One training step: gradients in micro-batches under autocast, then the update."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vix.runtime import get_rng_state, set_rng_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -19,6 +23,8 @@ class Learner:
 
     micro_batch: images at a time, whose gradients add up to the whole batch's; None takes the batch at once.
     clip_norm: largest norm of the gradient; None does not clip.
+    ema_decay: share of the old average in the new one when, after each step, the weights enter an exponential moving average
+        (Polyak and Juditsky, 1992; Tarvainen and Valpola, 2017); None keeps no average.
     """
 
     model: nn.Module
@@ -29,9 +35,11 @@ class Learner:
     micro_batch: int | None
     clip_norm: float | None
     label_smoothing: float
+    ema_decay: float | None = None
     skipped: int = 0  # steps that float16's scaling skipped because a gradient overflowed
     hooks: list[Callable[[int], None]] = field(init=False)
     autocast: torch.autocast = field(init=False)
+    average: AveragedModel | None = field(init=False, default=None)
     broken: Tensor = field(init=False)  # on the device: whether a loss or gradient was not finite in any step so far
 
     def __post_init__(self) -> None:
@@ -40,6 +48,14 @@ class Learner:
         device = next(self.model.parameters()).device
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
         self.autocast = torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+        if self.ema_decay is not None:
+            # Buffers are copied, not averaged: they are statistics with an average of their own, or random features.
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
+
+    @property
+    def kept(self) -> nn.Module:
+        """The model that is tested and kept: the average where there is one."""
+        return self.average.module if self.average else self.model
 
     @property
     def rate(self) -> float:
@@ -49,6 +65,7 @@ class Learner:
     def gradients(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
         """Leave the gradients of the mean loss in the parameters, clipped, and return that loss (a scalar on the device).
 
+        labels: (B,) or, for mixed images, the classes' shares (B, K).
         number: steps of the run before this one, for mixers that do something every so many.
         """
         for hook in self.hooks:
@@ -78,15 +95,25 @@ class Learner:
         self.skipped += self.scaler.get_scale() < scale
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        if self.average:
+            self.average.update_parameters(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint must hold of it."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
-        return {**parts, "skipped": self.skipped}
+        """All that a checkpoint must hold of it; ``model`` is the kept one, and ``trained_model`` that behind an average."""
+        parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "scaler")}
+        state = {"model": self.kept.state_dict(), **parts, "skipped": self.skipped}
+        if self.average:
+            state |= {"trained_model": self.model.state_dict(), "averaged_steps": int(self.average.n_averaged)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("model", "optimizer", "schedule", "scaler"):
+        for name in ("optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+        self.kept.load_state_dict(state["model"])
+        if self.average:
+            # Absent where trainer.resume=force begins to average in the middle of a run.
+            self.model.load_state_dict(state.get("trained_model", state["model"]))
+            self.average.n_averaged.fill_(state.get("averaged_steps", 0))
         self.skipped = state["skipped"]
         self.broken.zero_()
 
@@ -103,8 +130,9 @@ def largest_micro_batch(learner: Learner, images: Tensor, labels: Tensor) -> int
     while True:
         try:
             room = torch.empty(adam_bytes, dtype=torch.uint8, device=images.device)
-            replace(learner, micro_batch=size).gradients(0, images, labels)
+            replace(learner, micro_batch=size, ema_decay=None).gradients(0, images, labels)
             del room
+            log.info("Micro-batch: %d images of a batch of %d fit the memory", size, len(labels))
             return size
         except torch.OutOfMemoryError:
             if size == 1:

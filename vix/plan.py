@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vix.build import build, build_model
+from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, run_name
 from vix.config import check
@@ -144,7 +144,7 @@ def examine(job: Job, cfg: DictConfig, directory: Path) -> None:
     check(cfg)
     with torch.device("meta"):
         model = build_model(cfg)
-        build(cfg, "optimizer", params=model.parameters())
+        optimizer_builder(cfg)(model)
     trainer = build(cfg, "trainer")
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
     holder = held_by(directory)
@@ -191,8 +191,8 @@ def is_number(value: Any) -> bool:
 
 
 def cost_key(config: Any) -> Row:
-    """What of a config decides on its cost; empty for what is no config."""
-    return {k: v for k, v in flat(config).items() if k not in COSTLESS} if isinstance(config, dict) else {}
+    """What of a config decides on its cost; empty for what is no config. An option that is null may be younger than a run."""
+    return {k: v for k, v in flat(config).items() if v is not None and k not in COSTLESS} if isinstance(config, dict) else {}
 
 
 def show(jobs: Sequence[Job]) -> None:

@@ -25,6 +25,7 @@ NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_al
 UNFINISHED = ("running", "failed", "refused", "interrupted")
 # Keys that say where a run happens or which of several equal runs it is: runs that differ in these alone are one group.
 NOT_COMPARED = ("experiment", "seed", "rerun", "fail_fast", "data.root", "trainer.device", "trainer.resume", "trainer.probe")
+DEFAULT_RECIPE = "recipe=paper"  # says what is so without it
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
 # Within those groups, but it changes what a model costs and not what it computes.
 SAME_MODEL = "attention.implementation"
@@ -61,12 +62,16 @@ class Run:
         """The overrides that tell this run from another of its experiment; of several for one key the last, which counts."""
         told = {*NOT_COMPARED, *(() if self.results.get("experiment") else MODEL_GROUPS)}
         last = {override_key(override): override for override in self.results["overrides"]}
-        return sorted(override for key, override in last.items() if key not in told and not key.startswith("hydra."))
+        changes = {override for key, override in last.items() if key not in told and not key.startswith("hydra.")}
+        return sorted(changes - {DEFAULT_RECIPE})
 
     @property
     def group_key(self) -> tuple[str, ...]:
-        """Equal for runs that are seeds of one another: the config decides, as its files may have changed in between."""
-        config = {k: v for k, v in flat(self.results["config"]).items() if k not in NOT_COMPARED}
+        """Equal for runs that are seeds of one another: the config decides, as its files may have changed in between.
+
+        An option that is null may be younger than a run, which then did without it.
+        """
+        config = {k: v for k, v in flat(self.results["config"]).items() if v is not None and k not in NOT_COMPARED}
         place = (str(self.results.get("device")), str(self.results.get("precision")))
         return (self.experiment, *self.changes, *place, json.dumps(config, sort_keys=True))
 

@@ -41,7 +41,7 @@ class Trainer:
     schedule: of the learning rate after the warm-up: constant, or down to 0 on a line or a half cosine.
     warmup_epochs: epochs, or a part of one, over which the rate rises from 0 on a line.
     clip_norm: largest norm of the gradient; null does not clip.
-    label_smoothing: of the training loss.
+    label_smoothing, ema_decay: of the training loss, and of the average of the weights that is tested and kept (null: none is).
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
     probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
@@ -58,6 +58,7 @@ class Trainer:
     warmup_epochs: NotNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = None
     label_smoothing: Fraction = 0.0
+    ema_decay: Fraction | None = None
     checkpoint_every: NotNegative = 0
     probe: bool = False
     resume: Literal["auto", "force"] = "auto"
@@ -81,16 +82,16 @@ class Trainer:
         saved = run.load_checkpoint(self.resume)
         train, test = data.load(device)
         model = model.to(device)
-        optimizer = make_optimizer(params=model.parameters())
+        optimizer = make_optimizer(model)
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
         schedule = LambdaLR(optimizer, rate_factor(self.schedule, warmup_steps, steps))
         scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         micro_batch = None if self.micro_batch == "auto" else self.micro_batch
-        learner = Learner(model, optimizer, schedule, scaler, dtype, micro_batch, self.clip_norm, self.label_smoothing)
+        settings = self.clip_norm, self.label_smoothing, self.ema_decay
+        learner = Learner(model, optimizer, schedule, scaler, dtype, micro_batch, *settings)
         if self.micro_batch == "auto":
             learner.micro_batch = largest_micro_batch(learner, *next(train.shuffled(self.batch_size, seed, epoch=0)))
-            log.info("Micro-batch: %d images of a batch of %d fit the memory", learner.micro_batch, self.batch_size)
         memory = PeakMemory(device, train.nbytes + test.nbytes)
         at, stop = Position(loss_sum=torch.zeros((), device=device)), StopRequest()
 
@@ -134,12 +135,12 @@ class Trainer:
             checkpoint_mb=saved_megabytes(model.state_dict()),
             precision={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype],
             device=device_name(device),
-            torch=torch.__version__,
             train_images=len(train),
             test_images=len(test),
+            tested_on=data.tested_on,
             micro_batch=learner.micro_batch,
         )
-        with stop, TensorBoard(run, at.epoch + 1, model, test, data.class_names, self.probe) as board:
+        with stop, TensorBoard(run, at.epoch + 1, learner.kept, test, data.class_names, self.probe) as board:
             while at.epoch < self.epochs:
                 model.train()
                 memory.start()
@@ -168,19 +169,18 @@ class Trainer:
                 memory.stop()
 
                 clock = time.perf_counter()
-                scores = accuracy(model, test_batches(), learner.autocast)
+                scores = accuracy(learner.kept, test_batches(), learner.autocast)
                 at.seconds += at.train_seconds + time.perf_counter() - clock
                 speed = len(train) / at.train_seconds
                 at.epoch, at.batch, at.train_seconds, at.loss_sum = at.epoch + 1, 0, 0.0, torch.zeros((), device=device)
                 if scores["top1"] > at.best.get("best_top1", -1.0):
                     at.best = {"best_top1": scores["top1"], "best_top5": scores["top5"], "best_epoch": at.epoch}
-                    at.best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
+                    at.best_model = {name: t.detach().to("cpu", copy=True) for name, t in learner.kept.state_dict().items()}
                 row = {"epoch": at.epoch, "train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": speed}
                 at.history.append(row)
                 run.write_results(
                     epochs=at.epoch,
-                    **scores,
-                    **at.best,
+                    **(scores | at.best),
                     train_loss=mean_loss,
                     images_per_second=statistics.median(h["images_per_second"] for h in at.history),
                     skipped_steps=learner.skipped,

@@ -6,49 +6,43 @@ import io
 import logging
 import pickle
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vix.checks import DataError, NotNegative, Positive
-from vix.data.dataset import ImageData
+from vix.checks import DataError
+from vix.data.dataset import ImageData, Labelled
 
 log = logging.getLogger(__name__)
 
+CIFAR10_CLASSES: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
+
+@dataclass(kw_only=True)
 class Cifar10(ImageData):
     """50,000 training and 10,000 test images of 32×32 pixels, 10 classes.
 
     root: folder that holds (or will hold) ``cifar-10-batches-py``; downloaded there where it is absent.
     """
 
+    root: str = "data"
+
     image_size, channels, sizes = 32, 3, (50_000, 10_000)
-    class_names: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    class_names = CIFAR10_CLASSES
     reader, folder = "CIFAR10", "cifar-10-batches-py"
 
-    def __init__(
-        self,
-        *,
-        root: str = "data",
-        train_size: Positive | None = None,
-        test_size: Positive | None = None,
-        flip: bool = False,
-        crop_padding: NotNegative = 0,
-    ) -> None:
-        super().__init__(train_size=train_size, test_size=test_size, flip=flip, crop_padding=crop_padding)
-        self.root = Path(root)
-
-    def read(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def read(self) -> tuple[Labelled, Labelled]:
         from torchvision import datasets  # takes seconds, and only this needs it
 
         reader = getattr(datasets, self.reader)
-        where = self.root / self.folder
+        where = Path(self.root, self.folder)
         present = where.is_dir()
         try:
             if not present:
                 self.download(reader)
-            train, test = (reader(str(self.root), train=train) for train in (True, False))
+            train, test = (reader(self.root, train=train) for train in (True, False))
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
             raise DataError(
@@ -63,17 +57,18 @@ class Cifar10(ImageData):
 
         Of several processes that start at once, one downloads and the others wait for it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".download.lock", "w") as lock:
+        root = Path(self.root)
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / ".download.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (self.root / self.folder).is_dir():
+            if (root / self.folder).is_dir():
                 return
-            log.info("Downloading %s into %s", self.reader, self.root)
-            with tempfile.TemporaryDirectory(dir=self.root, prefix=".download-") as unfinished:
+            log.info("Downloading %s into %s", self.reader, root)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as unfinished:
                 # torchvision prints its progress, which is no use in a log.
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     reader(unfinished, download=True)
-                (Path(unfinished) / self.folder).rename(self.root / self.folder)
+                (Path(unfinished) / self.folder).rename(root / self.folder)
 
 
 class Cifar100(Cifar10):

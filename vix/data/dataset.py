@@ -3,15 +3,18 @@
 CIFAR-10 is 184 MB this way. There are no worker processes: nothing has to be fed to the device during an epoch.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vix.checks import ConfigError, DataError, NotNegative, Positive
+from vix.checks import ConfigError, DataError, NotNegative, Portion, Positive, PositiveFloat
+from vix.data.mix import Mix
 
 
 @dataclass
@@ -22,6 +25,11 @@ class Split:
     labels: Tensor
     flip: bool = False
     crop_padding: int = 0
+    trivial_augment: float | None = None
+    erase: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    classes: int = 0  # needed for mixing
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,25 +44,42 @@ class Split:
             yield scale(images), labels
 
     def shuffled(self, batch_size: int, seed: int, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a training epoch from ``first_batch`` on, shuffled and augmented.
+        """The batches of a training epoch from ``first_batch`` on, shuffled, augmented and mixed.
 
-        Order and augmentation are a function of ``seed`` and ``epoch`` alone, so an interrupted epoch continues exactly.
-        They are drawn on the host for the whole epoch and moved in one piece: no transfer waits inside the epoch.
+        Labels are int64 (B,), or where images are mixed the classes' shares (B, K). Order and augmentation are a function of
+        ``seed`` and ``epoch`` alone, so an interrupted epoch continues exactly. They are drawn on the host for the whole
+        epoch and moved in one piece: no transfer waits inside the epoch.
         """
         random = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         count, device = len(self), self.images.device
         order = torch.randperm(count, generator=random).to(device)
         flips = (torch.rand(count, generator=random) < 0.5).to(device)
         corners = torch.randint(2 * self.crop_padding + 1, (2, count), generator=random).to(device)
-        for start in range(first_batch * batch_size, count, batch_size):
-            batch = slice(start, start + batch_size)
-            images = self.images[order[batch]]
+        trivial_augment = erase = mix = None
+        if self.trivial_augment or self.erase:
+            from vix.data import augment  # imports torchvision, which takes seconds
+
+            if self.trivial_augment:
+                trivial_augment = augment.TrivialAugment(self.trivial_augment, count, batch_size, random, device)
+            if self.erase:
+                height, width = self.images.shape[2:]
+                erase = augment.Erase(self.erase, count, height, width, random, device)
+        if self.mixup or self.cutmix:
+            mix_seed = int(torch.randint(2**62, (), generator=random))
+            mix = Mix(self.mixup, self.cutmix, self.classes, math.ceil(count / batch_size), mix_seed)
+        for number in range(first_batch, math.ceil(count / batch_size)):
+            batch = slice(number * batch_size, (number + 1) * batch_size)
+            images, labels = self.images[order[batch]], self.labels[order[batch]]
             if self.crop_padding:
                 images = crop(images, self.crop_padding, *corners[:, batch])
+            if trivial_augment:
+                images = trivial_augment(images, number)
             images = scale(images)
             if self.flip:
                 images = torch.where(flips[batch, None, None, None], images.flip(-1), images)
-            yield images, self.labels[order[batch]]
+            if erase:
+                images = erase(images, batch)
+            yield mix(images, labels, number) if mix else (images, labels)
 
 
 def scale(images: Tensor) -> Tensor:
@@ -72,60 +97,108 @@ def crop(images_BCYX: Tensor, padding: int, top_B: Tensor, left_B: Tensor) -> Te
     return padded_BYXC[batch, rows, columns].permute(0, 3, 1, 2)
 
 
-class ImageData:
-    """An image set: its shape, known without reading, and its two splits.
+class Images(Protocol):
+    """Images of a set: the positions (count,) of some → those images (count, Y, X, C) as uint8, read by then at the latest."""
 
-    train_size, test_size: number of images, balanced over the classes, the same ones for every seed; None takes all.
-    flip: mirror training images left to right with probability ½.
-    crop_padding: pad training images by so many black pixels and cut a random window out; 0 does not.
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
-    Subclasses set the four attributes and ``read``.
-    """
+
+Labelled = tuple[Images, np.ndarray]
+
+
+class ImageSet:
+    """The shape of an image set, known without reading it."""
 
     image_size: int
     channels: int
     class_names: tuple[str, ...]
+    classes: int
     sizes: tuple[int, int]  # images in the whole training and test split
 
-    def __init__(
-        self,
-        *,
-        train_size: Positive | None = None,
-        test_size: Positive | None = None,
-        flip: bool = False,
-        crop_padding: NotNegative = 0,
-    ) -> None:
-        self.subset = (train_size, test_size)
-        self.flip, self.crop_padding = flip, crop_padding
-        for name, size, available in zip(("train_size", "test_size"), self.subset, self.sizes, strict=True):
+
+@dataclass(kw_only=True)
+class ImageData(ImageSet):
+    """An image set and what is done to it: which images train, how they are changed, and which are tested.
+
+    train_size, test_size: number of images, balanced over the classes, the same ones for every seed; None takes all.
+    validation_size: so many of the training images, balanced, the same ones for every seed and size, are kept from training
+        and tested instead of the test images: for choices that the test images must not decide. None does not.
+    flip: mirror training images left to right with probability ½.
+    crop_padding: pad training images by so many black pixels and cut a random window out; 0 does not.
+    trivial_augment: change each training image by one random operation, at most so strong (1: the wide space of Müller and
+        Hutter, 2021); None does not.
+    erase: probability of a grey rectangle over a training image (Zhong et al., 2020); None does without.
+    mixup, cutmix: blend a training image with another (Zhang et al., 2018), or put a part of another into it (Yun et al.,
+        2019), with shares from a Beta(α, α) of this α; both: one of them for each batch. None does not.
+
+    Subclasses give the attributes of ``ImageSet``, but for ``classes``, and ``read``.
+    """
+
+    train_size: Positive | None = None
+    test_size: Positive | None = None
+    validation_size: Positive | None = None
+    flip: bool = False
+    crop_padding: NotNegative = 0
+    trivial_augment: Portion | None = None
+    erase: Portion | None = None
+    mixup: PositiveFloat | None = None
+    cutmix: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        self.classes = len(self.class_names)
+        train, test = self.sizes
+        held_out = self.validation_size or 0
+        for name, size, available in (
+            ("validation_size", self.validation_size, train - self.classes),
+            ("train_size", self.train_size, train - held_out),
+            ("test_size", self.test_size, held_out or test),
+        ):
             if size is not None and not self.classes <= size <= available:
                 raise ConfigError(f"data.{name}={size}: must be from {self.classes} (one image a class) to {available}")
 
     @property
-    def classes(self) -> int:
-        return len(self.class_names)
+    def tested_on(self) -> Literal["test", "validation"]:
+        return "validation" if self.validation_size else "test"
 
-    def read(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """Images (count, Y, X, C) as uint8 and labels (count,) of the training and of the test split.
+    def read(self) -> tuple[Labelled, Labelled]:
+        """Images and labels (count,) of the whole training and of the whole test split.
 
         Raises DataError where the files are missing or not what they should be.
         """
         raise NotImplementedError
 
     def load(self, device: torch.device) -> tuple[Split, Split]:
-        """Read both splits, take the subsets asked for, and move them to the device. Raises DataError."""
-        splits = []
-        for (images, labels), size, name in zip(self.read(), self.subset, ("training", "test"), strict=True):
+        """Read what trains and what is tested, and move it to the device. Raises DataError."""
+        train, test = self.read()
+        for (_, labels), name in ((train, "training"), (test, "test")):
             if set(np.unique(labels)) != set(range(self.classes)):
                 raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not this image set's")
-            if size is not None:
-                chosen = balanced_subset(labels, size)
-                images, labels = images[chosen], labels[chosen]
-            images_BCYX = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-            splits.append(Split(images_BCYX.to(device), torch.from_numpy(labels.astype(np.int64)).to(device)))
-        train, test = splits
-        train.flip, train.crop_padding = self.flip, self.crop_padding
-        return train, test
+        training, tested = (np.arange(len(labels)) for _, labels in (train, test))
+        if self.validation_size:
+            test = train
+            tested = some(train, training, self.validation_size)
+            training = np.delete(training, tested)
+        train_split = move(train, some(train, training, self.train_size), device)
+        train_split.flip, train_split.crop_padding = self.flip, self.crop_padding
+        train_split.trivial_augment, train_split.erase = self.trivial_augment, self.erase
+        train_split.mixup, train_split.cutmix, train_split.classes = self.mixup, self.cutmix, self.classes
+        return train_split, move(test, some(test, tested, self.test_size), device)
+
+
+def some(labelled: Labelled, positions: np.ndarray, size: int | None) -> np.ndarray:
+    """``size`` of the positions, balanced over the classes; None takes all. Raises DataError where there are not so many."""
+    if size is None:
+        return positions
+    if size > len(positions):  # else refused by the constructor, but for sets whose sizes only their files tell
+        raise DataError(f"the image set holds {len(positions)} images of a split from which {size} are to be taken")
+    return positions[balanced_subset(labelled[1][positions], size)]
+
+
+def move(labelled: Labelled, positions: np.ndarray, device: torch.device) -> Split:
+    """The images at these positions, with their labels, on the device."""
+    images, labels = labelled
+    images_BCYX = torch.from_numpy(np.ascontiguousarray(images[positions].transpose(0, 3, 1, 2)))
+    return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device))
 
 
 def balanced_subset(labels: np.ndarray, size: int) -> np.ndarray:

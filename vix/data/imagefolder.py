@@ -3,19 +3,21 @@
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from vix.checks import ConfigError, DataError, NotNegative, Positive
-from vix.data.dataset import ImageData, balanced_subset
+from vix.checks import ConfigError, DataError, Positive
+from vix.data.dataset import ImageData, Labelled
 
 Sample = tuple[str, int]  # the path of an image and its class
 MODES = {1: "L", 3: "RGB"}
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True)
 class ImageFolder(ImageData):
     """Images of any size in ``root/train/<class>/`` and in ``root/val/<class>/`` or ``root/test/<class>/``.
 
@@ -34,40 +36,36 @@ class ImageFolder(ImageData):
     Raises ConfigError where ``root`` has no such folders, and DataError where they hold no images or not the same classes.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str = "data",
-        image_size: Positive = 64,
-        channels: Literal[1, 3] = 3,
-        classes: Positive | None = None,
-        train_size: Positive | None = None,
-        test_size: Positive | None = None,
-        flip: bool = False,
-        crop_padding: NotNegative = 0,
-    ) -> None:
-        self.root, self.image_size, self.channels = Path(root), image_size, channels
-        if classes is None:
+    root: str = "data"
+    image_size: Positive = 64
+    channels: Literal[1, 3] = 3
+    classes: Positive | None = None  # type: ignore[assignment]  # a number once it is made
+
+    def __post_init__(self) -> None:
+        if self.classes is None:
             self.class_names, train, test = self.list_files()
             self.sizes = len(train), len(test)
         else:
-            self.class_names = tuple(map(str, range(classes)))  # their names come with the files
+            self.class_names = tuple(map(str, range(self.classes)))  # their names come with the files
             self.sizes = sys.maxsize, sys.maxsize
-        super().__init__(train_size=train_size, test_size=test_size, flip=flip, crop_padding=crop_padding)
+        super().__post_init__()
 
-    def read(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def read(self) -> tuple[Labelled, Labelled]:
         names, train, test = self.list_files()
         if len(names) != self.classes:
-            raise DataError(f"data.classes={self.classes}: {self.root / 'train'} has {len(names)} class folders")
+            raise DataError(f"data.classes={self.classes}: {self.root}/train has {len(names)} class folders")
         self.class_names = names
-        log.info("Reading %s and %s images from %s", *(f"{n:,}" for n in (len(train), len(test))), self.root)
-        train_size, test_size = self.subset
-        return self.read_split(train, train_size), self.read_split(test, test_size)
+        return self.files(train), self.files(test)
+
+    def files(self, samples: list[Sample]) -> Labelled:
+        """A split, whose files are read when they are picked."""
+        paths = [path for path, _ in samples]
+        return Files(paths, self.image_size, self.channels), np.array([label for _, label in samples])
 
     def list_files(self) -> tuple[tuple[str, ...], list[Sample], list[Sample]]:
         """Names of the classes, in order, and all images of the training and of the test split."""
-        train = self.root / "train"
-        test = next((folder for name in ("val", "test") if (folder := self.root / name).is_dir()), None)
+        train = Path(self.root, "train")
+        test = next((folder for name in ("val", "test") if (folder := Path(self.root, name)).is_dir()), None)
         if not train.is_dir() or test is None:
             absent = f"{self.root}/val or {self.root}/test" if train.is_dir() else train
             raise ConfigError(
@@ -85,21 +83,26 @@ class ImageFolder(ImageData):
         )
         return tuple(classes), train_files, test_files
 
-    def read_split(self, samples: list[Sample], size: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Images (count, Y, X, C) and labels (count,) of a split, or of the subset that ``load`` would take of it."""
-        if size is not None and size > len(samples):  # else refused by the constructor, but for where ``classes`` is given
-            raise DataError(f"{self.root} holds {len(samples)} images of a split from which {size} are to be taken")
-        labels = np.array([label for _, label in samples])
-        chosen = np.arange(len(samples)) if size is None else balanced_subset(labels, size)
-        images = np.empty((len(chosen), self.image_size, self.image_size, self.channels), dtype=np.uint8)
+
+@dataclass
+class Files:
+    """Image files that are read when they are picked, as (count, size, size, channels) of uint8."""
+
+    paths: list[str]
+    size: int
+    channels: int
+
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray:
+        log.info("Reading %s images", f"{len(positions):,}")
+        images = np.empty((len(positions), self.size, self.size, self.channels), dtype=np.uint8)
 
         def put(i: int) -> None:
-            images[i] = read_image(samples[chosen[i]][0], self.image_size, self.channels)
+            images[i] = read_image(self.paths[positions[i]], self.size, self.channels)
 
         with ThreadPoolExecutor() as threads:  # Pillow decodes without holding the interpreter's lock
-            for _ in threads.map(put, range(len(chosen))):
+            for _ in threads.map(put, range(len(positions))):
                 pass
-        return images, labels[chosen]
+        return images
 
 
 def in_folders(folder: Path) -> dict[str, list[str]]:

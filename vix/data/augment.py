@@ -1,0 +1,146 @@
+"""TrivialAugment (Müller and Hutter, 2021) and random erasing (Zhong et al., 2020) on the device, a whole batch at a time.
+
+Each class holds the draws of one epoch, made on the host with the epoch's generator and moved to the device in one piece: which
+change an image undergoes does not depend on where an interrupted epoch continues, and nothing waits for the device.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+GREY = 127.5  # what is moved into a picture from outside
+
+
+class TrivialAugment:
+    """One operation for each image, drawn from the 14 below, with a strength drawn from 0 to ``most`` of the widest.
+
+    most: 1 is the paper's "wide" space. Strengths are drawn from all real numbers there, where the paper has 31 of them.
+    count, batch_size: images in the epoch, and in a batch.
+    """
+
+    def __init__(self, most: float, count: int, batch_size: int, random: torch.Generator, device: torch.device) -> None:
+        operation = torch.randint(len(OPERATIONS), (count,), generator=random)
+        amount = most * (2 * torch.rand(count, generator=random) - 1)
+        # Images that undergo the same operation lie side by side in a batch, so each operation is one call.
+        batch = torch.arange(count) // batch_size
+        group = batch * len(OPERATIONS) + operation
+        order = group.argsort(stable=True)
+        self.batch_size = batch_size
+        self.sizes = group.bincount(minlength=int(batch[-1] + 1) * len(OPERATIONS)).view(-1, len(OPERATIONS)).tolist()
+        self.order = (order - batch * batch_size).to(device)
+        self.amount = amount[order].to(device)
+
+    def __call__(self, images_BCYX: Tensor, number: int) -> Tensor:
+        """Batch ``number`` of the epoch, uint8 → the same shape and type, each image in its place."""
+        batch = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        order, amounts, sizes = self.order[batch], self.amount[batch], self.sizes[number]
+        groups = zip(OPERATIONS.values(), images_BCYX[order].split(sizes), amounts.split(sizes), strict=True)
+        changed = torch.empty_like(images_BCYX)
+        changed[order] = torch.cat([operation(images, amount) for operation, images, amount in groups if len(images)])
+        return changed
+
+
+class Erase:
+    """A grey rectangle over an image with a probability: 2 to 33 % of its area, sides in a ratio of 0.3 to 3.3.
+
+    count: images in the epoch; height, width: of an image, in pixels.
+    """
+
+    def __init__(
+        self, probability: float, count: int, height: int, width: int, random: torch.Generator, device: torch.device
+    ) -> None:
+        chosen, area, ratio, top, left = torch.rand(5, count, generator=random)
+        pixels = (0.02 + 0.31 * area) * height * width
+        ratio = torch.exp(math.log(3.3) * (2 * ratio - 1))
+        rows = (pixels * ratio).sqrt().round().clamp(1, height)
+        columns = (pixels / ratio).sqrt().round().clamp(1, width) * (chosen < probability)
+        top, left = (top * (height - rows + 1)).floor(), (left * (width - columns + 1)).floor()
+        self.corners = torch.stack([top, top + rows, left, left + columns]).to(device)
+
+    def __call__(self, images_BCYX: Tensor, batch: slice) -> Tensor:
+        """Images in [−1, 1] at these places of the epoch; grey is 0."""
+        top, bottom, left, right = self.corners[:, batch, None, None, None]
+        rows, columns = (torch.arange(n, device=images_BCYX.device) for n in images_BCYX.shape[2:])
+        inside = (top <= rows[:, None]) & (rows[:, None] < bottom) & (left <= columns) & (columns < right)
+        return images_BCYX.masked_fill(inside, 0)
+
+
+def warp(images_BCYX: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Look each pixel up where an affine map, the identity but for ``entries`` (B,), takes its place in [−1, 1]²; bilinear."""
+    map_B23 = torch.eye(2, 3, device=images_BCYX.device).repeat(len(images_BCYX), 1, 1)
+    for (row, column), value_B in entries.items():
+        map_B23[:, row, column] = value_B
+    places = F.affine_grid(map_B23, list(images_BCYX.shape), align_corners=False)
+    return as_uint8(F.grid_sample(images_BCYX - GREY, places, align_corners=False) + GREY)
+
+
+def rotate(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """By up to 135°."""
+    angle = amount_B * (0.75 * math.pi)
+    cos, sin = angle.cos(), angle.sin()
+    return warp(images_BCYX, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
+
+
+def blend(images_BCYX: Tensor, other: Tensor, amount_B: Tensor) -> Tensor:
+    """From the other image (amount −1) by way of the image itself (0) to as far beyond (1)."""
+    factor = 1 + 0.99 * amount_B[:, None, None, None]
+    return as_uint8(other + factor * (images_BCYX - other))
+
+
+def brightness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    return blend(images_BCYX, torch.zeros((), device=images_BCYX.device), amount_B)
+
+
+def colour(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float(), amount_B)
+
+
+def contrast(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float().mean(dim=(1, 2, 3), keepdim=True), amount_B)
+
+
+def sharpness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Against the image smoothed with Pillow's kernel, whose middle weighs 5 and whose 8 neighbours 1; the border stays."""
+    smooth = images_BCYX.float()
+    inner = smooth[:, :, 1:-1, 1:-1].clone()
+    smooth[:, :, 1:-1, 1:-1] = (4 * inner + 9 * F.avg_pool2d(images_BCYX.float(), 3, stride=1)) / 13
+    return blend(images_BCYX, smooth, amount_B)
+
+
+def posterize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Forget up to 6 of the 8 bits."""
+    bits = (6 * amount_B.abs()).round().to(torch.uint8)[:, None, None, None]
+    return images_BCYX >> bits << bits
+
+
+def solarize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Invert what is at least as bright as a threshold, from 255 down to 0."""
+    threshold = 255 * (1 - amount_B.abs())[:, None, None, None]
+    return torch.where(images_BCYX >= threshold, 255 - images_BCYX, images_BCYX)
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+# uint8 images (B, C, Y, X) and amounts (B,) from −1 to 1 → uint8 images.
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda images, amount: images,
+    "shear_x": lambda images, amount: warp(images, {(0, 1): 0.99 * amount}),
+    "shear_y": lambda images, amount: warp(images, {(1, 0): 0.99 * amount}),
+    "translate_x": lambda images, amount: warp(images, {(0, 2): 2 * amount}),  # by up to the whole width
+    "translate_y": lambda images, amount: warp(images, {(1, 2): 2 * amount}),
+    "rotate": rotate,
+    "brightness": brightness,
+    "colour": colour,
+    "contrast": contrast,
+    "sharpness": sharpness,
+    "posterize": posterize,
+    "solarize": solarize,
+    "autocontrast": lambda images, amount: tv.autocontrast(images),
+    "equalize": lambda images, amount: tv.equalize(images),
+}
