@@ -20,6 +20,7 @@ from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
 from vix.config import GROUPS, check
+from vix.distributed import from_first, process_group, processes, rank
 from vix.files import only_writer
 from vix.progress import show_results
 from vix.run import Run
@@ -49,7 +50,7 @@ def main(cfg: DictConfig) -> float:
     }
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
-        with Job(identity["name"], number, cfg.get("fail_fast") is True) as this_job, only_writer(directory):
+        with Job(identity["name"], number, cfg.get("fail_fast") is True) as this_job, only_writer(directory), process_group():
             run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             results = train(cfg, run)
             this_job.finished(results, before=results is run.earlier)
@@ -71,9 +72,9 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         make_optimizer = optimizer_builder(cfg)
         make_optimizer(model)
         trainer = build(cfg, "trainer")
-        if cfg.get("rerun"):
+        if cfg.get("rerun") and rank() == 0:
             run.set_aside()
-        results = run.finished(trainer.resume)
+        results = from_first(lambda: run.finished(trainer.resume))
         if results:
             log.info("Finished before, and not run again: rerun=true starts over")
         else:
@@ -95,7 +96,8 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    show_results(results)
+    if rank() == 0:
+        show_results(results)
     log.info("The same again: %s", run.identity["command"])
     return results
 
@@ -116,6 +118,13 @@ def run_from_command_line() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Processes that a launcher starts must find vix, wherever this was called from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
+    if processes() > 1:
+        if is_sweep(sys.argv):
+            print("error: -m: torchrun is for one run over several processes; start a sweep without it", file=sys.stderr)
+            return 2
+        if rank() > 0:  # the first process writes, and is heard
+            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+            logging.disable(logging.WARNING)
     with Sweep(sys.argv, CONFIG_DIR / "config.yaml") if is_sweep(sys.argv) else nullcontext() as sweep:
         problem: Exception | None = None
         stopped: SystemExit | KeyboardInterrupt | None = None
@@ -133,6 +142,8 @@ def run_from_command_line() -> int:
         return 128 + signal.SIGINT
     if problem and (wants_tracebacks or not (unfinished or isinstance(problem, UserError) or about_the_command(problem))):
         raise problem
+    if rank() > 0:
+        return 1 if problem else 0
     if unfinished:
         print(f"error: {unfinished} jobs of this sweep did not finish", file=sys.stderr)
     elif problem:

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from vix.distributed import rank
+
 
 class EpochBar:
     """Progress of one epoch on a terminal (epoch, loss, accuracy, images/s, time left); nothing where output is piped.
@@ -28,7 +30,7 @@ class EpochBar:
             TimeRemainingColumn(),
         )
         # Transient: the bar gives way to the epoch's line in the log.
-        self.progress = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
+        self.progress = Progress(*columns, transient=True, disable=rank() > 0 or not sys.stdout.isatty())
         self.task = self.progress.add_task("", total=images, epoch=f"{epoch + 1}/{epochs}", note=top1)
         self.top1 = top1
 
