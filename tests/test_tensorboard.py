@@ -237,6 +237,17 @@ def test_worst_images_and_captions() -> None:
     assert (wrong[changed].astype(int)[:, 0] - wrong[changed].astype(int)[:, 2]).mean() > 20
 
 
+def test_names_of_any_kind_are_drawn() -> None:
+    """Too long, in letters that the font lacks, or what would be a formula: a picture of the usual size, and no error."""
+    names = ["$x^{2$", "a very long name of a class, with $ and $", "猫", ""]
+    true, images = np.arange(4), np.zeros((4, 8, 8, 1), np.uint8)
+    odd = pictures.attention_maps(images, true, true, [np.ones((4, 8, 8))], names), pictures.confusion_matrix(true, true, names)
+    even = pictures.attention_maps(images, true, true, [np.ones((4, 8, 8))], ["a"] * 4)
+    assert odd[0].shape == even.shape
+    assert (odd[0] != even).any()
+    assert odd[1].var() > 100
+
+
 def test_heat_is_black_at_nothing_bright_at_the_most_and_blue_below() -> None:
     (none, most, half, below) = pictures.heat(np.array([[0.0, 2.0, 1.0, -1.0]]))[0].astype(int)
     assert none.max() < 10

@@ -12,6 +12,7 @@ D    width of the model (``model.dim``)          Y X  rows and columns of an ima
 H    heads                                       K    classes
 E    width of one head (``attention.dim_head``)  T    tokens of a window
 F    width of all heads together                 P    tokens before those of the grid (class token)
+G    heads of keys and values
 ===  ==========================================  ===  =============================================
 """
 

@@ -34,7 +34,7 @@ def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], auto
     for images, labels in batches:
         with autocast:
             logits_BK = model(images)
-        losses.append(F.cross_entropy(logits_BK.float(), labels, reduction="none"))
+        losses.append(F.nll_loss(logits_BK.float().log_softmax(dim=1), labels, reduction="none"))
         guesses.append(logits_BK.argmax(dim=1))
     return torch.cat(losses).cpu(), torch.cat(guesses).cpu()
 

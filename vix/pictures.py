@@ -4,7 +4,7 @@ Each is drawn without a display and returned as an array (Y, X, 3) of uint8. mat
 :mod:`vix.tensorboard` imports this, when a run ends. Images are arrays (count, Y, X, C) of uint8.
 """
 
-import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,19 +61,20 @@ def worst_images(images: Array, true: Array, predicted: Array, losses: Array, cl
     return grid(title, cells, [captions[row] for row in rows], [colors[row] for row in rows])
 
 
-def attention_maps(images: Array, captions: Sequence[str], maps: Sequence[Array]) -> Array:
-    """A row for each image: itself with its caption, then the class token's attention in each layer (count, Y, X).
+def attention_maps(images: Array, true: Array, predicted: Array, maps: Sequence[Array], class_names: Sequence[str]) -> Array:
+    """A row for each image: itself with its two classes, then the class token's attention in each layer (count, Y, X).
 
     Each map has a scale of its own, from 0 (black) to its largest weight, which is told in units of what even attention would
     give; where an approximate mixer has negative weights these are blue.
     """
     cells, texts = [], []
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    for i, image in enumerate(images):
         layers = [layer[i] * layer[i].size for layer in maps]
         cells.append([square(image), *(square(heat(layer)) for layer in layers)])
+        caption = f"{short(class_names[true[i]])}\n→ {short(class_names[predicted[i]])}"
         texts.append([caption, *(f"layer {k}\nmax. {layer.max():.1f} ×" for k, layer in enumerate(layers))])
     blue = "; blue: negative" if any(layer.min() < 0 for layer in maps) else ""
-    title = f"Attention of the class token, mean of the heads\n(× the mean weight{blue})"
+    title = f"Attention of the class token, mean of the heads\n(× the weight of even attention{blue})"
     return grid(title, cells, texts, [["black"] * len(row) for row in cells])
 
 
@@ -113,11 +114,12 @@ def grid(
 
 
 def short(name: str) -> str:
-    """A class's name, cut where it would run into the next."""
-    return textwrap.shorten(name, 12, placeholder="…") if " " in name else name if len(name) <= 12 else f"{name[:11]}…"
+    """A class's name, cut where it would run into the next; a pair of dollars would be taken for a formula."""
+    return (name if len(name) <= 12 else f"{name[:11]}…").replace("$", r"\$")
 
 
 def rendered(figure: Figure) -> Array:
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -22,14 +22,8 @@ log = logging.getLogger(__name__)
 
 CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "optimizer")
 METRICS = (
-    "top1",
-    "top5",
-    "best_top1",
-    "train_loss",
-    "trainable_params",
-    "images_per_second",
-    "seconds",
-    "peak_gpu_allocated_gb",
+    *("top1", "top5", "best_top1", "train_loss"),
+    *("trainable_params", "images_per_second", "seconds", "peak_gpu_allocated_gb"),
 )
 PROBED, SHOWN, WORST = 16, 6, 40  # test images of the probe, of the attention maps, and with the highest loss
 
@@ -123,8 +117,9 @@ class TensorBoard:
         some = torch.stack([(labels == k).nonzero()[0, 0] for k in range(min(SHOWN, len(names)))])
         maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, scale(self.test.images[some]))]
         if maps:
-            captions = [f"{names[t]}\n→ {names[p]}" for t, p in zip(true[some], predicted[some], strict=True)]
-            drawn["class_token_attention"] = pictures.attention_maps(self.pixels(some), captions, maps)
+            drawn["class_token_attention"] = pictures.attention_maps(
+                self.pixels(some), true[some], predicted[some], maps, names
+            )
         for name, picture in drawn.items():
             self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
 
