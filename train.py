@@ -3,9 +3,12 @@
 import gc
 import logging
 import os
+import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -15,11 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
-from vix.command_line import about_the_command, explain, git_commit, one_line, run_name
+from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
 from vix.config import GROUPS, check
+from vix.distributed import from_first, process_group, processes, rank
 from vix.files import only_writer
 from vix.progress import show_results
 from vix.run import Run
+from vix.sweep import Job, Sweep, is_sweep
 
 CONFIG_DIR = Path(__file__).parent.resolve() / "conf"
 log = logging.getLogger("vix")
@@ -39,12 +44,17 @@ def main(cfg: DictConfig) -> float:
         **{group: choices.get(group) for group in GROUPS if group != "trainer"},
         "overrides": list(job.overrides.task),
         "seed": cfg.get("seed"),
+        "command": repeating_command(job.overrides.task),
         "git_commit": git_commit(),
         "torch": torch.__version__,
     }
     try:
-        with only_writer(directory):
-            return train(cfg, Run(directory, identity, OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+        number = job.job.num if job.mode == RunMode.MULTIRUN else 0
+        with Job(identity["name"], number, cfg.get("fail_fast") is True) as this_job, only_writer(directory), process_group():
+            run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            results = train(cfg, run)
+            this_job.finished(results, before=results is run.earlier)
+            return float(results["top1"])
     except Exception as error:
         if job.mode == RunMode.MULTIRUN:  # the sweep goes on, and its end would tell the first failure only
             log.error("%s: %s", identity["name"], one_line(error))
@@ -53,8 +63,8 @@ def main(cfg: DictConfig) -> float:
         raise
 
 
-def train(cfg: DictConfig, run: Run) -> float:
-    """Build what the config says, train it in the run's directory, and return the top-1 accuracy of the last epoch."""
+def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Build what the config says, train it in the run's directory, and return the results."""
     try:
         check(cfg)  # refuses, like the three lines after the next, before any data is read
         torch.manual_seed(cfg.seed)
@@ -62,9 +72,9 @@ def train(cfg: DictConfig, run: Run) -> float:
         make_optimizer = optimizer_builder(cfg)
         make_optimizer(model)
         trainer = build(cfg, "trainer")
-        if cfg.get("rerun"):
+        if cfg.get("rerun") and rank() == 0:
             run.set_aside()
-        results = run.finished(trainer.resume)
+        results = from_first(lambda: run.finished(trainer.resume))
         if results:
             log.info("Finished before, and not run again: rerun=true starts over")
         else:
@@ -86,8 +96,10 @@ def train(cfg: DictConfig, run: Run) -> float:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    show_results(results)
-    return results["top1"]
+    if rank() == 0:
+        show_results(results)
+    log.info("The same again: %s", run.identity["command"])
+    return results
 
 
 def out_of_memory(cfg: DictConfig) -> UserError:
@@ -99,15 +111,46 @@ def out_of_memory(cfg: DictConfig) -> UserError:
     )
 
 
-if __name__ == "__main__":
+def run_from_command_line() -> int:
+    """Hydra's ``main`` with its errors in one line each, and after a sweep the table of its jobs. Returns the exit status."""
     # With this variable set Hydra lets its errors through, and they become one line here.
     wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Processes that a launcher starts must find vix, wherever this was called from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
-    try:
-        main()
-    except Exception as error:
-        if wants_tracebacks or not (isinstance(error, UserError) or about_the_command(error)):
-            raise
-        sys.exit(f"error: {error if isinstance(error, UserError) else explain(error, CONFIG_DIR, sys.argv[1:])}")
+    if processes() > 1:
+        if is_sweep(sys.argv):
+            print("error: -m: torchrun is for one run over several processes; start a sweep without it", file=sys.stderr)
+            return 2
+        if rank() > 0:  # the first process writes, and is heard
+            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+            logging.disable(logging.WARNING)
+    with Sweep(sys.argv, CONFIG_DIR / "config.yaml") if is_sweep(sys.argv) else nullcontext() as sweep:
+        problem: Exception | None = None
+        stopped: SystemExit | KeyboardInterrupt | None = None
+        try:
+            main()
+        except (SystemExit, KeyboardInterrupt) as error:
+            stopped = error
+        except Exception as error:
+            problem = error
+        unfinished = sweep.show() if sweep else 0
+    if isinstance(stopped, SystemExit):
+        raise stopped
+    if stopped:
+        print("error: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if problem and (wants_tracebacks or not (unfinished or isinstance(problem, UserError) or about_the_command(problem))):
+        raise problem
+    if rank() > 0:
+        return 1 if problem else 0
+    if unfinished:
+        print(f"error: {unfinished} jobs of this sweep did not finish", file=sys.stderr)
+    elif problem:
+        told = explain(problem, CONFIG_DIR, sys.argv[1:])
+        print(f"error: {told}", file=sys.stderr)
+    return 1 if problem or unfinished else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_from_command_line())

@@ -18,7 +18,8 @@ import sklearn.model_selection  # noqa: E402, F401
 import torch._dynamo  # noqa: E402  (every optimizer imports it)
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import vix.build  # noqa: E402, F401
+import vix.build  # noqa: E402
+import vix.pictures  # noqa: E402, F401
 
 
 def become_train(directory: str, arguments: list[str]) -> None:

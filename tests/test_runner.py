@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -216,17 +217,59 @@ def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
 def test_multirun(tmp_path: Path) -> None:
     """Jobs get directories of their own; one that is refused or fails is recorded there and the others still run."""
     jobs = ("seed=0,1", "attention.landmarks=8,1000")
-    done = run_train(tmp_path, "-m", *TINY, *jobs)
+    done = run_train(tmp_path, "-m", *TINY, *jobs, COLUMNS="200")
     assert done.returncode == 1
     results = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/results.json")]
     states = sorted((r["status"], r["seed"], r["config"]["attention"]["landmarks"]) for r in results)
     assert states == [("finished", 0, 8), ("finished", 1, 8), ("refused", 0, 1000), ("refused", 1, 1000)]
     assert all("attention.landmarks=1000" in r["error"] for r in results if r["status"] == "refused")
-    assert "attention.landmarks=1000 is more than the 65 tokens" in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: 2 jobs of this sweep did not finish"
+    told = table_after(done.stdout, "jobs of this sweep")
+    assert [row[:3] for row in told] == [
+        ["attention.landmarks=8 seed=0", "finished", f"{top1_of(results, 0):.2f}"],
+        ["attention.landmarks=1000 seed=0", "refused", ""],
+        ["attention.landmarks=8 seed=1", "finished", f"{top1_of(results, 1):.2f}"],
+        ["attention.landmarks=1000 seed=1", "refused", ""],
+    ]
+    assert all("attention.landmarks=1000 is more than the 65 tokens" in row[4] for row in told if row[1] == "refused")
+    assert not list(tmp_path.glob("outputs/.sweeps*"))
     assert len({r["train_loss"] for r in results if r["status"] == "finished"}) == 2
     good = run_train(tmp_path, "-m", *TINY, "seed=0,1", "attention.landmarks=8")
     assert good.returncode == 0
     assert good.stdout.count("not run again") == 2
+    assert [row[1] for row in table_after(good.stdout, "jobs of this sweep")] == ["finished before"] * 2
+
+
+def top1_of(results: list[dict[str, Any]], seed: int) -> float:
+    (top1,) = (r["top1"] for r in results if r["seed"] == seed and r["status"] == "finished")
+    return float(top1)
+
+
+def table_after(output: str, title: str) -> list[list[str]]:
+    """The rows of the table of that title, each a list of its cells."""
+    lines = output[output.index(title) :].splitlines()
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
+
+
+def test_fail_fast(tmp_path: Path) -> None:
+    """The first failure keeps the jobs after it from beginning, and they are listed all the same."""
+    done = run_train(tmp_path, "-m", *TINY, "attention.landmarks=8,1000,16", "fail_fast=true", COLUMNS="200")
+    assert done.returncode == 1
+    assert [row[1] for row in table_after(done.stdout, "jobs of this sweep")] == ["finished", "refused", "not run"]
+    assert len(list(tmp_path.glob("outputs/*/*/results.json"))) == 2
+
+
+def test_the_command_that_a_run_prints_repeats_it(tmp_path: Path) -> None:
+    first = run_train(tmp_path, *TINY, "optimizer.lr=3e-4", "seed=3", "trainer.resume=force")
+    results = json.loads(next(tmp_path.glob("outputs/*/*/results.json")).read_text())
+    assert f"The same again: {results['command']}" in first.stdout
+    command = shlex.split(results["command"])
+    assert command[:2] == ["python", "train.py"]
+    (tmp_path / "elsewhere").mkdir()
+    assert run_train(tmp_path / "elsewhere", *command[2:]).returncode == 0
+    again = json.loads(next(tmp_path.glob("elsewhere/outputs/*/*/results.json")).read_text())
+    same = ("name", "top1", "train_loss", "best_epoch", "command")
+    assert {k: again[k] for k in same} == {k: results[k] for k in same}
 
 
 def test_a_failed_run_keeps_its_traceback(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
+import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from vix.checks import UserError
 from vix.config import GROUPS, OVERLAYS, nearest
 from vix.results import DEFAULT_RECIPE, MODEL_GROUPS, override_key
 from vix.run import NOT_IDENTITY
+
+NOT_THE_RUN = ("rerun", "fail_fast", "trainer.resume")  # how a run is started
 
 
 def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) -> str:
@@ -34,6 +38,11 @@ def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) ->
     return f"{name}/seed={seed}"
 
 
+def repeating_command(overrides: Iterable[str]) -> str:
+    """The command, ready for a shell, that does a run with these overrides again from its start."""
+    return shlex.join(["python", "train.py", *(o for o in overrides if override_key(o) not in NOT_THE_RUN), "rerun=true"])
+
+
 def git_commit() -> str | None:
     """The commit of this program, with ``-dirty`` where files differ from it; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -44,7 +53,10 @@ def git_commit() -> str | None:
 
 
 def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str:
-    """Hydra's or OmegaConf's error about a command in one line that names the key and the nearest valid ones."""
+    """Hydra's or OmegaConf's error about a command in one line that names the key and the nearest valid ones; the
+    program's own as it is."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
         options = [str(o) for o in error.options or ()]

@@ -3,15 +3,18 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vix.distributed import highest, parallel, processes, share, total
 from vix.runtime import get_rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -30,15 +33,17 @@ class Learner:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
-    scaler: torch.amp.GradScaler
     dtype: torch.dtype  # of autocast; float32 does without
     micro_batch: int | None
     clip_norm: float | None
     label_smoothing: float
     ema_decay: float | None = None
+    alone: bool = False  # whether to take no notice of the other processes of this run
     skipped: int = 0  # steps that float16's scaling skipped because a gradient overflowed
     hooks: list[Callable[[int], None]] = field(init=False)
     autocast: torch.autocast = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    forward: nn.Module = field(init=False)  # the model, among the processes of this run
     average: AveragedModel | None = field(init=False, default=None)
     broken: Tensor = field(init=False)  # on the device: whether a loss or gradient was not finite in any step so far
 
@@ -48,6 +53,8 @@ class Learner:
         device = next(self.model.parameters()).device
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
         self.autocast = torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.forward = self.model if self.alone else parallel(self.model)
         if self.ema_decay is not None:
             # Buffers are copied, not averaged: they are statistics with an average of their own, or random features.
             self.average = AveragedModel(self.model, multi_avg_fn=self.take_into_average)
@@ -71,13 +78,21 @@ class Learner:
         for hook in self.hooks:
             hook(number)
         loss = torch.zeros((), device=images.device)
+        batch, copies = len(labels), 1
+        if not self.alone:
+            # The mean over the processes' gradients makes so much less of each one's.
+            images, labels, copies = own_share(images, labels)
         size = self.micro_batch or len(labels)
-        for some_images, some_labels in zip(images.split(size), labels.split(size), strict=True):
-            with self.autocast:
-                part = F.cross_entropy(self.model(some_images), some_labels, label_smoothing=self.label_smoothing)
-                part = part * (len(some_labels) / len(labels))
-            self.scaler.scale(part).backward()
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        for i, (some_images, some_labels) in enumerate(parts, 1):
+            with self.gradients_meet(i == len(parts)):
+                with self.autocast:
+                    part = F.cross_entropy(self.forward(some_images), some_labels, label_smoothing=self.label_smoothing)
+                    part = part * (len(some_labels) * copies / batch)
+                self.scaler.scale(part).backward()
             loss += part.detach().float()
+        if not self.alone:
+            loss = total(loss) / processes()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.clip_norm is not None:
@@ -86,6 +101,10 @@ class Learner:
         healthy = loss.isfinite() if self.scaler.is_enabled() else loss.isfinite() & norm.isfinite()
         self.broken |= ~healthy
         return loss
+
+    def gradients_meet(self, last: bool) -> AbstractContextManager[None]:
+        """Context of a micro-batch: the processes' gradients are brought together in the last one's."""
+        return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) and not last else nullcontext()
 
     def update(self) -> None:
         """Move the parameters along their gradients, forget these, and go on to the next learning rate."""
@@ -128,21 +147,30 @@ class Learner:
         self.broken.zero_()
 
 
+def own_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """This process's share of a batch and the number of shares; an image with a 0 where there is none left for it."""
+    if len(share(labels)):
+        return share(images), share(labels), processes()
+    return images[:1], labels[:1], 0
+
+
 def largest_micro_batch(learner: Learner, images: Tensor, labels: Tensor) -> int:
     """The largest of the batch size, its half, its quarter, … at which the gradients of this batch fit the device's memory.
 
     Tries them, with room for an Adam's state, and leaves model and random generators as they were. Raises the device's
     out-of-memory error where not even single images fit.
     """
+    images, labels, _ = own_share(images, labels)
     rng, buffers = get_rng_state(), [buffer.clone() for buffer in learner.model.buffers()]
     adam_bytes = 2 * sum(p.nbytes for p in learner.model.parameters())
     size = len(labels)
     while True:
         try:
             room = torch.empty(adam_bytes, dtype=torch.uint8, device=images.device)
-            replace(learner, micro_batch=size, ema_decay=None).gradients(0, images, labels)
+            replace(learner, micro_batch=size, ema_decay=None, alone=True).gradients(0, images, labels)
             del room
-            log.info("Micro-batch: %d images of a batch of %d fit the memory", size, len(labels))
+            size = -highest(-size)  # the lowest
+            log.info("Micro-batch: %d images of %d fit the memory", size, len(labels))
             return size
         except torch.OutOfMemoryError:
             if size == 1:

@@ -4,21 +4,39 @@ import resource
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vix.distributed import share, total
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> dict[str, float]:
-    """``top1`` and ``top5`` in percent of all images; every image counts the same, whatever its batch."""
+    """``top1`` and ``top5`` in percent of all images of all processes; each image counts the same, whatever its batch."""
     model.eval()
-    hits: list[Tensor] = []
+    counts = torch.zeros(3, dtype=torch.int64, device=autocast.device)
+    for batch, batch_labels in batches:
+        images, labels = share(batch), share(batch_labels)
+        if len(labels):
+            with autocast:
+                logits_BK = model(images)
+            hits = logits_BK.float().topk(min(5, logits_BK.shape[1])).indices == labels[:, None]
+            counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), torch.ones_like(labels).sum()])
+    top1, top5, images_tested = total(counts).tolist()
+    return {"top1": 100 * (top1 / images_tested), "top5": 100 * (top5 / images_tested)}
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> tuple[Tensor, Tensor]:
+    """The cross-entropy (nats) and the predicted class of every image, on the CPU."""
+    model.eval()
+    losses, guesses = [], []
     for images, labels in batches:
         with autocast:
             logits_BK = model(images)
-        guesses = logits_BK.float().topk(min(5, logits_BK.shape[1])).indices
-        hits.append(guesses == labels[:, None])
-    correct = torch.cat(hits).cpu()
-    return {"top1": 100 * correct[:, 0].double().mean().item(), "top5": 100 * correct.any(dim=1).double().mean().item()}
+        losses.append(F.cross_entropy(logits_BK.float(), labels, reduction="none"))
+        guesses.append(logits_BK.argmax(dim=1))
+    return torch.cat(losses).cpu(), torch.cat(guesses).cpu()
 
 
 class PeakMemory:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vix
 from vix.checks import UserError
+from vix.distributed import rank
 from vix.learner import Learner
 from vix.run import write_tensors
 from vix.runtime import get_rng_state, set_rng_state
@@ -41,7 +42,8 @@ def find(learner: Learner, batches: Iterable[tuple[Tensor, Tensor]], first: int,
             scale, smoothing, rate = learner.scaler.get_scale(), learner.label_smoothing, learner.rate
             state = {"images": images, "labels": labels, "model": model, "rng": rng, "step": number, "config": config}
             state |= {"lr": rate, "scale": scale, "label_smoothing": smoothing, "dtype": learner.dtype}
-            write_tensors(directory / FILE, state)
+            if rank() == 0:
+                write_tensors(directory / FILE, state)
             learner.model.load_state_dict(model)
             return NotFinite(f"{describe(learner.model, state)}; `python -m vix.nonfinite {directory}` repeats it")
         learner.update()

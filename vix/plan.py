@@ -39,7 +39,16 @@ from vix.summary import CONFIG_DIR, Summary, summarise
 
 # Keys that change neither the time of an epoch nor the memory: runs that differ in these alone cost the same.
 COSTLESS = (
-    *("seed", "rerun", "data.root", "trainer.device", "trainer.epochs", "trainer.schedule", "trainer.warmup_epochs"),
+    *(
+        "seed",
+        "rerun",
+        "fail_fast",
+        "data.root",
+        "trainer.device",
+        "trainer.epochs",
+        "trainer.schedule",
+        "trainer.warmup_epochs",
+    ),
     *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
 )
 HOW_TO_READ = (

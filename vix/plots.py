@@ -5,19 +5,22 @@ matplotlib is drawn into memory as PNG without a display; only :mod:`vix.report`
 
 import io
 import itertools
+import math
 import statistics
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from vix.results import Group, Row
 
@@ -113,31 +116,34 @@ def figure_4(entries: Iterable[Entry], note: str, published: Mapping[str, Mappin
     """Accuracy against GPU memory in the paper's four families: the published points hollow, ours filled."""
     figure, axes = new_figure("Accuracy against GPU memory (the paper's figure 4)", note)
     points: list[Point] = []
-    lines: list[Line] = []
+    lines: dict[Line, str] = {}
+    ours: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     at: dict[str, tuple[float, float]] = {}
     for name, (family, label) in FIGURE_4.items():
         at[name] = float(published[name]["published_gpu_gb"]), float(published[name]["published_top1"])
         axes.plot(*at[name], "o", mfc="white", mec=FAMILIES[family], mew=1.6, ms=7, zorder=3)
         points.append(Point(*at[name], label, FAMILIES[family], first=True))
     for group, row, label in entries:
-        ours = family_of(group.best)
-        if ours is None or row["gpu_gb"] is None:
+        kin = family_of(group.best)
+        if kin is None or row["gpu_gb"] is None:
             continue
-        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[ours]
-        axes.plot(x, y, "o", color=color, ms=7, zorder=4)
+        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[kin]
+        ours[color].append((x, y))
         there = at.get(group.runs[0].experiment)
         if group.published and there:
-            lines.append((there, (x, y)))
-            axes.plot(*zip(*lines[-1], strict=True), ":", color=color, lw=1, zorder=1)
+            lines[there, (x, y)] = color
         points.append(Point(x, y, label, color))
+    for color, ours_there in ours.items():
+        axes.plot(*zip(*ours_there, strict=True), "o", color=color, ms=7, zorder=4)
+    axes.add_collection(LineCollection([*lines], colors=[*lines.values()], linestyles=":", linewidths=1, zorder=1))
     axes.margins(0.12)
     logarithmic(axes)
     axes.set_xlabel("peak GPU memory, GB (the paper's at batch 64)")
     axes.set_ylabel("top-1 accuracy of the best epoch, %")
-    filled = "ours" if len(points) > len(at) else "ours: none has GPU figures"
+    filled = "ours" if ours else "ours: none has GPU figures"
     handles = [dot(family, color) for family, color in FAMILIES.items()]
     legend(figure, [*handles, dot("published", "black", mfc="white", mew=1.6), dot(filled, "black")])
-    put_labels(figure, axes, points, lines)
+    put_labels(figure, axes, points, [*lines])
     return figure
 
 
@@ -161,14 +167,16 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
     front = pareto_front((row[cost] / unit, row["top1"]) for _, row, _ in measured)
     points: list[Point] = []
     lines: list[Line] = []
-    colors: dict[str, str] = {}
+    bars: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # by what their colour stands for
     for group, row, label in measured:
         kind = KINDS.get(attention := str(group.best.get("attention")), attention)
-        color = colors.setdefault(kind if kind in COLORS else "other", COLORS.get(kind, OTHER))
-        x, y, std = row[cost] / unit, row["top1"], row["top1_std"] or 0.0
-        lines.append(((x, y - std), (x, y + std)))
-        axes.errorbar(x, y, row["top1_std"], fmt="o", color=color, ms=6, capsize=3, lw=1, zorder=3)
-        points.append(Point(x, y, label, color, first=(x, y) in front))
+        x, y, std = row[cost] / unit, row["top1"], row["top1_std"]
+        bars[kind if kind in COLORS else "other"].append((x, y, math.nan if std is None else std))
+        lines.append(((x, y - (std or 0.0)), (x, y + (std or 0.0))))
+        points.append(Point(x, y, label, COLORS.get(kind, OTHER), first=(x, y) in front))
+    for kind, bar in bars.items():
+        x, y, std = zip(*bar, strict=True)
+        axes.errorbar(x, y, std, fmt="o", color=COLORS.get(kind, OTHER), ms=6, capsize=3, lw=1, zorder=3)
     axes.margins(0.12)
     logarithmic(axes)
     # The front goes on to the right at its best accuracy: more cost bought no more.
@@ -181,7 +189,7 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
     axes.set_xlim(left, right)
     axes.set_xlabel(axis)
     axes.set_ylabel("top-1 accuracy of the last epoch, %")
-    handles = [dot(attention, color) for attention, color in colors.items()]
+    handles = [dot(kind, COLORS.get(kind, OTHER)) for kind in bars]
     legend(figure, [*handles, Line2D([], [], color="black", alpha=0.6, label="Pareto front")])
     put_labels(figure, axes, points, lines)
     return figure
@@ -251,7 +259,7 @@ def headings(figure: Figure, title: str, note: str) -> None:
     """A title, and below it what all points have in common."""
     figure.suptitle(title, fontweight="bold")
     figure.text(0.5, 0.93, textwrap.shorten(note, 120, placeholder=" …"), ha="center", va="top", size=8, color="dimgray")
-    figure.subplots_adjust(top=0.88)
+    figure.subplots_adjust(top=0.88, left=0.08)
 
 
 def legend(figure: Figure, handles: list[Line2D]) -> None:
@@ -279,13 +287,15 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
 
     Labels that find no room are left out; ``first`` points are served first.
     """
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # fixes the axes' limits and so the pixels
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # fixes the pixels
     frame = axes.get_window_extent()
     to_pixels = axes.transData.transform
     pixels = to_pixels([(point.x, point.y) for point in points])
     solid = np.concatenate([pixels - 7, pixels + 7], axis=1)  # rows of x0, y0, x1, y1
     thin = np.concatenate([np.empty((0, 4)), *(along(*to_pixels(line)) for line in lines)])
+    leaders: list[tuple[Pixels, Pixels]] = []
+    leader_colors: list[str] = []
     served = sorted(range(len(points)), key=lambda i: not points[i].first)
     for i in served[: sum(point.first for point in points) + MOST_LABELS]:
         x, y, text, color, _ = points[i]
@@ -297,10 +307,9 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
             fontsize=7.5,
             color=color,
             zorder=5,
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": color, "shrinkA": 0, "shrinkB": 6},
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )
-        size = np.array(Text.get_window_extent(label, canvas.get_renderer()).size)  # the text's, without the line to the point
+        size = np.array(label.get_window_extent(renderer).size)
         # The near side or corner lies at the offset: the lower left is a whole, half or no size further down.
         near = pixels[i] + np.array(OFFSETS) * figure.dpi / 72
         low = near + size * (np.sign(OFFSETS) - 1) / 2
@@ -313,9 +322,15 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
                 dx, dy = OFFSETS[k]
                 label.set(position=(dx, dy), ha=ACROSS[np.sign(dx)], va=UP[np.sign(dy)])
                 solid = np.concatenate([solid, boxes[k : k + 1], leader])
+                if k >= len(SIDES):  # a label that touches its point needs none
+                    leaders.append((near[k], pixels[i]))
+                    leader_colors.append(color)
                 break
         else:
             label.remove()
+    # One artist for all lines: arrows of the labels' own would take most of the report's time.
+    ends = [axes.transData.inverted().transform((start, end)) for start, end in leaders]
+    axes.add_collection(LineCollection(ends, colors=leader_colors, linewidths=0.5, zorder=2), autolim=False)
 
 
 def along(start: Pixels, end: Pixels) -> Pixels:
@@ -328,12 +343,15 @@ def along(start: Pixels, end: Pixels) -> Pixels:
 
 def overlap(boxes: Pixels, others: Pixels) -> Any:
     """For each box x0, y0, x1, y1, whether it shares a pixel with any of the others."""
-    one, other = boxes[:, None], others[None]
-    return np.any(np.all((other[..., :2] < one[..., 2:]) & (other[..., 2:] > one[..., :2]), axis=2), axis=1)
+    left, low, right, high = boxes.T[:, :, None]
+    return ((others[:, 0] < right) & (others[:, 1] < high) & (others[:, 2] > left) & (others[:, 3] > low)).any(axis=1)
 
 
 def png(figure: Figure) -> bytes:
     """A figure as PNG, widened for what lies beside its axes."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    # bbox_inches="tight" would find out what lies outside by drawing everything once more.
+    whole = Bbox.union([figure.bbox, *(legend.get_window_extent(renderer).padded(10) for legend in figure.legends)])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
+    figure.savefig(buffer, format="png", bbox_inches=Bbox(whole.get_points() / figure.dpi))
     return buffer.getvalue()

@@ -1,21 +1,15 @@
-"""What a person sees of a run: a progress bar on a terminal, TensorBoard, and the table at the end."""
+"""What a person sees of a run on a terminal: a progress bar, and the table at the end."""
 
-import json
 import sys
 import time
-from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from vix.checks import UserError
-from vix.metrics import process_gigabytes
-from vix.results import flat
-from vix.run import Run
+from vix.distributed import rank
 
 
 class EpochBar:
@@ -36,7 +30,7 @@ class EpochBar:
             TimeRemainingColumn(),
         )
         # Transient: the bar gives way to the epoch's line in the log.
-        self.progress = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
+        self.progress = Progress(*columns, transient=True, disable=rank() > 0 or not sys.stdout.isatty())
         self.task = self.progress.add_task("", total=images, epoch=f"{epoch + 1}/{epochs}", note=top1)
         self.top1 = top1
 
@@ -56,53 +50,6 @@ class EpochBar:
         self.shown = now
         note = f"loss {loss.item():.3f}  {self.top1}  {self.done / (now - self.started):.0f} images/s"
         self.progress.update(self.task, completed=self.done, note=note)
-
-
-class TensorBoard:
-    """A run's events, in the run's own directory: a scalar per epoch, the config as text, and hparams with final metrics."""
-
-    def __init__(self, run: Run, first_epoch: int) -> None:
-        self.run, self.first_epoch = run, first_epoch
-
-    def __enter__(self) -> "TensorBoard":
-        # Purged: an epoch that an earlier start logged but did not save is done, and logged, again.
-        self.writer = SummaryWriter(str(self.run.directory), purge_step=self.first_epoch)
-        self.writer.add_text("config", f"```json\n{json.dumps(self.run.config, indent=2)}\n```")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what could not be written was told by ``flush``
-            self.writer.close()
-
-    def flush(self) -> None:
-        """Wait for the events to be on the disk. Raises UserError where they cannot be."""
-        try:
-            self.writer.flush()
-        except OSError as error:
-            raise UserError(f"cannot write TensorBoard's events into {self.run.directory} ({error.strerror})") from error
-
-    def epoch(self, row: dict[str, Any], memory: dict[str, float | None]) -> None:
-        scalars = {
-            "loss/train": row["train_loss"],
-            "accuracy/top1": row["top1"],
-            "accuracy/top5": row["top5"],
-            "train/lr": row["lr"],
-            "train/images_per_second": row["images_per_second"],
-            "memory/process_peak_gb": process_gigabytes(),
-            **{f"memory/{name}": value for name, value in memory.items() if value is not None},
-        }
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, row["epoch"])
-        self.flush()
-
-    def finish(self, results: dict[str, Any]) -> None:
-        """The HParams page's row of this run. ``run_name="."`` keeps it in this run instead of one nested below."""
-        hparams = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flat(self.run.config).items()}
-        hparams |= {k: results[k] or "" for k in ("experiment", "model", "attention", "embedding", "posenc")}
-        names = ["top1", "top5", "best_top1", "train_loss", "trainable_params", "checkpoint_mb", "images_per_second", "seconds"]
-        names.append("peak_gpu_allocated_gb")
-        metrics = {f"final/{name}": results[name] for name in names if results[name] is not None}
-        self.writer.add_hparams(hparams, metrics, run_name=".", global_step=results["epochs"])
 
 
 def show_results(results: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ NUMBERS = ("top1", "top5", "best_top1", "best_top5", "epochs", "weight_bias_para
 NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_allocated_gb", "peak_gpu_reserved_gb")
 UNFINISHED = ("running", "failed", "refused", "interrupted")
 # Keys that say where a run happens or which of several equal runs it is: runs that differ in these alone are one group.
-NOT_COMPARED = ("experiment", "seed", "rerun", "data.root", "trainer.device", "trainer.resume")
+NOT_COMPARED = ("experiment", "seed", "rerun", "fail_fast", "data.root", "trainer.device", "trainer.resume", "trainer.probe")
 DEFAULT_RECIPE = "recipe=paper"  # says what is so without it
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
 # Within those groups, but it changes what a model costs and not what it computes.

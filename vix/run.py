@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vix.checks import ConfigError, UserError
+from vix.distributed import highest, processes, rank
 from vix.files import write_json, write_whole
 from vix.results import flat
 
@@ -24,9 +25,11 @@ log = logging.getLogger(__name__)
 # Where a run happens or how much is shown, not what it computes: these may differ when a run is continued.
 NOT_IDENTITY = (
     "rerun",
+    "fail_fast",
     "data.root",
     "trainer.device",
     "trainer.resume",
+    "trainer.probe",
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
 )
@@ -52,6 +55,14 @@ class Position:
     best: dict[str, Any] = field(default_factory=dict)
     best_model: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def end_epoch(self, row: dict[str, Any], model: nn.Module) -> None:
+        """Add the epoch's row to the history, keep the weights if they are the best so far, and go on to the next epoch."""
+        self.epoch, self.batch, self.train_seconds, self.loss_sum = self.epoch + 1, 0, 0.0, torch.zeros_like(self.loss_sum)
+        self.history.append({"epoch": self.epoch, **row})
+        if row["top1"] > self.best.get("best_top1", -1.0):
+            self.best = {"best_top1": row["top1"], "best_top5": row["top5"], "best_epoch": self.epoch}
+            self.best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
 
 
 class Run:
@@ -96,10 +107,13 @@ class Run:
     def write_results(self, **fields: Any) -> None:
         """Add fields to results.json and write it, whole or not at all."""
         self.results |= fields
-        write_json(self.results_path, self.results)
+        if rank() == 0:
+            write_json(self.results_path, self.results)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt, whole or not at all, and keep the one before it as checkpoint.previous.pt."""
+        if rank() > 0:
+            return
         if self.checkpoint_path.exists():
             link = self.directory / ".checkpoint.previous.tmp"
             link.unlink(missing_ok=True)
@@ -133,7 +147,7 @@ class Run:
 
     def discard_if_empty(self) -> None:
         """Remove the directory that Hydra made for a run that was refused before it wrote anything."""
-        if not self.results_path.exists() and not self.checkpoint_path.exists():
+        if rank() == 0 and not self.results_path.exists() and not self.checkpoint_path.exists():
             shutil.rmtree(self.directory / ".hydra", ignore_errors=True)
             for name in (".lock", "train.log"):
                 (self.directory / name).unlink(missing_ok=True)
@@ -213,6 +227,14 @@ class StopRequest:
 
     def note(self, number: int, _: object) -> None:
         self.signal = number
+
+    def agreed(self, ask: bool) -> int | None:
+        """The signal that any process of this run was sent; None where that is not the moment to ``ask`` the others."""
+        if processes() > 1:  # they stop together or not at all
+            if not ask:
+                return None
+            self.signal = highest(self.signal or 0) or None
+        return self.signal
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():

@@ -1,6 +1,7 @@
 """The hardware a run gets: device, precision, and the state of its random generators."""
 
 import logging
+import os
 import random
 from typing import Any
 
@@ -8,15 +9,19 @@ import numpy as np
 import torch
 
 from vix.checks import ConfigError
+from vix.distributed import processes
 
 log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` or a device's name → the device. Raises ConfigError where this machine has no such device."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
+    """``auto`` or a device's name → the device; of several processes each gets a GPU of its own.
+
+    Raises ConfigError where this machine has no such device.
+    """
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
+    elif name == "auto":
         log.warning("No CUDA GPU was found: training on the CPU, which is slow at full size")
         return torch.device("cpu")
     try:
@@ -60,6 +65,12 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
     if gigabytes is not None and gigabytes > total:
         raise ConfigError(f"trainer.memory_limit_gb={gigabytes}: this GPU has {total:.1f} GB; at most that")
     torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes / total, device)
+
+
+def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What results.json tells of it."""
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return {"precision": precision, "device": device_name(device), "processes": processes()}
 
 
 def device_name(device: torch.device) -> str:

@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from vix.data.dataset import ImageData
+from vix.distributed import from_first, processes, rank, seed_epoch
 from vix.learner import Learner, largest_micro_batch
 from vix.metrics import PeakMemory, accuracy
 from vix.nonfinite import find
-from vix.progress import EpochBar, TensorBoard
+from vix.progress import EpochBar
 from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
-from vix.runtime import device_name, get_rng_state, limit_memory, resolve_device, resolve_precision, set_rng_state
+from vix.runtime import get_rng_state, hardware, limit_memory, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
+from vix.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Trainer:
     clip_norm: largest norm of the gradient; null does not clip.
     label_smoothing, ema_decay: of the training loss, and of the average of the weights that is tested and kept (null: none is).
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
+    probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
     """
 
@@ -58,6 +62,7 @@ class Trainer:
     label_smoothing: Fraction = 0.0
     ema_decay: Fraction | None = None
     checkpoint_every: NotNegative = 0
+    probe: bool = False
     resume: Literal["auto", "force"] = "auto"
 
     def __post_init__(self) -> None:
@@ -76,17 +81,16 @@ class Trainer:
         """
         device = self.torch_device
         dtype = resolve_precision(self.precision, device)
-        saved = run.load_checkpoint(self.resume)
+        saved = from_first(lambda: run.load_checkpoint(self.resume))
         train, test = data.load(device)
         model = model.to(device)
         optimizer = make_optimizer(model)
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
         schedule = LambdaLR(optimizer, rate_factor(self.schedule, warmup_steps, steps))
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         micro_batch = None if self.micro_batch == "auto" else self.micro_batch
         settings = self.clip_norm, self.label_smoothing, self.ema_decay
-        learner = Learner(model, optimizer, schedule, scaler, dtype, micro_batch, *settings)
+        learner = Learner(model, optimizer, schedule, dtype, micro_batch, *settings)
         if self.micro_batch == "auto":
             learner.micro_batch = largest_micro_batch(learner, *next(train.shuffled(self.batch_size, seed, epoch=0)))
         memory = PeakMemory(device, train.nbytes + test.nbytes)
@@ -102,26 +106,23 @@ class Trainer:
             state = {**learner.state_dict(), "best_model": at.best_model, "memory": memory.state_dict()}
             run.save_checkpoint({**state, "rng": get_rng_state(), "position": vars(at)})
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            return train.shuffled(self.batch_size, seed, at.epoch, first_batch=at.batch)
-
         def stop_if_broken() -> None:
             if learner.broken:
-                restore(run.load_checkpoint("force") or {})
-                raise find(learner, batches(), at.epoch * steps_per_epoch + at.batch, run.directory, run.config)
+                restore(from_first(lambda: run.load_checkpoint("force") or {}))
+                batches = train.shuffled(self.batch_size, seed, at.epoch, at.batch)
+                raise find(learner, batches, at.epoch * steps_per_epoch + at.batch, run.directory, run.config)
 
         def test_batches() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in test.in_order(self.eval_batch_size):
-                if stop.signal:
-                    checkpoint()  # the test of this epoch is what continues it
-                    leave_if_asked()
+                if stop.signal and processes() == 1:
+                    leave()  # the test of this epoch is what continues it
                 yield images, labels
 
-        def leave_if_asked() -> None:
-            if stop.signal:
-                run.write_results(status="interrupted", epochs=at.epoch, **memory.gigabytes)
-                log.warning("Stopped by signal %d; the same command continues from here", stop.signal)
-                raise SystemExit(128 + stop.signal)
+        def leave() -> None:
+            checkpoint()
+            run.write_results(status="interrupted", epochs=at.epoch, **memory.gigabytes)
+            log.warning("Stopped by signal %d; the same command continues from here", stop.signal)
+            raise SystemExit(128 + (stop.signal or 0))
 
         if saved:
             restore(saved)
@@ -132,35 +133,37 @@ class Trainer:
             status="running",
             **parameter_counts(model),
             checkpoint_mb=saved_megabytes(model.state_dict()),
-            precision={torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype],
-            device=device_name(device),
+            **hardware(device, dtype),
             train_images=len(train),
             test_images=len(test),
             tested_on=data.tested_on,
             micro_batch=learner.micro_batch,
         )
-        with stop, TensorBoard(run, first_epoch=at.epoch + 1) as board:
+        shown = learner.kept, test, data.class_names, self.probe
+        with stop, TensorBoard(run, at.epoch + 1, *shown) if rank() == 0 else nullcontext() as board:
             while at.epoch < self.epochs:
                 model.train()
                 memory.start()
+                seed_epoch(seed, at.epoch)
                 clock = time.perf_counter()
                 with EpochBar(at.epoch, self.epochs, len(train), at.history) as bar:
-                    for images, labels in batches():
+                    for images, labels in train.shuffled(self.batch_size, seed, at.epoch, at.batch):
                         loss = learner.gradients(at.epoch * steps_per_epoch + at.batch, images, labels)
                         at.rate = learner.rate
                         learner.update()
                         at.loss_sum += loss * len(labels)
                         at.batch += 1
                         bar.step(len(labels), loss)
-                        if device.type == "cpu" or at.batch % 100 == 0:  # on a GPU, looking is waiting
+                        looks = device.type == "cpu" or at.batch % 100 == 0  # on a GPU, looking is waiting
+                        if looks:
                             stop_if_broken()
+                        asked = stop.agreed(looks)
                         wanted = self.checkpoint_every and at.batch % self.checkpoint_every == 0
-                        if stop.signal or (wanted and at.batch < steps_per_epoch):
+                        if asked or (wanted and at.batch < steps_per_epoch):
                             stop_if_broken()
                             at.train_seconds += time.perf_counter() - clock
                             memory.stop()
-                            checkpoint()
-                            leave_if_asked()
+                            leave() if asked else checkpoint()
                             clock = time.perf_counter()
                 stop_if_broken()
                 mean_loss = at.loss_sum.item() / len(train)  # waits for the device: the epoch's time ends here
@@ -170,14 +173,8 @@ class Trainer:
                 clock = time.perf_counter()
                 scores = accuracy(learner.kept, test_batches(), learner.autocast)
                 at.seconds += at.train_seconds + time.perf_counter() - clock
-                speed = len(train) / at.train_seconds
-                at.epoch += 1
-                at.batch, at.train_seconds, at.loss_sum = 0, 0.0, torch.zeros((), device=device)
-                if scores["top1"] > at.best.get("best_top1", -1.0):
-                    at.best = {"best_top1": scores["top1"], "best_top5": scores["top5"], "best_epoch": at.epoch}
-                    at.best_model = {name: t.detach().to("cpu", copy=True) for name, t in learner.kept.state_dict().items()}
-                row = {"train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": speed}
-                at.history.append({"epoch": at.epoch, **row})
+                row = {"train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": len(train) / at.train_seconds}
+                at.end_epoch(row, learner.kept)
                 run.write_results(
                     epochs=at.epoch,
                     **(scores | at.best),
@@ -188,13 +185,15 @@ class Trainer:
                     seconds=at.seconds,
                     history=at.history,
                 )
-                board.epoch(at.history[-1], memory.gigabytes)
+                if board:
+                    board.epoch(at.history[-1], memory.gigabytes)
                 log.info(
                     "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%  %.0f images/s  %.1f min left",
-                    *(at.epoch, self.epochs, mean_loss, scores["top1"], scores["top5"], speed),
+                    *(at.epoch, self.epochs, mean_loss, scores["top1"], scores["top5"], row["images_per_second"]),
                     at.seconds / at.epoch * (self.epochs - at.epoch) / 60,
                 )
                 checkpoint()
-            board.finish(run.results)
+            if board:
+                board.finish(run.results, test_batches(), learner.autocast)
         run.write_results(status="finished")
         return run.results

@@ -16,4 +16,11 @@ mixer's constructor does not take is refused. Its ``forward`` takes ``x_BND`` an
 cannot work raises a ``ValueError`` that starts with the option's name. Where the options ``heads`` and ``dim_head`` exist,
 families may set them per stage (:func:`vix.build.mixer_builder`). A mixer with a method ``on_train_step(step)`` has it
 called before every training step.
+
+A mixer that weighs values by queries and keys has two methods of which ``forward`` is made, so that what it computes can be
+looked at (:mod:`vix.inspection`):
+
+    qkv(x_BND)         queries (B, H, N, E), and keys and values (B, G, M, E), as they are after any rotation; H is a multiple
+                       of G, the heads of the keys, and M is N unless keys stand in other places than queries,
+    attend(q, k, v)    their mixing alone (B, H, N, E), linear in the values: attention weights, whatever makes them, times v.
 """

@@ -53,10 +53,13 @@ class CvTAttention(nn.Module):
         self.rotate = rotary(width) if rotary else nn.Identity()
         self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE = split_heads(self.to_q(x_BND), self.heads)
         k_BHME, v_BHME = (split_heads(t, self.heads) for t in self.to_kv(x_BND).chunk(2, dim=-1))
-        return self.to_out(merge_heads(self.attend(self.rotate(q_BHNE), self.rotate(k_BHME), v_BHME)))
+        return self.rotate(q_BHNE), self.rotate(k_BHME), v_BHME
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))
 
 
 class ConvProjection(nn.Module):

@@ -47,10 +47,13 @@ class LeViTAttention(nn.Module):
         self.rotate = rotary(width) if rotary else nn.Identity()
         self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv_BNF = self.norm_qkv(self.to_qkv(x_BND))
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in qkv_BNF.chunk(3, dim=-1))
-        out_BHNE = self.attend(self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE)
+        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        out_BHNE = self.attend(*self.qkv(x_BND))
         return self.norm_out(self.to_out(F.gelu(merge_heads(out_BHNE))))
 
 

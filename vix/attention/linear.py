@@ -34,10 +34,15 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Linear(heads * width, dim)
         self.rotate = rotary(width) if rotary else nn.Identity()
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
+        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+
+    def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, values_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
             out_BHNE = kernel_average(F.elu(q_BHNE) + 1, F.elu(k_BHNE) + 1, values_BHNE)
-        return self.to_out(merge_heads(out_BHNE.to(v_BHNE.dtype)))
+        return out_BHNE.to(v_BHNE.dtype)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))

@@ -52,19 +52,25 @@ class Linformer(nn.Module):
         self.to_out = nn.Linear(heads * width, dim)
         self.rotate = rotary(width) if rotary else nn.Identity()
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values have ``kv_heads`` heads. Without rotation, shared values are the very tensor of the keys."""
         q_BHNE = self.rotate(split_heads(self.to_q(x_BND), self.heads))
         k_BHNE = split_heads(self.to_k(x_BND), self.kv_heads)
         v_BHNE = k_BHNE if self.to_v is None else split_heads(self.to_v(x_BND), self.kv_heads)
-        length_v = self.length_k if self.length_v is None else self.length_v
-        k_BHME = self.length_k.T @ self.rotate(k_BHNE)
+        return q_BHNE, self.rotate(k_BHNE), v_BHNE
+
+    def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        k_BHME = self.length_k.T @ k_BHNE
         # Values are never rotated, so without rotation (and with shared weights) they are the compressed keys themselves.
-        same = v_BHNE is k_BHNE and isinstance(self.rotate, nn.Identity)
-        v_BHME = k_BHME if same else length_v.T @ v_BHNE
+        same = v_BHNE is k_BHNE and self.length_v is None
+        v_BHME = k_BHME if same else (self.length_k if self.length_v is None else self.length_v).T @ v_BHNE
         # Views: a shared key head is read by its query heads, not copied for them.
         shared = self.heads // self.kv_heads
         k_BHME, v_BHME = (
             t.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) if self.kv_heads > 1 else t.expand(-1, shared, -1, -1)
             for t in (k_BHME, v_BHME)
         )
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME)))
+        return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))

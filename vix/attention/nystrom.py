@@ -52,15 +52,18 @@ class Nystrom(nn.Module):
         )
         self.rotate = rotary(width) if rotary else nn.Identity()
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
-        out_BHNE = self.landmark_attention(q_BHNE, k_BHNE, v_BHNE).to(v_BHNE.dtype)
+        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND)
+        out_BHNE = self.attend(q_BHNE, k_BHNE, v_BHNE).to(v_BHNE.dtype)
         if self.conv is not None:
             out_BHNE = out_BHNE + self.conv(v_BHNE)
         return self.to_out(merge_heads(out_BHNE))
 
-    def landmark_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+    def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         """(B, H, N, E) each → (B, H, N, E), in float32 under any autocast: the pseudo-inverse magnifies rounding.
 
         Two of the three softmaxes are attentions themselves (landmarks to tokens, tokens to landmarks), so the fused

@@ -64,17 +64,21 @@ class Performer(nn.Module):
         if self.redraw_every and step and step % self.redraw_every == 0:
             self.features_ME.copy_(orthogonal_features(*self.features_ME.shape))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
+        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+
+    def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         near, far = ([t[:, heads] for t in (q_BHNE, k_BHNE, v_BHNE)] for heads in self.near_and_far)
         parts = []
         if self.local_heads:
             parts.append(window_attention(near[0], near[1], near[2], self.window))
         if self.local_heads < self.heads:
             parts.append(self.kernel_attention(*far))
-        out_BHNE = torch.cat([part.to(x_BND.dtype) for part in parts], dim=1)
-        return self.to_out(merge_heads(out_BHNE))
+        return torch.cat([part.to(v_BHNE.dtype) for part in parts], dim=1)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))
 
     def kernel_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         """(B, H, N, E) each → (B, H, N, E); exponentials, sums and the division in float32 under any autocast."""

@@ -43,9 +43,12 @@ class Softmax(nn.Module):
         self.rotate = rotary(width) if rotary else nn.Identity()
         self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        return self.to_out(merge_heads(self.attend(self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE)))
+        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))
 
 
 class Attend(nn.Module):

@@ -1,0 +1,86 @@
+"""One run in two processes, started by torchrun with gloo: the same numbers as in one, and one set of files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, run_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# 41 images in batches of 20: the last batch has one, so the second process has a share of none.
+UNEVEN = (*TINY, "data.train_size=41", "model.dropout=0", "trainer.epochs=3", "optimizer.lr=1e-2")
+
+
+def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    directory.mkdir(exist_ok=True)
+    output = subprocess.PIPE
+    return subprocess.Popen([*command, *overrides], cwd=directory, env=environment, stdout=output, stderr=output, text=True)
+
+
+def results_of(directory: Path) -> dict[str, Any]:
+    (path,) = directory.glob("outputs/*/*/results.json")
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("trainer.micro_batch=3", "trainer.clip_norm=0.1"), ("attention=performer", "attention.redraw_every=2")],
+    ids=["whole", "micro-batches", "performer"],
+)
+def test_two_processes_train_as_one(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    if overrides and overrides[0].startswith("attention"):
+        # The quickstart's own settings are Nyström's, so its other parts are named one by one.
+        base = ("data=digits", "embedding=linear", "model.dim=16", *(o for o in UNEVEN if not o.startswith("experiment=")))
+    else:
+        base = UNEVEN
+    process = start(tmp_path / "two", *base, *overrides)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.count("epoch 3/3") == 1
+    assert run_train(tmp_path, *base, *overrides).returncode == 0
+    one, two = results_of(tmp_path), results_of(tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert [row["train_loss"] for row in two["history"]] == pytest.approx([row["train_loss"] for row in one["history"]], abs=1e-4)
+    assert (two["top1"], two["top5"], two["test_images"]) == (one["top1"], one["top5"], one["test_images"])
+    (directory,) = (tmp_path / "two").glob("outputs/*/*")
+    assert len(list(directory.glob("events.*"))) == 1
+    assert len(EventAccumulator(str(directory)).Reload().Scalars("loss/train")) == 3
+
+
+def test_stops_and_continues(tmp_path: Path) -> None:
+    """SIGTERM to torchrun, as a scheduler sends it: both processes stop at the same step, and continue from there."""
+    settings = (*UNEVEN, "trainer.epochs=30", "trainer.resume=force")
+    process = start(tmp_path, *settings)
+    assert process.stdout and process.stderr
+    for line in process.stdout:
+        if "epoch 3/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    stopped = results_of(tmp_path)
+    assert stopped["status"] == "interrupted"
+    assert 3 <= stopped["epochs"] < 30
+    again = start(tmp_path, *settings)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert f"Continuing after {stopped['epochs']} epochs" in output
+    assert len(results_of(tmp_path)["history"]) == 30
+
+
+def test_what_it_refuses(tmp_path: Path) -> None:
+    sweep = start(tmp_path, "-m", *TINY, "seed=0,1")
+    _, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode != 0
+    assert "error: -m: torchrun is for one run over several processes" in errors
+    wrong = start(tmp_path, *TINY, "model.dimm=3")
+    _, errors = wrong.communicate(timeout=60)
+    assert wrong.returncode != 0
+    assert errors.count("model.dimm") == 1

@@ -1,0 +1,82 @@
+"""One run in several processes, which ``torchrun`` starts: each takes its share of every batch, and the first one writes.
+
+Every function works in a run of one process too, where there is nobody to ask. (Goyal et al., "Accurate, large minibatch
+SGD", 2017, on splitting a batch; here the batch of the config is the one that is split.)
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def processes() -> int:
+    """How many processes this run has."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's number among them: 0 is the first, which writes and is heard."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Context in which the processes of this run can speak to each other: about CUDA tensors by NCCL, about others by gloo."""
+    if processes() == 1:
+        yield
+        return
+    dist.init_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model, with gradients that are the mean over the processes and buffers that are the first one's."""
+    return DistributedDataParallel(model) if processes() > 1 else model
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's part of a batch, which every process has whole; empty where there are fewer items than processes."""
+    return batch[rank() :: processes()]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def highest(number: int) -> int:
+    """The highest of the processes' numbers."""
+    if processes() == 1:
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` returns in the first process, the only one that calls it, for all of them."""
+    if processes() == 1:
+        return make()
+    made: list[Any] = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    result: T = made[0]
+    return result
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Let every process but the first draw (dropout, say) by itself; the first one's random state is the run's own."""
+    if rank() > 0:
+        torch.manual_seed(((seed * 1_000_003 + epoch) * processes() + rank()) % 2**63)

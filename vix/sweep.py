@@ -1,0 +1,116 @@
+"""What became of each job of a sweep, in whatever process or on whatever machine it ran: one table at the end."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from vix.checks import ConfigError, UserError
+from vix.files import write_json
+
+FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder in which each notes what becomes of it
+
+
+class Job:
+    """Context of one job, which keeps a note of its state for the sweep's table; nothing where there is no sweep.
+
+    name: of the run; number: of the job in its sweep; fail_fast: whether not to begin where an earlier job has failed.
+
+    Raises UserError on entry where the sweep is to begin nothing any more.
+    """
+
+    def __init__(self, name: str, number: int, fail_fast: bool) -> None:
+        self.folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+        self.number, self.fail_fast = number, fail_fast
+        self.began = time.time()
+        self.state: dict[str, Any] = {"name": name, "state": "lost", "error": "its process ended without a word"}
+
+    def __enter__(self) -> Self:
+        if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read(self.folder)):
+            self.note(state="not run", error="fail_fast=true, and a job before it failed")
+            raise UserError(f"not run: {self.state['error']}")
+        self.note()
+        return self
+
+    def finished(self, results: dict[str, Any], before: bool) -> None:
+        """The results that its run ended with, now or ``before``."""
+        self.state |= {"state": "finished before" if before else "finished", "top1": results["top1"], "error": ""}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            self.state |= {"state": "interrupted", "error": "the same command continues it"}
+        elif error is not None:
+            state = "refused" if isinstance(error, ConfigError) else "failed"
+            self.state |= {"state": state, "error": str(error) or type(error).__name__}
+        self.note(seconds=time.time() - self.began)
+
+    def note(self, **fields: Any) -> None:
+        self.state |= fields
+        if self.folder and self.folder.is_dir():
+            write_json(self.folder / f"{self.number:06d}.json", self.state)
+
+
+class Sweep:
+    """Context of a multirun, in the process that started it: gives its jobs a folder for their notes, and shows them after.
+
+    arguments: of the command line; one that hands the folder to every job is added to them.
+    config_path: of the config that says where a sweep's runs go.
+    """
+
+    def __init__(self, arguments: list[str], config_path: Path) -> None:
+        given = [a.partition("=")[2] for a in arguments if a.startswith("hydra.sweep.dir=")]
+        outputs = Path(given[-1] if given else OmegaConf.load(config_path).hydra.sweep.dir)
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
+        self.folder = outputs.resolve() / ".sweeps" / name  # seen by every machine that writes its runs into ``outputs``
+        quoted = str(self.folder).replace("'", "\\'")
+        arguments.append(f"++hydra.job.env_set.{FOLDER}='{quoted}'")
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # another sweep's folder is there
+            self.folder.parent.rmdir()
+
+    def show(self) -> int:
+        """Print every job with its state, and return how many did not finish."""
+        jobs = read(self.folder)
+        if not jobs:
+            return 0
+        table = Table(title="jobs of this sweep")
+        for column in ("job", "state", "top-1 %", "minutes", *(("why",) if any(job["error"] for job in jobs) else ())):
+            table.add_column(column, justify="right" if column in ("top-1 %", "minutes") else "left", overflow="fold")
+        for job, name in zip(jobs, distinct([job["name"] for job in jobs]), strict=True):
+            top1, seconds = job.get("top1"), job.get("seconds")
+            shown = f"{top1:.2f}" if top1 is not None else "", f"{seconds / 60:.1f}" if seconds is not None else ""
+            table.add_row(name, job["state"], *shown, *filter(None, [" ".join(job["error"].split())]))
+        Console().print(table)
+        return sum(not job["state"].startswith("finished") for job in jobs)
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    return any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of runs without the parts that all of them share."""
+    parts = [re.split(r",(?=[\w.+~]+=)|/(?=seed=)", name) for name in names]
+    shared = set.intersection(*map(set, parts)) if len(names) > 1 else set()
+    return [" ".join(part for part in name if part not in shared) or name[0] for name in parts]
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The jobs' notes, in the order of the jobs."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]

@@ -1,0 +1,148 @@
+"""A run's events for TensorBoard, in the run's own directory."""
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from vix.checks import UserError
+from vix.data.dataset import Split, scale
+from vix.inspection import class_token_maps, softmax_error
+from vix.metrics import predictions, process_gigabytes
+from vix.results import flat
+from vix.run import NOT_IDENTITY, Run
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "optimizer")
+METRICS = (
+    "top1",
+    "top5",
+    "best_top1",
+    "train_loss",
+    "trainable_params",
+    "images_per_second",
+    "seconds",
+    "peak_gpu_allocated_gb",
+)
+PROBED, SHOWN, WORST = 16, 6, 40  # test images of the probe, of the attention maps, and with the highest loss
+
+
+class TensorBoard:
+    """Scalars of every epoch, the config as text, a row of the HParams page, and pictures at the end.
+
+    first_epoch: the one that comes next, from 1. test, class_names: what is shown of the model is seen on.
+    probe: log how far each approximate mixer is from softmax attention (:func:`vix.inspection.softmax_error`).
+    """
+
+    def __init__(
+        self, run: Run, first_epoch: int, model: nn.Module, test: Split, class_names: Sequence[str], probe: bool
+    ) -> None:
+        self.run, self.first_epoch, self.model, self.test = run, first_epoch, model, test
+        self.class_names, self.probe = class_names, probe
+
+    def __enter__(self) -> "TensorBoard":
+        # Purged: an epoch that an earlier start logged but did not save is done, and logged, again.
+        self.writer = SummaryWriter(str(self.run.directory), purge_step=self.first_epoch)
+        self.writer.add_text("config", f"```json\n{json.dumps(self.run.config, indent=2)}\n```")
+        # Without PyTorch's list of all columns: TensorBoard takes one run's list for all, though other models have other keys.
+        _, start, self.end = hparams(hyperparameters(self.run), {})
+        self.write_hparams(start)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # what could not be written was told by ``flush``
+            self.writer.close()
+
+    def flush(self) -> None:
+        """Wait for the events to be on the disk. Raises UserError where they cannot be."""
+        try:
+            self.writer.flush()
+        except OSError as error:
+            raise UserError(f"cannot write TensorBoard's events into {self.run.directory} ({error.strerror})") from error
+
+    def epoch(self, row: dict[str, Any], memory: dict[str, float | None]) -> None:
+        """Log an epoch: its row of the history, and the memory figures."""
+        scalars = {
+            "loss/train": row["train_loss"],
+            "accuracy/top1": row["top1"],
+            "accuracy/top5": row["top5"],
+            "train/lr": row["lr"],
+            "train/images_per_second": row["images_per_second"],
+            "memory/process_peak_gb": process_gigabytes(),
+            **{f"memory/{name}": value for name, value in memory.items() if value is not None},
+        }
+        if self.probe:
+            step = max(1, len(self.test) // PROBED)
+            errors = softmax_error(self.model, scale(self.test.images[::step][:PROBED]))
+            scalars |= {f"probe/softmax_error/layer_{i}": error for i, error in enumerate(errors)}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, row["epoch"])
+        self.flush()
+
+    def finish(self, results: dict[str, Any], test: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> None:
+        """The final metrics, and pictures of what the model makes of the batches ``test`` of the whole test set.
+
+        The run is trained by then: where this cannot be drawn or written, a warning says so.
+        """
+        loss, guess = predictions(self.model, test, autocast)
+        try:
+            for name in METRICS:
+                if results[name] is not None:
+                    self.writer.add_scalar(f"final/{name}", results[name], results["epochs"])
+            self.write_hparams(self.end)
+            self.pictures(loss, guess, results["epochs"])
+            self.flush()
+        except Exception as error:  # no disk or GPU memory left, fonts missing, …
+            log.warning("TensorBoard lacks the end of this run (%s: %s)", type(error).__name__, error)
+
+    def write_hparams(self, summary: Any) -> None:
+        """Write one of the messages with which a run's row of the HParams page begins and ends."""
+        assert self.writer.file_writer is not None
+        self.writer.file_writer.add_summary(summary)
+
+    def pictures(self, loss: Tensor, guess: Tensor, epoch: int) -> None:
+        """Draw and log: the confusion matrix, the worst-classified images, and attention maps where the model has them."""
+        from vix import pictures  # imports matplotlib
+
+        labels, names = self.test.labels.cpu(), self.class_names
+        true, predicted = labels.numpy(), guess.numpy()
+        worst = loss.argsort(descending=True, stable=True)[:WORST]
+        drawn = {
+            "confusion_matrix": pictures.confusion_matrix(true, predicted, names),
+            "worst_images": pictures.worst_images(
+                self.pixels(worst), true[worst], predicted[worst], loss[worst].numpy(), names
+            ),
+        }
+        some = torch.stack([(labels == k).nonzero()[0, 0] for k in range(min(SHOWN, len(names)))])
+        maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, scale(self.test.images[some]))]
+        if maps:
+            captions = [f"{names[t]}\n→ {names[p]}" for t, p in zip(true[some], predicted[some], strict=True)]
+            drawn["class_token_attention"] = pictures.attention_maps(self.pixels(some), captions, maps)
+        for name, picture in drawn.items():
+            self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
+
+    def pixels(self, which: Tensor) -> Any:
+        """Test images as an array (count, Y, X, C) of uint8."""
+        return self.test.images[which].permute(0, 2, 3, 1).cpu().numpy()
+
+
+def hyperparameters(run: Run) -> dict[str, str | int | float]:
+    """The columns of the HParams page: what was chosen, and every key that changes what is computed.
+
+    Keys that are null are left out unless the command set them: most mean "as usual", and a column of numbers stays one.
+    """
+    columns = {name: run.identity[name] for name in CHOICES if run.identity.get(name)}
+    given = {override.lstrip("+").partition("=")[0] for override in run.identity.get("overrides", ())}
+    for key, value in flat(run.config).items():
+        if key in NOT_IDENTITY or key.endswith("_target_") or (value is None and key not in given):
+            continue
+        number_or_text = isinstance(value, int | float | str) and not isinstance(value, bool)
+        columns[key] = value if number_or_text else json.dumps(value)
+    return columns
