@@ -70,7 +70,7 @@ def test_the_papers_recipe_is_the_default(compose_config: Compose) -> None:
     assert FoundRun(Path(), "", "", results).group_key == FoundRun(Path(), "", "", older).group_key
 
 
-@pytest.mark.parametrize("experiment", ["hybrid_vin", "levin", "ccn", "cvn", "pin", "quickstart"])
+@pytest.mark.parametrize("experiment", ["hybrid_vin", "levin", "cvn", "quickstart"])
 def test_it_goes_on_top_of_any_model(compose_config: Compose, experiment: str) -> None:
     """Model and counts of parameters stay, the training is another, and an experiment's own training settings go first."""
     paper, modern = (compose_config(f"experiment={experiment}", f"recipe={recipe}") for recipe in ("paper", "modern"))
@@ -245,8 +245,7 @@ def test_the_average_is_the_one_written_out() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        return Learner(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), scaler, torch.float32, None, None, 0.0, 0.3)
+        return Learner(model, optimizer, LambdaLR(optimizer, lambda step: 1.0), torch.float32, None, None, 0.0, 0.3)
 
     torch.manual_seed(1)
     batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(6)]
