@@ -48,7 +48,9 @@ def test_two_processes_train_as_one(tmp_path: Path, overrides: tuple[str, ...]) 
     assert run_train(tmp_path, *base, *overrides).returncode == 0
     one, two = results_of(tmp_path), results_of(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert [row["train_loss"] for row in two["history"]] == pytest.approx([row["train_loss"] for row in one["history"]], abs=1e-4)
+    assert [row["train_loss"] for row in two["history"]] == pytest.approx(
+        [row["train_loss"] for row in one["history"]], abs=1e-4
+    )
     assert (two["top1"], two["top5"], two["test_images"]) == (one["top1"], one["top5"], one["test_images"])
     (directory,) = (tmp_path / "two").glob("outputs/*/*")
     assert len(list(directory.glob("events.*"))) == 1

@@ -80,6 +80,22 @@ def test_search(tmp_path: Path) -> None:
     assert set(best.best_params) == {"optimizer.lr", "model.dim", "attention.landmarks"}
 
 
+def test_search_for_a_recipe(tmp_path: Path) -> None:
+    """Trials differ in rate, decay and augmentation, and none sees the test images."""
+    need("hydra_optuna_sweeper")
+    search = ("-m", "hydra/sweeper=optuna_recipe", "hydra.sweeper.n_trials=3", *TINY, "recipe=modern")
+    done = run_train(tmp_path, *search, "trainer.warmup_epochs=1.0", "data.validation_size=100")
+    assert done.returncode == 0, done.stderr
+    trials = all_results(tmp_path)
+    assert [(trial["status"], trial["tested_on"]) for trial in trials] == [("finished", "validation")] * 3
+    assert all(trial["recipe"] == "modern" for trial in trials)
+    for key in ("lr", "weight_decay"):
+        assert len({trial["config"]["optimizer"][key] for trial in trials}) == 3
+    best: Any = OmegaConf.load(tmp_path / "outputs" / "optimization_results.yaml")
+    assert best.best_value == max(trial["top1"] for trial in trials)
+    assert {"optimizer.lr", "data.trivial_augment", "data.cutmix"} <= set(best.best_params)
+
+
 def test_a_thread_may_ask_for_stops() -> None:
     """Only the main thread hears signals; in another one a run works without."""
     reached = []

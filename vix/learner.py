@@ -27,7 +27,7 @@ class Learner:
     micro_batch: images at a time, whose gradients add up to the whole batch's; None takes the batch at once.
     clip_norm: largest norm of the gradient; None does not clip.
     ema_decay: share of the old average in the new one when, after each step, the weights enter an exponential moving average
-        (Polyak and Juditsky, 1992; Tarvainen and Valpola, 2017); None keeps no average.
+        (Tarvainen and Valpola, 2017); after n steps at most (1 + n) / (10 + n). None keeps no average.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Learner:
         self.forward = self.model if self.alone else parallel(self.model)
         if self.ema_decay is not None:
             # Buffers are copied, not averaged: they are statistics with an average of their own, or random features.
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
+            self.average = AveragedModel(self.model, multi_avg_fn=self.take_into_average)
 
     @property
     def kept(self) -> nn.Module:
@@ -116,6 +116,16 @@ class Learner:
         self.schedule.step()
         if self.average:
             self.average.update_parameters(self.model)
+
+    def take_into_average(self, average: Any, weights: Any, steps: Tensor | int) -> None:
+        """Move the averages towards the weights.
+
+        After few steps the decay is smaller, so that the first weights, which know nothing, do not linger.
+        """
+        assert self.average is not None
+        assert self.ema_decay is not None
+        done = int(self.average.n_averaged)  # on the host, unlike ``steps``
+        get_ema_multi_avg_fn(min(self.ema_decay, (1 + done) / (10 + done)))(average, weights, steps)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint must hold of it; ``model`` is the kept one, and ``trained_model`` that behind an average."""

@@ -61,10 +61,11 @@ def show_results(results: dict[str, Any]) -> None:
     def gigabytes(key: str) -> str:
         return "– (no GPU)" if results[key] is None else f"{results[key]:.2f} GB"
 
+    on = " on validation images" if results.get("tested_on") == "validation" else ""
     for label, value in (
-        ("top-1, last epoch", f"{results['top1']:.2f} %"),
-        ("top-5, last epoch", f"{results['top5']:.2f} %"),
-        ("top-1, best epoch", f"{results['best_top1']:.2f} % (epoch {results['best_epoch']} of {results['epochs']})"),
+        (f"top-1{on}, last epoch", f"{results['top1']:.2f} %"),
+        (f"top-5{on}, last epoch", f"{results['top5']:.2f} %"),
+        (f"top-1{on}, best epoch", f"{results['best_top1']:.2f} % (epoch {results['best_epoch']} of {results['epochs']})"),
         ("training loss", f"{results['train_loss']:.4f}"),
         ("trainable parameters", f"{results['trainable_params']:,}"),
         ("weights and biases (the paper's count)", f"{results['weight_bias_params']:,}"),
