@@ -61,7 +61,7 @@ def test_stops_and_continues(tmp_path: Path) -> None:
     """SIGTERM to torchrun, as a scheduler sends it: both processes stop at the same step, and continue from there."""
     settings = (*UNEVEN, "trainer.epochs=30", "trainer.resume=force")
     process = start(tmp_path, *settings)
-    assert process.stdout and process.stderr
+    assert process.stdout
     for line in process.stdout:
         if "epoch 3/" in line:
             break

@@ -1,22 +1,27 @@
 """python -m vix.plan tells what a sweep then does, and starts nothing."""
 
 import fcntl
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, run_train
+from omegaconf import DictConfig
 
 from vix import plan as planning
+from vix.build import build, build_model
 from vix.checks import UserError
+from vix.estimate import peak_memory
 from vix.plan import Job, expand, plan
 from vix.results import published_rows
 
+Compose = Callable[..., DictConfig]
 SWEEP = (*TINY, "attention.landmarks=8,1000", "seed=0,1")
 
 
@@ -32,6 +37,8 @@ def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [job.state for job in before] == ["new", "new", "refused", "refused"]
     assert all("attention.landmarks=1000 is more than the 65 tokens" in job.reason for job in before[2:])
     assert {job.hours for job in before} == {None}
+    assert all(job.gpu_gb and not job.measured for job in before[:2])
+    assert all(job.hours for job in plan(SWEEP, measuring=True)[:2])
     assert not any(tmp_path.iterdir())
 
     assert run_train(tmp_path, "-m", *SWEEP).returncode == 1
@@ -76,6 +83,45 @@ def test_each_model_is_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(planning, "summarise", lambda cfg: counted.append(cfg) or real(cfg))
     assert len(plan([*TINY, "seed=0,1,2", "optimizer.lr=0.1,0.2", "model.depth=1,2"])) == 12
     assert len(counted) == 2
+
+
+MODELS = [
+    ("experiment=vit", "attention.implementation=explicit"),
+    ("experiment=vit",),
+    ("experiment=vip",),
+    ("experiment=vil",),
+    ("experiment=vin",),
+    ("experiment=fnet",),
+    ("experiment=levit",),
+    ("experiment=cvn", "data=digits"),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS, ids=" ".join)
+def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...], precision: str) -> None:
+    """Within a tenth of what PyTorch's profiler sees a real step allocate."""
+    smaller = ("embedding.patch_size=2",) if model[0] != "experiment=cvn" else ()
+    cfg = compose_config(*model, *smaller, "trainer.batch_size=4", f"trainer.precision={precision}", "trainer.device=cpu")
+    data = build(cfg, "data")
+    net = build_model(cfg)
+    optimizer = torch.optim.AdamW(net.parameters())
+    images, labels = torch.rand(4, data.channels, data.image_size, data.image_size), torch.randint(10, (4,))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = torch.nn.functional.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    before = 3 * sum(p.nbytes for p in net.parameters()) + sum(b.nbytes for b in net.buffers())  # weights and Adam's averages
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = before + max(itertools.accumulate(changes))
+    assert peak_memory(cfg) == pytest.approx(peak, rel=0.1)
 
 
 def test_expansion_is_hydras() -> None:

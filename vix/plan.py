@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -31,6 +32,7 @@ from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, run_name
 from vix.config import check
+from vix.estimate import measure, peak_memory
 from vix.report import Table
 from vix.results import MODEL_GROUPS, Row, find_runs, flat
 from vix.run import Run
@@ -53,7 +55,8 @@ COSTLESS = (
 )
 HOW_TO_READ = (
     "GFLOPs are for one image: of a forward pass, and of training on it. Hours, of the epochs that are left, and peak GPU GB\n"
-    "are taken from runs of the same model, data, batch and hardware in the same outputs; – where there are none yet."
+    "are taken from runs of the same model, data, batch and hardware in the same outputs. Where there are none, ~GB follows\n"
+    "from the shapes, and hours are unknown (–); --measure trains each model for a few steps now to tell them."
 )
 
 
@@ -64,7 +67,8 @@ class Job:
     directory: where it would write; None where its config cannot be composed.
     state: new, continues, finished, again (rerun=true) or refused; ``reason`` is why it is refused.
     left: epochs that it would train.   device: the hardware that it would do so on.
-    hours, gpu_gb: None where no earlier run tells. GB are of 10⁹ bytes.
+    hours, gpu_gb: None where nothing tells. GB are of 10⁹ bytes.
+    measured: whether the memory was measured, by an earlier run or now; else it is computed.
     """
 
     name: str
@@ -77,10 +81,13 @@ class Job:
     summary: Summary | None = None
     hours: float | None = None
     gpu_gb: float | None = None
+    measured: bool = False
 
 
-def plan(arguments: Sequence[str]) -> list[Job]:
+def plan(arguments: Sequence[str], measuring: bool = False) -> list[Job]:
     """Every job of the sweep, in the order in which ``train.py -m`` runs them.
+
+    measuring: train each model for a few steps, where no earlier run tells what it costs.
 
     Raises what Hydra raises for arguments that it cannot use, and UserError for a search.
     """
@@ -89,7 +96,8 @@ def plan(arguments: Sequence[str]) -> list[Job]:
     tops = {job.directory.parents[1] for job in jobs if job.directory}
     earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
     for job in jobs:
-        estimate(job, earlier)
+        recall(job, earlier)
+    foresee([job for job in jobs if job.left and job.state != "refused"], measuring)
     return jobs
 
 
@@ -171,7 +179,7 @@ def held_by(directory: Path) -> str:
     return ""
 
 
-def estimate(job: Job, earlier: Iterable[Row]) -> None:
+def recall(job: Job, earlier: Iterable[Row]) -> None:
     """Set the job's hours and memory to the median of those earlier runs that cost the same, where there are any."""
     if job.state == "refused" or job.config is None:
         return
@@ -180,9 +188,28 @@ def estimate(job: Job, earlier: Iterable[Row]) -> None:
     seconds = [r["seconds"] / r["epochs"] for r in alike if is_number(r.get("seconds")) and is_number(r.get("epochs"))]
     gigabytes = [r["peak_gpu_allocated_gb"] for r in alike if is_number(r.get("peak_gpu_allocated_gb"))]
     job.hours = statistics.median(seconds) * job.left / 3600 if seconds else None
-    job.gpu_gb = statistics.median(gigabytes) if gigabytes else None
+    job.gpu_gb, job.measured = (statistics.median(gigabytes), True) if gigabytes else (None, False)
     if not job.left:
         job.hours = 0.0
+
+
+def foresee(jobs: Iterable[Job], measuring: bool) -> None:
+    """Set the memory, and where ``measuring`` the hours, of jobs whose like has not been run; each kind is done once."""
+    known: dict[str, tuple[float | None, int]] = {}  # seconds of a step, bytes
+    for job in jobs:
+        if job.gpu_gb is not None and (job.hours is not None or not measuring):
+            continue
+        cfg, kind = OmegaConf.create(job.config), json.dumps(cost_key(job.config), sort_keys=True)
+        assert isinstance(cfg, DictConfig)
+        if kind not in known:
+            seconds, measured_bytes = measure(cfg) if measuring else (None, None)
+            job.measured = measured_bytes is not None
+            known[kind] = seconds, peak_memory(cfg) if measured_bytes is None else measured_bytes
+        seconds, peak = known[kind]
+        job.gpu_gb = peak / 1e9 if job.gpu_gb is None else job.gpu_gb
+        if job.hours is None and seconds is not None:
+            data, trainer = build(cfg, "data"), build(cfg, "trainer")
+            job.hours = seconds * math.ceil(data.train_images / trainer.batch_size) * job.left / 3600
 
 
 def is_number(value: Any) -> bool:
@@ -201,13 +228,16 @@ def show(jobs: Sequence[Job]) -> None:
     def number(value: float | None, digits: int) -> str:
         return "–" if value is None else f"{value:,.{digits}f}"
 
+    def gigabytes(job: Job) -> str:
+        return ("" if job.measured or job.gpu_gb is None else "~") + number(job.gpu_gb, 2)
+
     lines = []
     for job in jobs:
         s = job.summary
         costs = (
             (f"{s.trainable_params:,}", *(number(f / 1e9, 3) for f in (s.forward_flops, s.training_flops))) if s else ("–",) * 3
         )
-        lines.append((job.name, job.state, *costs, str(job.left) if s else "–", number(job.hours, 2), number(job.gpu_gb, 2)))
+        lines.append((job.name, job.state, *costs, str(job.left) if s else "–", number(job.hours, 2), gigabytes(job)))
     heads = (
         "run",
         "state",
@@ -240,11 +270,13 @@ def main() -> None:
         prog="python -m vix.plan", description="What a sweep would do: its runs, their cost, and which would be refused."
     )
     parser.add_argument("overrides", nargs="*", help="what train.py -m takes: experiment=vin,vip seed=0,1 …")
-    overrides = parser.parse_args().overrides
+    parser.add_argument("--measure", action="store_true", help="train each model for a few steps to tell time and memory")
+    parsed = parser.parse_args()
+    overrides = parsed.overrides
     logging.getLogger("vix").setLevel(logging.ERROR)  # that there is no GPU need not be told once a run
     clock = time.perf_counter()
     try:
-        jobs = plan(overrides)
+        jobs = plan(overrides, parsed.measure)
     except Exception as error:
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
         if wants_traceback or not (isinstance(error, UserError) or about_the_command(error)):

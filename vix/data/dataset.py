@@ -157,6 +157,11 @@ class ImageData(ImageSet):
                 raise ConfigError(f"data.{name}={size}: must be from {self.classes} (one image a class) to {available}")
 
     @property
+    def train_images(self) -> int:
+        """Number of training images."""
+        return self.train_size or self.sizes[0] - (self.validation_size or 0)
+
+    @property
     def tested_on(self) -> Literal["test", "validation"]:
         return "validation" if self.validation_size else "test"
 

@@ -1,0 +1,129 @@
+"""What a run will cost before it starts: memory from the shapes alone, or memory and time from a few real steps."""
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vix.build import build, build_model, optimizer_builder
+from vix.learner import Learner
+from vix.runtime import resolve_precision
+
+WARM_UP, STEPS = 3, 5
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive in its context, of which ``peak`` is the most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        return result
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.alive -= size
+
+
+class Fused(torch.autograd.Function):
+    """What fused attention keeps for its backward pass, on every device: q, k, v, the output and a number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
+        out_BHNE = q_BHNE.new_empty(*q_BHNE.shape[:-1], v_BHME.shape[-1])
+        ctx.save_for_backward(q_BHNE, k_BHME, v_BHME, out_BHNE, q_BHNE.new_empty(q_BHNE.shape[:-1], dtype=torch.float32))
+        return out_BHNE
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+def peak_memory(cfg: DictConfig) -> int:
+    """Bytes that the steps of a run will have allocated at most, without the image set: no number is computed.
+
+    PyTorch's own temporary memory within an operation and what the allocator reserves beyond come on top.
+    """
+    model = build_model(cfg)
+    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    dtype = resolve_precision(trainer.precision, trainer.torch_device)
+    size = trainer.batch_size if trainer.micro_batch in (None, "auto") else min(trainer.micro_batch, trainer.batch_size)
+    fused = F.scaled_dot_product_attention
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(fake.from_tensor(parameter.detach()), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = fake.from_tensor(buffer) if buffer is not None else None
+    with fake, Allocations() as allocations:
+        for tensor in (*model.parameters(), *model.buffers()):
+            allocations.count(tensor)
+        images = torch.empty(size, data.channels, data.image_size, data.image_size)
+        labels = torch.empty(size, dtype=torch.int64)
+        adam = [(torch.empty_like(p), torch.empty_like(p)) for p in model.parameters()]
+        F.scaled_dot_product_attention = lambda q, k, v, **_: Fused.apply(q, k, v)
+        try:
+            for _ in range(2):  # in the second step there are gradients from the start where micro-batches add up
+                with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+                    loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+                if size == trainer.batch_size:
+                    model.zero_grad()
+        finally:
+            F.scaled_dot_product_attention = fused
+        del adam
+    return allocations.peak
+
+
+def measure(cfg: DictConfig) -> tuple[float, int | None]:
+    """Seconds of a step of this run on its device, and the bytes that it allocates there at most (None on a CPU).
+
+    Trains a fresh model on random images for a few steps; reads no data and writes nothing.
+    """
+    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    device = trainer.torch_device
+    model = build_model(cfg).to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    optimizer = optimizer_builder(cfg)(model)
+    micro_batch = None if trainer.micro_batch == "auto" else trainer.micro_batch
+    schedule = LambdaLR(optimizer, lambda _: 1.0)
+    dtype = resolve_precision(trainer.precision, device)
+    learner = Learner(model, optimizer, schedule, dtype, micro_batch, trainer.clip_norm, trainer.label_smoothing)
+    images = torch.rand(trainer.batch_size, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
+    labels = torch.randint(data.classes, (trainer.batch_size,), device=device)
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = []
+    for number in range(WARM_UP + STEPS):
+        clock = time.perf_counter()
+        learner.gradients(number, images, labels)
+        learner.update()
+        wait()
+        seconds.append(time.perf_counter() - clock)
+    return statistics.median(seconds[WARM_UP:]), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
