@@ -19,16 +19,21 @@ interrupted ones continue, so the same command picks up where it stopped.
   ./sweep.sh experiment=quickstart seed=0,1,2
   ./sweep.sh table2 hydra.sweep.dir=outputs/table2      elsewhere than in outputs/
   ./sweep.sh --plan table3 trainer.epochs=10            exit status 1 if a run would be refused
+  ./sweep.sh --plan --measure table1                    trains each model for a few steps, to tell hours and memory
 
 The report (a table here; report.md, report.csv and pictures in the sweep's directory) comes also after failed
 runs; the exit status is then not 0. Make it again, sorted or filtered, with: python -m vix.report --help
 END
 }
 
-plan=false
+plan=()
 if [[ ${1:-} == --plan ]]; then
-    plan=true
+    plan=(python -m vix.plan)
     shift
+    if [[ ${1:-} == --measure ]]; then
+        plan+=(--measure)
+        shift
+    fi
 fi
 case "${1:-}" in
     "") usage >&2; exit 2 ;;
@@ -56,8 +61,8 @@ case "$1" in
         ;;
 esac
 
-if [[ $plan == true ]]; then
-    exec python -m vix.plan "$@"
+if [[ ${#plan[@]} -gt 0 ]]; then
+    exec "${plan[@]}" "$@"
 fi
 
 # Where the report looks for the runs.
