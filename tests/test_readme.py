@@ -30,7 +30,7 @@ def test_published_rows() -> None:
 def test_groups_and_their_options() -> None:
     told = {group: set(options.split(", ")) for group, options, _ in table("group")}
     experiments = told.pop("experiment")
-    assert told == {group: {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} for group in GROUPS}
+    assert told == {group: {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} for group in (*GROUPS, "recipe")}
     rows = {row[0] for row in table("`experiment=`")}
     others = {word for option in experiments for word in option.split() if (ROOT / f"conf/experiment/{word}.yaml").exists()}
     assert {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")} == rows | others
