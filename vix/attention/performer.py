@@ -96,8 +96,9 @@ class Performer(nn.Module):
         if self.kernel == "relu":
             return dots_BHNM.relu_()
         square_BHN1 = t_BHNE.square().sum(dim=-1, keepdim=True) * (scale**2 / 2)
-        offset_BHN1 = square_BHN1 + dots_BHNM.detach().amax(dim=maximum_over, keepdim=True)
-        return dots_BHNM.sub_(offset_BHN1).exp_()
+        # The sign is turned here, because the gradient of a subtraction is negated in its own pass over all features.
+        offset_BHN1 = -square_BHN1 - dots_BHNM.detach().amax(dim=maximum_over, keepdim=True)
+        return dots_BHNM.add_(offset_BHN1).exp_()
 
 
 def orthogonal_features(count: int, width: int) -> Tensor:
