@@ -111,9 +111,12 @@ def pseudo_inverse(a_BHMM: Tensor, iterations: int) -> Tensor:
     row_sum = a_BHMM.abs().sum(dim=-1).amax(dim=-1)
     column_sum = a_BHMM.abs().sum(dim=-2).amax(dim=-1)
     z_BHMM = a_BHMM.mT / (row_sum * column_sum)[..., None, None]
-    eye_MM = torch.eye(a_BHMM.shape[-1], dtype=a_BHMM.dtype, device=a_BHMM.device)
+    # Z ← Z(13I − AZ(15I − AZ(7I − AZ)))/4, with each sum done by the matrix product that it belongs to.
+    eye_1MM = torch.eye(a_BHMM.shape[-1], dtype=a_BHMM.dtype, device=a_BHMM.device).unsqueeze(0)
+    seven, fifteen, thirteen_fourths = 7 * eye_1MM, 15 * eye_1MM, 3.25 * eye_1MM
+    a_BMM, z_BMM = a_BHMM.flatten(0, 1), z_BHMM.flatten(0, 1)
     for _ in range(iterations):
-        az_BHMM = a_BHMM @ z_BHMM
-        inner_BHMM = 15 * eye_MM - az_BHMM @ (7 * eye_MM - az_BHMM)
-        z_BHMM = 0.25 * z_BHMM @ (13 * eye_MM - az_BHMM @ inner_BHMM)
-    return z_BHMM
+        az_BMM = a_BMM @ z_BMM
+        inner_BMM = torch.baddbmm(fifteen, az_BMM, az_BMM - seven)
+        z_BMM = z_BMM @ torch.baddbmm(thirteen_fourths, az_BMM, inner_BMM, alpha=-0.25)
+    return z_BMM.view_as(a_BHMM)
