@@ -51,9 +51,8 @@ class PreNormBlock(nn.Module):
         self.norm2, self.mlp = norm(dim), mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BND: Tensor, wanted: slice = slice(None)) -> Tensor:
-        """``wanted``: the tokens to return, of which alone the MLP is computed."""
-        x_BND = (x_BND + self.dropout(self.mixer(self.norm1(x_BND))))[:, wanted]
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.dropout(self.mixer(self.norm1(x_BND)))
         return x_BND + self.dropout(self.mlp(self.norm2(x_BND)))
 
 

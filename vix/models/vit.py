@@ -62,13 +62,7 @@ class ViT(nn.Module):
         x_BND = self.embedding(images_BCYX).flatten(2).mT
         if self.class_token is not None:
             x_BND = torch.cat([self.class_token.to(x_BND.dtype).expand(len(x_BND), 1, -1), x_BND], dim=1)
-        x_BND = self.posenc(x_BND)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x_BND = block(x_BND)
-        # The class is read off one token, so training needs only that one behind the last mixing. (Evaluation keeps all of
-        # them: it is what the paper's size of a model is counted on.)
-        x_BND = last(x_BND, slice(1) if self.training and self.class_token is not None else slice(None))
+        x_BND = self.blocks(self.posenc(x_BND))
         # LayerNorm works on each token by itself, so where one token is read only that one needs it.
         pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])
         return self.head(pooled_BD)
