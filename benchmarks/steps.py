@@ -47,13 +47,14 @@ def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> T
     """What ``python train.py OVERRIDES`` does in a step."""
     cfg = composed(*overrides, f"trainer.device={device}")
     trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    dtype = resolve_precision(trainer.precision, device)
     model = build_model(cfg).to(device).train()
     learner = Learner(
         model,
         optimizer := build(cfg, "optimizer", params=model.parameters()),
         LambdaLR(optimizer, rate_factor(trainer.schedule, 0, 1)),
-        torch.amp.GradScaler(device.type, enabled=False),
-        resolve_precision(trainer.precision, device),
+        torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+        dtype,
         None,
         trainer.clip_norm,
         trainer.label_smoothing,
