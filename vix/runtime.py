@@ -1,8 +1,10 @@
 """The hardware a run gets: device, precision, and the state of its random generators."""
 
+import ctypes
 import logging
 import os
 import random
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
     elif name == "auto":
         log.warning("No CUDA GPU was found: training on the CPU, which is slow at full size")
+        keep_freed_memory()
         return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -36,7 +39,22 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError("trainer.device=meta: nothing can be trained there; auto, cpu and cuda:N are names")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # random generators, peaks and caches are asked for without a name
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse up to 2 GB of freed memory instead of giving large blocks back to the system at once.
+
+    Every step would take them again, and the system clears each of their pages first: 5 to 18 % of a step of the paper's
+    models on a CPU. Does nothing where the C library is another.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of the parameters in glibc's malloc.h
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)  # the largest value allowed
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

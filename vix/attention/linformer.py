@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from vix.attention.heads import head_width, merge_heads, split_heads
+from vix.attention.heads import fused_attention, head_width, merge_heads, split_heads
 from vix.checks import Positive
 from vix.tokens import TokenGrid
 
@@ -64,13 +64,11 @@ class Linformer(nn.Module):
         # Values are never rotated, so without rotation (and with shared weights) they are the compressed keys themselves.
         same = v_BHNE is k_BHNE and self.length_v is None
         v_BHME = k_BHME if same else (self.length_k if self.length_v is None else self.length_v).T @ v_BHNE
-        # Views: a shared key head is read by its query heads, not copied for them.
-        shared = self.heads // self.kv_heads
-        k_BHME, v_BHME = (
-            t.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) if self.kv_heads > 1 else t.expand(-1, shared, -1, -1)
-            for t in (k_BHME, v_BHME)
-        )
-        return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME)
+        # The query heads of a key head stand below one another: it is read, not copied, for them, and with one key head
+        # neither the queries nor the result move in memory.
+        rows_BHQE = rearrange(q_BHNE, "b (h shared) n e -> b h (n shared) e", h=self.kv_heads)
+        out_BHQE = fused_attention(rows_BHQE, k_BHME, v_BHME)
+        return rearrange(out_BHQE, "b h (n shared) e -> b (h shared) n e", n=q_BHNE.shape[2])
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))

@@ -84,21 +84,25 @@ class Performer(nn.Module):
         """(B, H, N, E) each → (B, H, N, E); exponentials, sums and the division in float32 under any autocast."""
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
-            return kernel_average(self.feature_map(q_BHNE, (-1,)), self.feature_map(k_BHNE, (-2, -1)), v_BHNE)
+            features = self.feature_map(q_BHNE, (-1,)), self.feature_map(k_BHNE, (-2, -1))
+            return kernel_average(*features, v_BHNE, floor=1e-3 if self.kernel == "relu" else 1e-4)
 
     def feature_map(self, t_BHNE: Tensor, maximum_over: tuple[int, ...]) -> Tensor:
-        """φ: (B, H, N, E) → (B, H, N, M), without the factor M^(−1/2), which cancels in the attention.
+        """φ: (B, H, N, E) → (B, H, N, M), without what is added to all features, nor the factor M^(−1/2), which cancels.
 
         ``maximum_over``: the axes whose common maximum is taken off the exponents. It cancels too, but for the 1e-4, so
         for keys it must be one number a head: per image here, where common implementations take it over the whole batch
         and let an image's logits depend on its batch-mates.
         """
-        u_BHNE = t_BHNE * t_BHNE.shape[-1] ** -0.25
-        dots_BHNM = u_BHNE @ self.features_ME.to(u_BHNE.dtype).T
+        scale = t_BHNE.shape[-1] ** -0.25
+        dots_BHNM = F.linear(t_BHNE, scale * self.features_ME.to(t_BHNE.dtype))
+        # In place: these are the model's largest tensors, and nothing reads them twice.
         if self.kernel == "relu":
-            return dots_BHNM.relu() + 1e-3
-        square_BHN1 = u_BHNE.square().sum(dim=-1, keepdim=True) / 2
-        return torch.exp(dots_BHNM - square_BHN1 - dots_BHNM.detach().amax(dim=maximum_over, keepdim=True)) + 1e-4
+            return dots_BHNM.relu_()
+        square_BHN1 = t_BHNE.square().sum(dim=-1, keepdim=True) * (scale**2 / 2)
+        # The sign is turned here, because the gradient of a subtraction is negated in its own pass over all features.
+        offset_BHN1 = -square_BHN1 - dots_BHNM.detach().amax(dim=maximum_over, keepdim=True)
+        return dots_BHNM.add_(offset_BHN1).exp_()
 
 
 def orthogonal_features(count: int, width: int) -> Tensor:

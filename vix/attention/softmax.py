@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.attention.heads import head_width, merge_heads, no_autocast, split_heads
+from vix.attention.heads import fused_attention, head_width, merge_heads, split_heads
 from vix.checks import Fraction, Positive
 from vix.tokens import TokenGrid
 
@@ -66,21 +65,9 @@ class Attend(nn.Module):
         dropout = self.dropout if self.training else 0.0
         bias_1HNM = self.position_bias().to(q_BHNE.dtype).unsqueeze(0) if self.position_bias is not None else None
         if self.implementation == "fused":
-            if q_BHNE.is_cpu and q_BHNE.dtype is torch.bfloat16:
-                return self.fused_in_float32(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
-            return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
+            return fused_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
         # Scaled before the product, which in float16 could overflow otherwise.
         logits_BHNM = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHME.mT
         if bias_1HNM is not None:
             logits_BHNM = logits_BHNM + bias_1HNM
         return F.dropout(logits_BHNM.softmax(dim=-1), dropout).to(v_BHME.dtype) @ v_BHME
-
-    def fused_in_float32(
-        self, q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, bias_1HNM: Tensor | None, dropout: float
-    ) -> Tensor:
-        """What a CPU does with bfloat16: its fused backward is 4 times slower in that than in float32 at 65 tokens."""
-        with no_autocast(q_BHNE):
-            bias_1HNM = bias_1HNM.float() if bias_1HNM is not None else None
-            q_BHNE, k_BHME, v_BHME = q_BHNE.float(), k_BHME.float(), v_BHME.float()
-            out_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
-        return out_BHNE.bfloat16()

@@ -1,0 +1,147 @@
+"""``python -m benchmarks``: training steps of ViT, ViP, ViL and ViN, ours beside the packages' and the paper's own way.
+
+All with width 128, 4 blocks, 4 heads, MLP 256, patches of 1 pixel, 1,025 tokens, 10 classes. Every measurement has a process
+of its own; rounds alternate the order, and a ratio is the median over rounds of ratios within one, so that what else the
+machine does weighs on both sides.
+"""
+
+import statistics
+import sys
+from typing import Any
+
+from benchmarks.isolated import Refused, isolated, processes
+from benchmarks.measure import Cost, ceilings
+from benchmarks.record import chosen_device, parser, write
+from benchmarks.variants import KINDS, step_cost
+from vix.checks import UserError
+from vix.report import Table
+from vix.runtime import resolve_precision
+
+MODELS = {"vit": "ViT", "vip": "ViP", "vil": "ViL", "vin": "ViN"}
+LIMIT = 900.0  # seconds for one measurement
+
+
+def median_ratio(rounds: list[dict[str, Any]], above: str, below: str, quantity: str) -> float | None:
+    """Median over rounds of one variant's quantity over another's."""
+    pairs = [(r[above].get(quantity), r[below].get(quantity)) for r in rounds if above in r and below in r]
+    ratios = [a / b for a, b in pairs if a and b]
+    return statistics.median(ratios) if ratios else None
+
+
+def geometric_mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.geometric_mean(known) if known and len(known) == len(values) else None
+
+
+def summarise(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dict[str, float]) -> dict[str, Any]:
+    """One model's figures and ratios from all rounds: how many times the images per second, and what part of the memory."""
+    row: dict[str, Any] = {"model": name, "batch": batch_size, "rounds": rounds}
+    for kind in KINDS:
+        costs = [r[kind] for r in rounds if kind in r]
+        if not costs:
+            continue
+        seconds = statistics.median(c["seconds"] for c in costs)
+        row[kind] = {
+            "images_per_second": batch_size / seconds,
+            "milliseconds": 1e3 * seconds,
+            "peak_bytes": max((b for c in costs if (b := Cost(**{k: c[k] for k in Cost._fields}).bytes)), default=None),
+            "peak_reserved_bytes": max((c["reserved"] for c in costs if c["reserved"]), default=None),
+            "of_matmul_ceiling": costs[0]["flops"] / seconds / top["matmul"],
+            "of_copy_ceiling": costs[0]["traffic_bytes"] / seconds / top["copy"],
+        }
+    for kind in KINDS[1:]:
+        row[f"speed_over_{kind}"] = median_ratio(rounds, kind, "ours", "seconds")
+        both = [row.get(k, {}).get("peak_bytes") for k in ("ours", kind)]
+        row[f"memory_over_{kind}"] = both[0] / both[1] if all(both) else None
+    return row
+
+
+def show(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -> None:
+    """The table of ratios, then that of figures."""
+
+    def times(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    ratios = ("speed_over_package", "memory_over_package", "speed_over_paper", "memory_over_paper")
+    Table(
+        f"Ours over theirs, on {device}",
+        ("model", "batch", "images/s, package", "memory, package", "images/s, paper's way", "memory, paper's way"),
+        [(MODELS.get(r["model"], r["model"]), str(r["batch"]), *(times(r[key]) for key in ratios)) for r in [*rows, *means]],
+        1,
+    ).print()
+    Table(
+        "Training steps",
+        ("model", "whose", "batch", "images/s", "ms", "peak GB", "reserved GB", "of matmul, %", "of copy, %"),
+        [
+            (
+                *(MODELS[row["model"]], kind, str(row["batch"])),
+                *(f"{row[kind]['images_per_second']:.1f}", f"{row[kind]['milliseconds']:.2f}"),
+                *(
+                    "–" if row[kind][key] is None else f"{row[kind][key] / 1e9:.3f}"
+                    for key in ("peak_bytes", "peak_reserved_bytes")
+                ),
+                *(f"{100 * row[kind][key]:.1f}" for key in ("of_matmul_ceiling", "of_copy_ceiling")),
+            )
+            for row in rows
+            for kind in KINDS
+            if kind in row
+        ],
+        2,
+    ).print()
+
+
+def main() -> None:
+    options = parser("python -m benchmarks", "Training steps: ours beside the packages' and the paper's own way.")
+    options.add_argument("--batch", type=int, nargs="+", help="images a step (default: 8 on a CPU, 64 and 256 on a GPU)")
+    options.add_argument("--rounds", type=int, default=3, help="measurements of every variant (default: 3)")
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all four")
+    options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all three")
+    chosen = options.parse_args()
+    device = chosen_device(chosen.device)
+    batches = chosen.batch or ([64, 256] if device.type == "cuda" else [8])
+    rounds = 1 if chosen.quick else chosen.rounds
+    import benchmarks.packages  # noqa: F401  # whether all are there is told before anything is measured
+
+    context = processes("benchmarks.packages", "benchmarks.variants")
+    kinds = [kind for kind in KINDS if kind in chosen.kinds]
+    results: dict[tuple[str, int], list[dict[str, Any]]] = {(m, b): [] for b in batches for m in chosen.models}
+    refused: list[dict[str, Any]] = []
+    tops = []
+    for number in range(rounds):
+        top = isolated(context, chosen.threads, ceilings, device, resolve_precision("auto", device), chosen.quick, limit=LIMIT)
+        tops.append(top._asdict())
+        order = [(*key, kind) for key in results for kind in kinds]
+        measured: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in results}
+        for name, batch_size, kind in order if number % 2 == 0 else reversed(order):
+            print(f"round {number + 1} of {rounds}: {MODELS[name]}, batch {batch_size}, {kind}", file=sys.stderr)
+            try:
+                cost = isolated(context, chosen.threads, step_cost, kind, name, device, batch_size, chosen.quick, limit=LIMIT)
+                measured[name, batch_size][kind] = cost
+            except Refused as reason:
+                refused.append({"model": name, "batch": batch_size, "kind": kind, "round": number, "reason": str(reason)})
+                print(f"  not measured: {reason}", file=sys.stderr)
+        for key, costs in measured.items():
+            results[key].append(costs)
+
+    top = {key: statistics.median(t[key] for t in tops) for key in tops[0]}
+    rows = [summarise(*key, measured_rounds, top) for key, measured_rounds in results.items()]
+    ratios = [key for key in rows[0] if "_over_" in key]
+    means = [
+        {
+            "model": "geometric mean",
+            "batch": b,
+            **{key: geometric_mean([r[key] for r in rows if r["batch"] == b]) for key in ratios},
+        }
+        for b in batches
+    ]
+    path = write("side-by-side", device, chosen, {"ceilings": top, "rows": rows, "means": means, "refused": refused})
+    show(rows, means, str(device))
+    print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s in a matrix product, {top['copy'] / 1e9:.1f} GB/s in a copy")
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,112 @@
+"""``python -m benchmarks.overhead``: what a run takes beside its training steps, measured on real runs of train.py.
+
+Seconds from the command to the end of the first step; an epoch's wall time over that of its steps alone, which is what data,
+logging and checks cost; and a sweep's jobs per hour, one job after another in one process and several processes at once.
+"""
+
+import statistics
+import sys
+from typing import Any
+
+from benchmarks.isolated import isolated, processes
+from benchmarks.record import chosen_device, parser, write
+from benchmarks.runs import Job, run_together
+from benchmarks.variants import bare_step
+from vix.checks import UserError
+from vix.report import Table
+
+
+def first_step(job: Job, images: int) -> float:
+    """Seconds from the command to the end of the first step, of a run whose only epoch is that step.
+
+    What was told was the end of the epoch, after the test: that is taken off.
+    """
+    (results,) = job.results
+    return job.first_epoch - (results["seconds"] - images / results["images_per_second"])
+
+
+def epoch_step(job: Job, batch_size: int) -> float:
+    """Seconds a step within an epoch, the median of all epochs but the first, which warms up."""
+    (results,) = job.results
+    speeds = [row["images_per_second"] for row in results["history"]]
+    return batch_size / statistics.median(speeds[1:])
+
+
+def shares(jobs: int, at_once: int) -> list[str]:
+    """The seeds of a sweep, dealt out: ``seed=0,2``, ``seed=1,3``."""
+    return ["seed=" + ",".join(map(str, range(first, jobs, at_once))) for first in range(min(jobs, at_once))]
+
+
+def main() -> None:
+    options = parser("python -m benchmarks.overhead", "What a run takes beside its training steps.")
+    options.add_argument("--experiment", help="a file of conf/experiment (default: vit)")
+    options.add_argument("--batch", type=int, help="images a step (default: 8 on a CPU, 64 on a GPU)")
+    options.add_argument("--steps", type=int, help="steps of an epoch (default: 12 on a CPU, 640 on a GPU)")
+    options.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default: 3)")
+    options.add_argument("--jobs", type=int, help="runs of the sweep (default: 4 on a CPU, 8 on a GPU)")
+    options.add_argument("--at-once", type=int, help="processes of the packed sweep (default: 2 on a CPU, 4 on a GPU)")
+    chosen = options.parse_args()
+    device = chosen_device(chosen.device)
+    gpu, quick = device.type == "cuda", chosen.quick
+    experiment = chosen.experiment or ("quickstart" if quick else "vit")
+    batch_size = chosen.batch or (64 if gpu else 8)
+    steps = chosen.steps or (3 if quick else 640 if gpu else 12)
+    jobs = chosen.jobs or (2 if quick else 8 if gpu else 4)
+    at_once = chosen.at_once or (4 if gpu else 2)
+    # What packs CPU jobs shares the threads among them.
+    threads, threads_packed = chosen.threads, chosen.threads if gpu else max(1, chosen.threads // at_once)
+    small = ("model.dim=16", "model.depth=1") if quick else ()
+    what = (f"experiment={experiment}", f"trainer.batch_size={batch_size}", *small)
+    command = (*what, f"trainer.device={device}", "data.test_size=10")
+    train_size = max(steps * batch_size, 10)  # the least that holds each of 10 classes
+    epochs = 2 if quick else 4
+    context = processes("benchmarks.variants")
+
+    rounds: list[dict[str, Any]] = []
+    for number in range(1 if quick else chosen.rounds):
+        print(f"round {number + 1} of {1 if quick else chosen.rounds}", file=sys.stderr)
+        one_step = max(batch_size, 10)
+        startup = run_together(
+            [[*command, "trainer.epochs=1", f"trainer.batch_size={one_step}", f"data.train_size={one_step}"]], threads
+        )
+        training = run_together([[*command, f"trainer.epochs={epochs}", f"data.train_size={train_size}"]], threads)
+        bare = isolated(context, threads, bare_step, what, device, batch_size, quick, limit=900)
+        job = ["-m", *command, "trainer.epochs=1", f"data.train_size={train_size}"]
+        alone = run_together([[*job, shares(jobs, 1)[0]]], threads)
+        packed = run_together([[*job, share] for share in shares(jobs, at_once)], threads_packed)
+        rounds.append(
+            {
+                "seconds_to_first_step": first_step(startup, one_step),
+                "epoch_over_bare_steps": epoch_step(training, batch_size) / bare["seconds"],
+                "jobs_per_hour_alone": 3600 * len(alone.results) / alone.wall,
+                "jobs_per_hour_packed": 3600 * len(packed.results) / packed.wall,
+            }
+        )
+    medians = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    setting = {
+        "experiment": experiment,
+        "batch": batch_size,
+        "steps_per_epoch": steps,
+        "jobs": jobs,
+        "at_once": at_once,
+    }
+    path = write("overhead", device, chosen, {"setting": setting, **medians, "rounds": rounds})
+    Table(
+        f"Beside the steps: {experiment}, batch {batch_size}, on {device}",
+        ("what", "median"),
+        [
+            ("from the command to the first step", f"{medians['seconds_to_first_step']:.1f} s"),
+            (f"an epoch of {steps} steps over the steps alone", f"{medians['epoch_over_bare_steps']:.3f}"),
+            (f"jobs an hour, {jobs} in one process", f"{medians['jobs_per_hour_alone']:.0f}"),
+            (f"jobs an hour, {at_once} processes at once", f"{medians['jobs_per_hour_packed']:.0f}"),
+        ],
+        1,
+    ).print()
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

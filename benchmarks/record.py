@@ -1,0 +1,86 @@
+"""The JSON of a benchmark: where, with what and from which commit it was measured."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vix.checks import UserError
+from vix.command_line import git_commit
+from vix.runtime import resolve_device
+
+RESULTS = Path(__file__).parent.resolve() / "results"
+PACKAGES = ("vit-pytorch", "performer-pytorch", "linformer", "nystrom-attention")
+
+
+def parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    options = argparse.ArgumentParser(prog=program, description=description)
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options.add_argument("--threads", type=int, default=cores, help=f"CPU threads of a process (default: {cores})")
+    options.add_argument("--out", type=Path, help="the JSON file to write (default: one in benchmarks/results/)")
+    options.add_argument(
+        "--quick", action="store_true", help="small models and few repeats: shows that it works, measures nothing"
+    )
+    return options
+
+
+def chosen_device(name: str) -> torch.device:
+    """``--device`` as a device, found without starting CUDA where it can be: what is measured runs in other processes."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine has no CUDA GPU that PyTorch can use; auto and cpu are there")
+    return resolve_device(name) if name == "cpu" or not name.startswith("cuda") else torch.device(name)
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write(benchmark: str, device: torch.device, options: argparse.Namespace, measured: dict[str, Any]) -> Path:
+    """Write what was measured, with its circumstances, and return the file."""
+    name = hardware(device)
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
+    threads = "" if device.type == "cuda" else f"-{options.threads}-threads"
+    path: Path = options.out or RESULTS / f"{benchmark}-{slug}{threads}.json"
+    record = {
+        "benchmark": benchmark,
+        "device": {"type": device.type, "name": name, "threads": options.threads, "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, **versions()},
+        "git_commit": git_commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"
+        },
+        **measured,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that are compared; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

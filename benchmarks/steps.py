@@ -1,0 +1,128 @@
+"""Training steps to be timed: ours, a package's with correct autocast, and the paper's own way.
+
+A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.learner.Learner`'s, with the model, optimizer and
+options that ``train.py`` would build from the same overrides.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from vix.build import build, build_model, optimizer_builder
+from vix.learner import Learner
+from vix.runtime import resolve_precision
+from vix.schedule import rate_factor
+
+CONFIG_DIR = Path(__file__).parents[1].resolve() / "conf"
+Batch = tuple[Tensor, Tensor]
+
+
+class Training(NamedTuple):
+    """A model on its device and what does one training step of it."""
+
+    model: nn.Module
+    step: Callable[[], object]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The config that ``python train.py OVERRIDES`` runs."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def random_batch(device: torch.device, size: int, channels: int, side: int, classes: int = 10) -> Batch:
+    """Images in [−1, 1] and labels, resident on the device."""
+    images = torch.rand(size, channels, side, side, device=device) * 2 - 1
+    return images, torch.randint(classes, (size,), device=device)
+
+
+def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> Training:
+    """What ``python train.py OVERRIDES`` does in a step."""
+    cfg = composed(*overrides, f"trainer.device={device}")
+    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    dtype = resolve_precision(trainer.precision, device)
+    model = build_model(cfg).to(device).train()
+    learner = Learner(
+        model,
+        optimizer := optimizer_builder(cfg)(model),
+        LambdaLR(optimizer, rate_factor(trainer.schedule, 0, 1)),
+        dtype,
+        None,
+        trainer.clip_norm,
+        trainer.label_smoothing,
+    )
+    images, labels = random_batch(device, batch_size, data.channels, data.image_size, data.classes)
+
+    def step() -> None:
+        learner.gradients(0, images, labels)
+        learner.update()
+
+    return Training(model, step)
+
+
+def package(model: nn.Module, image_size: int, device: torch.device, batch_size: int) -> Training:
+    """Forward and loss inside autocast to what the hardware computes in, the backward outside."""
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dtype = resolve_precision("auto", device)
+    images, labels = random_batch(device, batch_size, 3, image_size)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Training(model, step)
+
+
+def papers_way(model: nn.Module, image_size: int, device: torch.device, batch_size: int) -> Training:
+    """Autocast around the loss only, which leaves the model in float32, and images from a worker process."""
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    dtype = resolve_precision("auto", device)
+    batches = from_worker(image_size, batch_size, device)
+
+    def step() -> None:
+        images, labels = (t.to(device) for t in next(batches))
+        logits = model(images)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Training(model, step)
+
+
+class RandomImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """As many images as CIFAR-10 has for training, put through torchvision's usual two transforms one by one."""
+
+    def __init__(self, side: int) -> None:
+        from torchvision import transforms
+
+        self.images = torch.randint(256, (1000, side, side, 3), dtype=torch.uint8).numpy()
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+
+    def __len__(self) -> int:
+        return 50_000
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index % len(self.images)]), index % 10
+
+
+def from_worker(side: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Shuffled batches on the host from one worker process, epoch after epoch."""
+    loader = torch.utils.data.DataLoader(
+        RandomImages(side), batch_size, shuffle=True, num_workers=1, drop_last=True, pin_memory=device.type == "cuda"
+    )
+    while True:
+        yield from loader

@@ -1,0 +1,178 @@
+"""The benchmarks run, and what they compare is the same model."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from omegaconf import DictConfig
+from torch import nn
+
+from benchmarks.crossover import crossover
+from benchmarks.measure import flops, traffic
+from benchmarks.packages import package_model
+from benchmarks.scaling import expected
+from vix import build_model
+
+
+def run_benchmark(module: str, out: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``python -m MODULE`` in its quick setting, on the CPU."""
+    command = [sys.executable, "-m", module, "--quick", "--device", "cpu", "--threads", "1", "--out", str(out), *arguments]
+    environment = {**os.environ, **env}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def measured(module: str, out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """What a benchmark prints and what it writes."""
+    done = run_benchmark(module, out, *arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["device"]["type"] == "cpu"
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["git_commit"]
+    return done.stdout, record
+
+
+def test_side_by_side(tmp_path: Path) -> None:
+    """Ratios are the quotients of what was measured, and their geometric mean is told."""
+    shown, record = measured("benchmarks", tmp_path / "r.json", "--models", "vil", "vip", "--batch", "2")
+    assert not record["refused"]
+    for row in record["rows"]:
+        (costs,) = row["rounds"]
+        for kind in ("package", "paper"):
+            assert row[f"speed_over_{kind}"] == pytest.approx(costs[kind]["seconds"] / costs["ours"]["seconds"])
+        assert all(0 < row[kind]["of_matmul_ceiling"] < 1 for kind in ("ours", "package", "paper"))
+    (mean,) = record["means"]
+    first, second = (row["speed_over_package"] for row in record["rows"])
+    assert mean["speed_over_package"] == pytest.approx((first * second) ** 0.5)
+    assert "geometric mean" in shown
+
+
+def test_scaling(tmp_path: Path) -> None:
+    """Two sizes of two mixers and of what they are compared with, a picture, and a sentence about each; the rest is refused."""
+    mixers = ("--mixers", "softmax, fused", "linear", "--tokens", "16", "64", "1024", "--most-gb", "0.001")
+    shown, record = measured("benchmarks.scaling", tmp_path / "s.json", *mixers)
+    assert {(p["mixer"], p["pass"]) for p in record["points"]} == {
+        (mixer, name) for mixer in ("softmax, fused", "linear") for name in ("forward", "training")
+    }
+    assert all("more than" in gap["reason"] and gap["reason"] in shown for gap in record["skipped"])
+    (sentence,) = record["sentences"]
+    assert sentence.startswith("linear")
+    assert sentence in shown
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_overhead(tmp_path: Path) -> None:
+    """The three figures, from real runs of train.py."""
+    _, record = measured("benchmarks.overhead", tmp_path / "o.json")
+    assert 1 < record["seconds_to_first_step"] < 100
+    assert 0 < record["epoch_over_bare_steps"] < 100
+    assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 10
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
+    """Where a package to compare with is not installed, the error says what installs it."""
+    (tmp_path / "linformer.py").write_text("raise ImportError('No module named linformer')")
+    done = run_benchmark("benchmarks", tmp_path / "r.json", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "pip install -r requirements-benchmarks.txt" in last
+    assert "Traceback" not in done.stderr
+
+
+# The package's name of a tensor → ours, where they differ beyond the skeleton's.
+MIXER_NAMES: dict[str, dict[str, str]] = {
+    "vil": {"to_q.weight": "to_q.weight", "to_k.weight": "to_k.weight", "proj_k": "length_k"},
+    "vip": {"fast_attention.projection_matrix": "features_ME"},
+}
+
+
+def copy_weights(ours: Any, theirs: Any, name: str) -> None:
+    """Give a package's model all of ours' weights."""
+    pairs = [
+        (theirs.to_patch_embedding[1].weight, ours.embedding.project.weight.flatten(1)),
+        (theirs.to_patch_embedding[1].bias, ours.embedding.project.bias),
+        (theirs.pos_embedding, ours.posenc.table_ND),
+        (theirs.cls_token, ours.class_token[None]),
+        (theirs.transformer.norm.weight, ours.norm.weight),
+        (theirs.transformer.norm.bias, ours.norm.bias),
+        (theirs.mlp_head.weight, ours.head.weight),
+        (theirs.mlp_head.bias, ours.head.bias),
+    ]
+    for ((norm, attention), feed_forward), block in zip(theirs.transformer.layers, ours.blocks, strict=True):
+        mine = {**dict(block.mixer.named_parameters()), **dict(block.mixer.named_buffers())}
+        if name == "vip":
+            for kind in ("weight", "bias"):
+                for part, tensor in zip("qkv", mine[f"to_qkv.{kind}"].chunk(3), strict=True):
+                    mine[f"to_{part}.{kind}"] = tensor
+        renamed = MIXER_NAMES[name]
+        their_tensors = {**dict(attention.named_parameters()), **dict(attention.named_buffers())}
+        pairs += [(tensor, mine[renamed.get(key, key)]) for key, tensor in their_tensors.items() if tensor.is_floating_point()]
+        pairs += [(norm.weight, block.norm1.weight), (norm.bias, block.norm1.bias)]
+        for theirs_part, ours_part in ((0, block.norm2), (1, block.mlp[0]), (4, block.mlp[3])):
+            layer = feed_forward.net[theirs_part]
+            pairs += [(layer.weight, ours_part.weight), (layer.bias, ours_part.bias)]
+    with torch.no_grad():
+        for their_tensor, value in pairs:
+            assert their_tensor.shape == value.shape
+            their_tensor.copy_(value)
+
+
+@pytest.mark.parametrize("name", ["vit", "vip", "vil", "vin"])
+def test_skeletons_have_the_same_parameters(compose_config: Callable[..., DictConfig], name: str) -> None:
+    """A package's model has as many parameters as ours, at the paper's size."""
+    ours, theirs = build_model(compose_config(f"experiment={name}")), package_model(name, 32, 1)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("name", ["vip", "vil"])
+def test_skeletons_compute_the_same(compose_config: Callable[..., DictConfig], name: str) -> None:
+    """On equal weights the logits are equal. (ViT's: test_vit_parity.py; ViN's package pads with zeros that attend.)"""
+    torch.manual_seed(0)
+    ours = build_model(compose_config(f"experiment={name}")).eval()
+    theirs = package_model(name, 32, 1).eval()
+    copy_weights(ours, theirs, name)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images), atol=1e-5, rtol=0)
+
+
+def test_flops_and_bytes_of_a_linear_layer() -> None:
+    """Counted as worked out by hand: two products of the backward beside the forward's, and every tensor once an operation."""
+    layer = nn.Linear(6, 5, bias=False)
+    # Of an input that needs no gradient only the weight's product remains.
+    assert flops(nn.Sequential(nn.Flatten(), layer), (4, 1, 2, 3)) == 4 * 2 * (2 * 6 * 5)
+    x, w = torch.randn(4, 6), torch.randn(6, 5)
+    assert traffic(lambda: x @ w) == 4 * (4 * 6 + 6 * 5 + 4 * 5)
+    assert traffic(lambda: x.T.expand(2, 6, 4)) == 0
+    assert traffic(lambda: torch._foreach_mul_([x], 2.0)) == 4 * (2 * 4 * 6)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "where"),
+    [
+        ({10: 4.0, 100: 4.0}, {10: 2.0, 100: 8.0}, 10**1.5),
+        ({10: 1.0, 100: 1.0}, {10: 2.0, 100: 8.0}, 0),
+        ({10: 1.0, 100: 9.0}, {10: 2.0, 100: 8.0}, None),
+        ({10: 1.0, 100: 4.0, 1000: 4.0}, {10: 2.0, 100: 2.0, 1000: 8.0}, 100 * 10**0.5),
+        ({10: 1.0}, {100: 2.0}, None),
+    ],
+)
+def test_crossover(mine: dict[int, float], other: dict[int, float], where: float | None) -> None:
+    """It is where lines on logarithmic axes meet for the last time."""
+    assert crossover(mine, other) == (where if where is None else pytest.approx(where))
+
+
+def test_what_the_next_size_takes_follows_from_the_growth() -> None:
+    """Quadratic with one size known; with two the power between them, a little raised."""
+    points = [{"tokens": 100, "seconds": 1.0}, {"tokens": 400, "seconds": 4.0}]
+    assert expected([], 400, "seconds") is None
+    assert expected(points[:1], 400, "seconds") == pytest.approx(16)
+    assert expected(points, 1600, "seconds") == pytest.approx(4 * 4**1.25)
