@@ -140,7 +140,8 @@ def run_from_command_line() -> int:
     if stopped:
         print("error: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    if problem and (wants_tracebacks or not (unfinished or isinstance(problem, UserError) or about_the_command(problem))):
+    tellable = isinstance(problem, UserError | OSError) or (problem and about_the_command(problem))
+    if problem and (wants_tracebacks or not (unfinished or tellable)):
         raise problem
     if rank() > 0:
         return 1 if problem else 0

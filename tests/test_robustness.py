@@ -349,3 +349,26 @@ def test_wrong_module_commands_print_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert run_train(tmp_path, "--no-such-flag").returncode != 0
+
+
+@pytest.mark.parametrize("closed", ["data/cifar-10-batches-py/data_batch_3", "data/cifar-10-batches-py", "outputs"])
+def test_no_permission(tmp_path: Path, cifar10_root: Path, closed: str) -> None:
+    """One line that names what may not be read or written, and says what to do."""
+    shutil.copytree(cifar10_root / "cifar-10-batches-py", tmp_path / "data" / "cifar-10-batches-py")
+    (tmp_path / "outputs").mkdir()
+    # Root may do everything, unless it gives that up for the program that it starts.
+    asked = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if asked and not shutil.which("setpriv"):
+        pytest.skip("this is root, and setpriv (util-linux) is absent")
+    mode = (tmp_path / closed).stat().st_mode
+    (tmp_path / closed).chmod(0o500 if closed == "outputs" else 0)
+    command = [*asked, sys.executable, str(ROOT / "train.py"), "trainer.epochs=1", "data.root=data"]
+    try:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    finally:
+        (tmp_path / closed).chmod(mode)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert f"{closed}: no permission" in line or ("outputs" in line and "Permission denied" in line)
+    assert "data.root=DIR" in line or "hydra.run.dir=DIR" in line

@@ -57,6 +57,9 @@ def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str
     program's own as it is."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.filename:
+        where = "choose where runs go with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+        return f"{error.filename}: {error.strerror}; mend that, or {where}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
         options = [str(o) for o in error.options or ()]

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -76,7 +77,11 @@ class Sweep:
         arguments.append(f"++hydra.job.env_set.{FOLDER}='{quoted}'")
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            outputs = self.folder.parents[1]
+            sys.exit(f"error: {outputs}: {error.strerror}; mend that, or choose where runs go with hydra.sweep.dir=DIR")
         return self
 
     def __exit__(self, *_: object) -> None:

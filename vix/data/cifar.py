@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import logging
+import os
 import pickle
 import tempfile
 from dataclasses import dataclass
@@ -39,18 +40,27 @@ class Cifar10(ImageData):
         reader = getattr(datasets, self.reader)
         where = Path(self.root, self.folder)
         present = where.is_dir()
+        if present and not os.access(where, os.R_OK | os.X_OK):
+            raise DataError(f"{where}: no permission to read it; {self.way_out}")
         try:
             if not present:
                 self.download(reader)
             train, test = (reader(self.root, train=train) for train in (True, False))
+        except PermissionError as error:
+            raise DataError(f"{error.filename}: no permission for it; {self.way_out}") from error
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
-            raise DataError(
-                f"{where} {what} ({' '.join(str(error).split())}); put the original files there, or name the folder that holds "
-                f"{self.folder} with data.root=DIR or VIX_DATA=DIR; `python train.py experiment=quickstart` needs none"
-            ) from error
+            raise DataError(f"{where} {what} ({' '.join(str(error).split())}); {self.way_out}") from error
         self.class_names = tuple(train.classes)
         return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
+
+    @property
+    def way_out(self) -> str:
+        """What every error about the files ends with."""
+        return (
+            f"put the original files there, or name the folder that holds {self.folder} with data.root=DIR or VIX_DATA=DIR; "
+            "`python train.py experiment=quickstart` needs none"
+        )
 
     def download(self, reader: Any) -> None:
         """Download, verify and unpack beside ``root``'s other contents, and only then move the folder into its place.
