@@ -50,7 +50,8 @@ def main(cfg: DictConfig) -> float:
     }
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
-        with Job(identity["name"], number, cfg.get("fail_fast") is True) as this_job, only_writer(directory), process_group():
+        held = only_writer(directory) if rank() == 0 else nullcontext()  # the first of several processes holds it for all
+        with Job(identity["name"], number, cfg.get("fail_fast") is True) as this_job, held, process_group():
             run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             results = train(cfg, run)
             this_job.finished(results, before=results is run.earlier)

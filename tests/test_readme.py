@@ -1,8 +1,11 @@
 """What the README tells is what the tree holds."""
 
 import csv
+import json
 import re
+import statistics
 
+import pytest
 from conftest import ROOT
 from test_config import GROUPS, OWN_MIXER
 
@@ -43,3 +46,21 @@ def test_own_attention_is_the_tested_one() -> None:
 def test_files_that_are_named_exist() -> None:
     for path in re.findall(r"\b(?:vix|conf)/[\w/.]*\w", README):
         assert (ROOT / path).exists() or "mean" in path, path
+
+
+@pytest.mark.parametrize("experiment", ["cpu_vit", "cpu_hybrid_vin"])
+def test_cpu_results(experiment: str) -> None:
+    """The measured table, and the experiment's own header, are what the kept runs say."""
+    runs = [json.loads(path.read_text()) for path in (ROOT / "results/cpu").glob(f"{experiment}/*/results.json")]
+    assert sorted(run["seed"] for run in runs) == [0, 1, 2]
+    assert {run["status"] for run in runs} == {"finished"}
+    last = [run["top1"] for run in runs]
+    (told,) = (row[1:] for row in table("on a CPU") if row[0] == experiment)
+    assert told == [
+        f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f}",
+        f"{max(run['best_top1'] for run in runs):.2f}",
+        f"{runs[0]['trainable_params']:,}",
+        f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}",
+    ]
+    header = (ROOT / f"conf/experiment/{experiment}.yaml").read_text()
+    assert f"# Measured: top-1 {told[0]} %, {told[3]} minutes" in header

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vix.checks import UserError
-from vix.distributed import rank
 
 
 def write_whole(path: Path, contents: bytes | memoryview) -> None:
@@ -51,14 +50,10 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """Hold ``directory`` against other runs' processes; the lock goes with the process, however that ends.
+    """Hold ``directory`` against other processes; the lock goes with the process, however that ends.
 
-    Of a run's own several processes the first one holds it for all.
     Raises UserError, naming the holder, where another process has it.
     """
-    if rank() > 0:
-        yield
-        return
     with open(directory / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
