@@ -315,7 +315,11 @@ def test_decay_options_are_checked(compose_config: Compose) -> None:
     with pytest.raises(ConfigError, match=r"^optimizer\.decay_only=vectors: .*'matrices'"):
         check(compose_config("optimizer.decay_only=vectors"))
     cfg = compose_config(
-        "~optimizer.weight_decay", "~optimizer.betas", "~optimizer.eps", "optimizer._target_=torch.optim.Rprop"
+        "~optimizer.weight_decay",
+        "~optimizer.betas",
+        "~optimizer.eps",
+        "~optimizer.fused",
+        "optimizer._target_=torch.optim.Rprop",
     )
     optimizer_builder(cfg)(nn.Linear(2, 2))
     cfg.optimizer.decay_only = "matrices"

@@ -32,6 +32,7 @@ NOT_IDENTITY = (
     "trainer.probe",
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
+    "optimizer.fused",
 )
 
 

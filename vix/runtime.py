@@ -47,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let glibc reuse up to 2 GB of freed memory instead of giving large blocks back to the system at once.
 
-    Every step would take them again, and the system clears each of their pages first: 5 to 18 % of a step of the paper's
+    Every step would take them again, and the system clears each of their pages first: 4 to 17 % of a step of the paper's
     models on a CPU. Does nothing where the C library is another.
     """
     trim_threshold, mmap_threshold = -1, -3  # names of the parameters in glibc's malloc.h
