@@ -21,8 +21,8 @@ from vix.report import Table
 
 # What is measured → the overrides that choose it. The first is what the others are compared with.
 MIXERS: dict[str, tuple[str, ...]] = {
-    "softmax, fused": ("attention=softmax",),
-    "softmax, explicit": ("attention=softmax", "attention.implementation=explicit"),
+    "softmax": ("attention=softmax",),
+    "softmax-explicit": ("attention=softmax", "attention.implementation=explicit"),
     "performer": ("attention=performer",),
     "linformer": ("attention=linformer",),
     "nystrom": ("attention=nystrom",),
@@ -114,7 +114,7 @@ def main() -> None:
                         reason = str(refusal)
                 if reason is not None:
                     skipped.append({**key, "reason": reason})
-    told = [sentence(points, mixer, "softmax, fused") for mixer in chosen.mixers if mixer != "softmax, fused"]
+    told = [sentence(points, mixer, "softmax") for mixer in chosen.mixers if mixer != "softmax"]
     path = write("scaling", device, chosen, {"batch": batch_size, "points": points, "skipped": skipped, "sentences": told})
     draw(points, path.with_suffix(".png"), f"ViT of 4 blocks, width 128, batch {batch_size}, on {device.type}")
     show(points, sizes, str(device))

@@ -56,10 +56,10 @@ def test_side_by_side(tmp_path: Path) -> None:
 
 def test_scaling(tmp_path: Path) -> None:
     """Two sizes of two mixers and of what they are compared with, a picture, and a sentence about each; the rest is refused."""
-    mixers = ("--mixers", "softmax, fused", "linear", "--tokens", "16", "64", "1024", "--most-gb", "0.001")
+    mixers = ("--mixers", "softmax", "linear", "--tokens", "16", "64", "1024", "--most-gb", "0.001")
     shown, record = measured("benchmarks.scaling", tmp_path / "s.json", *mixers)
     assert {(p["mixer"], p["pass"]) for p in record["points"]} == {
-        (mixer, name) for mixer in ("softmax, fused", "linear") for name in ("forward", "training")
+        (mixer, name) for mixer in ("softmax", "linear") for name in ("forward", "training")
     }
     assert all("more than" in gap["reason"] and gap["reason"] in shown for gap in record["skipped"])
     (sentence,) = record["sentences"]
