@@ -64,3 +64,12 @@ def test_cpu_results(experiment: str) -> None:
     ]
     header = (ROOT / f"conf/experiment/{experiment}.yaml").read_text()
     assert f"# Measured: top-1 {told[0]} %, {told[3]} minutes" in header
+
+
+def test_speed_and_memory() -> None:
+    """The table of the benchmark is the kept measurement's."""
+    path = ROOT / "benchmarks/results/side-by-side-intel-xeon-processor-2-threads.json"
+    record = json.loads(path.read_text())
+    ratios = ("speed_over_package", "memory_over_package", "speed_over_paper", "memory_over_paper")
+    measured = [[f"{line[ratio]:.2f}" for ratio in ratios] for line in (*record["rows"], *record["means"])]
+    assert [row[2:] for row in table("on two CPU cores")] == measured
