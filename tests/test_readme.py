@@ -73,3 +73,21 @@ def test_speed_and_memory() -> None:
     ratios = ("speed_over_package", "memory_over_package", "speed_over_paper", "memory_over_paper")
     measured = [[f"{line[ratio]:.2f}" for ratio in ratios] for line in (*record["rows"], *record["means"])]
     assert [row[2:] for row in table("on two CPU cores")] == measured
+
+
+def test_scaling() -> None:
+    """So is the table over the number of tokens."""
+    record = json.loads((ROOT / "benchmarks/results/scaling-intel-xeon-processor-2-threads.json").read_text())
+    points = {(p["mixer"], p["tokens"]): p for p in record["points"] if p["pass"] == "training"}
+    mixers = ("softmax", "performer", "linformer", "nystrom")
+    seconds = {mixer: [points[mixer, tokens]["seconds"] for tokens in (256, 1024, 4096, 16384)] for mixer in mixers}
+    assert table("`attention=`") == [
+        [
+            mixer,
+            *(f"{1000 * s:,.0f}" for s in seconds[mixer]),
+            f"{seconds[mixer][3] / seconds[mixer][2]:.1f}",
+            f"{seconds['softmax'][3] / seconds[mixer][3]:.1f}",
+            f"{points[mixer, 16384]['bytes'] / 1e6:,.0f}",
+        ]
+        for mixer in mixers
+    ]
