@@ -147,7 +147,7 @@ def run_from_command_line() -> int:
     if rank() > 0:
         return 1 if problem else 0
     if unfinished:
-        print(f"error: {unfinished} jobs of this sweep did not finish", file=sys.stderr)
+        print(f"error: {unfinished} of this sweep's jobs did not finish", file=sys.stderr)
     elif problem:
         told = explain(problem, CONFIG_DIR, sys.argv[1:])
         print(f"error: {told}", file=sys.stderr)

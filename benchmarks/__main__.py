@@ -11,9 +11,8 @@ from typing import Any
 
 from benchmarks.isolated import Refused, isolated, processes
 from benchmarks.measure import Cost, ceilings
-from benchmarks.record import chosen_device, parser, write
+from benchmarks.record import chosen_device, parser, told_in_one_line, write
 from benchmarks.variants import KINDS, step_cost
-from vix.checks import UserError
 from vix.report import Table
 from vix.runtime import resolve_precision
 
@@ -141,7 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    told_in_one_line(main)

@@ -9,10 +9,9 @@ import sys
 from typing import Any
 
 from benchmarks.isolated import isolated, processes
-from benchmarks.record import chosen_device, parser, write
+from benchmarks.record import chosen_device, parser, told_in_one_line, write
 from benchmarks.runs import Job, run_together
 from benchmarks.variants import bare_step
-from vix.checks import UserError
 from vix.report import Table
 
 
@@ -106,7 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    told_in_one_line(main)

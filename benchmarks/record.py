@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,3 +86,11 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def told_in_one_line(main: Callable[[], None]) -> None:
+    """A benchmark's command: what its user can mend ends it with one line."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

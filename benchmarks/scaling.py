@@ -5,6 +5,7 @@ would take longer or more memory than allowed, by how the smaller sizes grew, is
 """
 
 import math
+import os
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from benchmarks.crossover import growth, sentence
 from benchmarks.isolated import Refused, isolated, processes
 from benchmarks.measure import Cost
-from benchmarks.record import chosen_device, parser, write
+from benchmarks.record import chosen_device, parser, told_in_one_line, write
 from benchmarks.scaling_plot import draw
 from benchmarks.variants import mixer_cost
 from vix.checks import UserError
@@ -128,13 +129,8 @@ def memory_of(device: torch.device) -> int:
     """Bytes of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    told_in_one_line(main)

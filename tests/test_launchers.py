@@ -44,7 +44,7 @@ def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple
     if launcher == "joblib_cores":
         assert states == {8: ("finished", 2), 1000: ("refused", None)}, done.stdout + done.stderr
         assert done.returncode == 1
-        assert "error: 1 jobs of this sweep did not finish" in done.stderr
+        assert "error: 1 of this sweep's jobs did not finish" in done.stderr
     else:
         assert states == {8: ("finished", 2), 16: ("finished", 2)}, done.stdout + done.stderr
         assert done.returncode == 0

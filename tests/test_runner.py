@@ -223,7 +223,7 @@ def test_multirun(tmp_path: Path) -> None:
     states = sorted((r["status"], r["seed"], r["config"]["attention"]["landmarks"]) for r in results)
     assert states == [("finished", 0, 8), ("finished", 1, 8), ("refused", 0, 1000), ("refused", 1, 1000)]
     assert all("attention.landmarks=1000" in r["error"] for r in results if r["status"] == "refused")
-    assert done.stderr.splitlines()[-1] == "error: 2 jobs of this sweep did not finish"
+    assert done.stderr.splitlines()[-1] == "error: 2 of this sweep's jobs did not finish"
     told = table_after(done.stdout, "jobs of this sweep")
     assert [row[:3] for row in told] == [
         ["attention.landmarks=8 seed=0", "finished", f"{top1_of(results, 0):.2f}"],

@@ -24,7 +24,7 @@ def processes() -> int:
 
 def rank() -> int:
     """This process's number among them: 0 is the first, which writes and is heard."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ["RANK"]) if processes() > 1 else 0
 
 
 @contextmanager

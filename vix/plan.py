@@ -195,18 +195,17 @@ def recall(job: Job, earlier: Iterable[Row]) -> None:
 
 def foresee(jobs: Iterable[Job], measuring: bool) -> None:
     """Set the memory, and where ``measuring`` the hours, of jobs whose like has not been run; each kind is done once."""
-    known: dict[str, tuple[float | None, int]] = {}  # seconds of a step, bytes
+    known: dict[str, tuple[float | None, int | None, int]] = {}  # seconds of a step, bytes measured, and by the shapes
     for job in jobs:
         if job.gpu_gb is not None and (job.hours is not None or not measuring):
             continue
         cfg, kind = OmegaConf.create(job.config), json.dumps(cost_key(job.config), sort_keys=True)
         assert isinstance(cfg, DictConfig)
         if kind not in known:
-            seconds, measured_bytes = measure(cfg) if measuring else (None, None)
-            job.measured = measured_bytes is not None
-            known[kind] = seconds, peak_memory(cfg) if measured_bytes is None else measured_bytes
-        seconds, peak = known[kind]
-        job.gpu_gb = peak / 1e9 if job.gpu_gb is None else job.gpu_gb
+            known[kind] = *(measure(cfg) if measuring else (None, None)), peak_memory(cfg)
+        seconds, measured, foreseen = known[kind]
+        if job.gpu_gb is None:
+            job.gpu_gb, job.measured = (foreseen if measured is None else measured) / 1e9, measured is not None
         if job.hours is None and seconds is not None:
             data, trainer = build(cfg, "data"), build(cfg, "trainer")
             job.hours = seconds * math.ceil(data.train_images / trainer.batch_size) * job.left / 3600

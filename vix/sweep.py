@@ -58,7 +58,8 @@ class Job:
     def note(self, **fields: Any) -> None:
         self.state |= fields
         if self.folder and self.folder.is_dir():
-            write_json(self.folder / f"{self.number:06d}.json", self.state)
+            with suppress(UserError):  # a full disk is the run's to tell
+                write_json(self.folder / f"{self.number:06d}.json", self.state)
 
 
 class Sweep:
@@ -69,7 +70,8 @@ class Sweep:
     """
 
     def __init__(self, arguments: list[str], config_path: Path) -> None:
-        given = [a.partition("=")[2] for a in arguments if a.startswith("hydra.sweep.dir=")]
+        # One with an interpolation has its value only in the jobs.
+        given = [a.partition("=")[2] for a in arguments if a.startswith("hydra.sweep.dir=") and "${" not in a]
         outputs = Path(given[-1] if given else OmegaConf.load(config_path).hydra.sweep.dir)
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
         self.folder = outputs.resolve() / ".sweeps" / name  # seen by every machine that writes its runs into ``outputs``
@@ -86,8 +88,9 @@ class Sweep:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # another sweep's folder is there
-            self.folder.parent.rmdir()
+        with suppress(OSError):  # another sweep's folder is there, or runs
+            self.folder.parents[0].rmdir()
+            self.folder.parents[1].rmdir()
 
     def show(self) -> int:
         """Print every job with its state, and return how many did not finish."""
