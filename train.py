@@ -22,6 +22,7 @@ from vix.command_line import about_the_command, explain, git_commit, one_line, r
 from vix.config import GROUPS, check
 from vix.distributed import from_first, process_group, processes, rank
 from vix.files import only_writer
+from vix.memory import limit_memory, out_of_memory
 from vix.progress import show_results
 from vix.run import Run
 from vix.sweep import Job, Sweep, is_sweep
@@ -79,7 +80,10 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if results:
             log.info("Finished before, and not run again: rerun=true starts over")
         else:
-            results = trainer.fit(model, make_optimizer, build(cfg, "data"), run, cfg.seed)
+            try:
+                results = trainer.fit(model, make_optimizer, build(cfg, "data"), run, cfg.seed)
+            finally:
+                limit_memory(trainer.torch_device, None)  # not for telling of a failure, nor for the sweep's next job
     except ConfigError as error:
         if HydraConfig.get().mode == RunMode.RUN:
             run.discard_if_empty()
@@ -87,7 +91,7 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
             run.write_results(status="refused", error=str(error))
         raise
     except Exception as error:
-        told = out_of_memory(cfg) if isinstance(error, torch.OutOfMemoryError) else error
+        told = shortage(cfg, error) if out_of_memory(error) else error
         run.write_results(status="failed", error=one_line(told), traceback=traceback.format_exc())
         if told is not error:
             raise told from error
@@ -103,12 +107,21 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
     return results
 
 
-def out_of_memory(cfg: DictConfig) -> UserError:
-    """What is told when the GPU's memory does not suffice."""
-    at_once = cfg.trainer.micro_batch if isinstance(cfg.trainer.micro_batch, int) else cfg.trainer.batch_size
+def shortage(cfg: DictConfig, error: Exception) -> UserError:
+    """What is told when the memory of the GPU or of the machine does not suffice."""
+    kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    limit = cfg.trainer.memory_limit_gb
+    under = f" under trainer.memory_limit_gb={limit}" if limit else ""
+    at_once, tested = cfg.trainer.micro_batch or cfg.trainer.batch_size, cfg.trainer.eval_batch_size
+    if at_once == "auto":
+        return UserError(
+            f"out of {kind}{under}, with trainer.micro_batch=auto; unless it happened in a test, of {tested} images at a time "
+            f"(trainer.eval_batch_size), no smaller part of a batch would do: take a smaller model, or more memory"
+        )
     return UserError(
-        f"out of GPU memory with {at_once} images at a time (trainer.batch_size={cfg.trainer.batch_size}); "
-        f"trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, trainer.micro_batch=auto finds what fits"
+        f"out of {kind}{under}, with {at_once} images at a time (trainer.batch_size={cfg.trainer.batch_size}) or {tested} in a "
+        f"test (trainer.eval_batch_size); trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, "
+        f"trainer.micro_batch=auto finds what fits"
     )
 
 

@@ -76,7 +76,7 @@ REFUSED = {
     "trainer.epochs=0": ["trainer.epochs=0", "greater than 0"],
     "trainer.warmup_epochs=41": ["trainer.warmup_epochs=41", "at most"],
     "trainer.micro_batch=few": ["trainer.micro_batch=few", "integer", "'auto'"],
-    "trainer.memory_limit_gb=4 trainer.device=cpu": ["trainer.memory_limit_gb=4", "no GPU"],
+    "trainer.memory_limit_gb=0": ["trainer.memory_limit_gb=0", "greater than 0"],
     "trainer.precision=fp8": ["trainer.precision=fp8", "'bf16'"],
     "trainer.device=gpu": ["trainer.device=gpu", "cuda"],
     "trainer.label_smoothing=1": ["trainer.label_smoothing=1", "less than 1"],

@@ -13,9 +13,10 @@ from conftest import ROOT
 from torch import nn
 
 import vix
+from vix.flops import flop_counter
 from vix.papersize import paper_megabytes
 from vix.run import parameter_counts
-from vix.summary import flop_counter, recorded, summarise
+from vix.summary import recorded, summarise
 
 PUBLISHED = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "published.csv").open())}
 ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import vix
 from vix.build import build, optimizer_builder
-from vix.learner import Learner
 from vix.metrics import accuracy
 from vix.run import Run
 from vix.runtime import get_rng_state, resolve_precision, set_rng_state
@@ -78,22 +77,6 @@ def test_micro_batches_train_the_same(compose_config: Compose, tmp_path: Path, b
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
     for ours, theirs in zip(micro_model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)  # AdamW's first steps divide by tiny gradients
-
-
-def test_the_largest_micro_batch_that_fits(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by halving until memory suffices, and without a trace in what the run then computes."""
-    whole, _ = fit(compose_config(*TINY, "model.dropout=0.1", "trainer.micro_batch=5"), tmp_path / "five")
-    gradients = Learner.gradients
-
-    def small_memory(learner: Learner, *args: Any) -> torch.Tensor:
-        if learner.micro_batch is None or learner.micro_batch > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradients(learner, *args)
-
-    monkeypatch.setattr(Learner, "gradients", small_memory)
-    found, _ = fit(compose_config(*TINY, "model.dropout=0.1", "trainer.micro_batch=auto"), tmp_path / "auto")
-    assert found["micro_batch"] == 5
-    assert [row["train_loss"] for row in found["history"]] == [row["train_loss"] for row in whole["history"]]
 
 
 def test_accuracy_counts_every_image_the_same() -> None:

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vix.distributed import highest, parallel, processes, share, total
+from vix.memory import out_of_memory, release_memory
 from vix.runtime import get_rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
+
+SPARE_BYTES = 2**25  # for what a run takes beside its steps: threads that write events, a checkpoint, gaps between blocks
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Learner:
     scaler: torch.amp.GradScaler = field(init=False)
     forward: nn.Module = field(init=False)  # the model, among the processes of this run
     average: AveragedModel | None = field(init=False, default=None)
+    compiled: Callable[..., Tensor] | None = field(init=False, default=None)  # mean_loss, for micro-batches of one size only
+    compiled_size: int = field(init=False, default=0)
     broken: Tensor = field(init=False)  # on the device: whether a loss or gradient was not finite in any step so far
 
     def __post_init__(self) -> None:
@@ -87,7 +92,8 @@ class Learner:
         for i, (some_images, some_labels) in enumerate(parts, 1):
             with self.gradients_meet(i == len(parts)):
                 with self.autocast:
-                    part = F.cross_entropy(self.forward(some_images), some_labels, label_smoothing=self.label_smoothing)
+                    compute = self.compiled if self.compiled and len(some_labels) == self.compiled_size else mean_loss
+                    part = compute(self.forward, some_images, some_labels, self.label_smoothing)
                     part = part * (len(some_labels) * copies / batch)
                 self.scaler.scale(part).backward()
             loss += part.detach().float()
@@ -147,6 +153,10 @@ class Learner:
         self.broken.zero_()
 
 
+def mean_loss(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+
+
 def own_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
     """This process's share of a batch and the number of shares; an image with a 0 where there is none left for it."""
     if len(share(labels)):
@@ -154,32 +164,41 @@ def own_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
     return images[:1], labels[:1], 0
 
 
+@contextmanager
+def without_trace(learner: Learner) -> Iterator[None]:
+    """Context for a trial: gradients, buffers and random generators are afterwards as they were."""
+    rng, buffers = get_rng_state(), [buffer.clone() for buffer in learner.model.buffers()]
+    try:
+        yield
+    finally:
+        learner.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(learner.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        learner.broken.zero_()
+        set_rng_state(rng)
+
+
 def largest_micro_batch(learner: Learner, images: Tensor, labels: Tensor) -> int:
     """The largest of the batch size, its half, its quarter, … at which the gradients of this batch fit the device's memory.
 
-    Tries them, with room for an Adam's state, and leaves model and random generators as they were. Raises the device's
-    out-of-memory error where not even single images fit.
+    Tries them, with room for an Adam's state and a little more, and leaves no trace. Raises the device's out-of-memory error
+    where not even single images fit.
     """
     images, labels, _ = own_share(images, labels)
-    rng, buffers = get_rng_state(), [buffer.clone() for buffer in learner.model.buffers()]
     adam_bytes = 2 * sum(p.nbytes for p in learner.model.parameters())
     size = len(labels)
     while True:
         try:
-            room = torch.empty(adam_bytes, dtype=torch.uint8, device=images.device)
-            replace(learner, micro_batch=size, ema_decay=None, alone=True).gradients(0, images, labels)
-            del room
+            with without_trace(learner):
+                room = torch.empty(adam_bytes + SPARE_BYTES, dtype=torch.uint8, device=images.device)
+                replace(learner, micro_batch=size, ema_decay=None, alone=True).gradients(0, images, labels)
+                del room
             size = -highest(-size)  # the lowest
             log.info("Micro-batch: %d images of %d fit the memory", size, len(labels))
             return size
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except Exception as error:
+            if size == 1 or not out_of_memory(error):
                 raise
             size = math.ceil(size / 2)
         finally:
-            learner.optimizer.zero_grad(set_to_none=True)
-            for buffer, before in zip(learner.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            set_rng_state(rng)
-            if images.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(images.device)

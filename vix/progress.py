@@ -1,5 +1,6 @@
 """What a person sees of a run on a terminal: a progress bar, and the table at the end."""
 
+import logging
 import sys
 import time
 from typing import Any
@@ -10,6 +11,8 @@ from rich.table import Table
 from torch import Tensor
 
 from vix.distributed import rank
+
+log = logging.getLogger(__name__)
 
 
 class EpochBar:
@@ -77,3 +80,12 @@ def show_results(results: dict[str, Any]) -> None:
     ):
         table.add_row(label, value)
     Console().print(table)
+
+
+def tell_epoch(row: dict[str, Any], epochs: int, seconds: float) -> None:
+    """Log an epoch's row of the history; ``seconds`` is what it took, so the others will take as much."""
+    log.info(
+        "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%  %.0f images/s  %.1f min left",
+        *(row["epoch"], epochs, row["train_loss"], row["top1"], row["top5"], row["images_per_second"]),
+        seconds * (epochs - row["epoch"]) / 60,
+    )

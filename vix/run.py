@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,8 @@ NOT_IDENTITY = (
     "trainer.probe",
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
+    "trainer.compile",
+    "trainer.activation_budget",
     "optimizer.fused",
 )
 
@@ -220,6 +223,7 @@ class StopRequest:
     """
 
     signal: int | None = None
+    breaks_off = False
 
     def __enter__(self) -> Self:
         heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -228,6 +232,20 @@ class StopRequest:
 
     def note(self, number: int, _: object) -> None:
         self.signal = number
+        if self.breaks_off:
+            raise SystemExit(128 + number)
+
+    @contextmanager
+    def at_once(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Context of what takes long and can be broken off: a signal does so, and ``leave`` is called."""
+        self.breaks_off = True
+        try:
+            yield
+        except SystemExit:
+            leave()
+            raise
+        finally:
+            self.breaks_off = False
 
     def agreed(self, ask: bool) -> int | None:
         """The signal that any process of this run was sent; None where that is not the moment to ``ask`` the others."""

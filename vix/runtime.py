@@ -1,10 +1,8 @@
 """The hardware a run gets: device, precision, and the state of its random generators."""
 
-import ctypes
 import logging
 import os
 import random
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 
 from vix.checks import ConfigError
 from vix.distributed import processes
+from vix.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +43,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse up to 2 GB of freed memory instead of giving large blocks back to the system at once.
-
-    Every step would take them again, and the system clears each of their pages first: 4 to 17 % of a step of the paper's
-    models on a CPU. Does nothing where the C library is another.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # names of the parameters in glibc's malloc.h
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the largest value allowed
-
-
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """``trainer.precision`` → the dtype of autocast (float32: none)."""
     if name == "auto":
@@ -68,21 +54,6 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if device.type == "cpu" and native else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
-
-
-def limit_memory(device: torch.device, gigabytes: float | None) -> None:
-    """Let PyTorch take no more than so many GB (10⁹ bytes) of a GPU's memory; None lifts an earlier limit.
-
-    Raises ConfigError where the device is no CUDA GPU, or has less.
-    """
-    if device.type != "cuda":
-        if gigabytes is not None:
-            raise ConfigError(f"trainer.memory_limit_gb={gigabytes}: this run is on no GPU but the {device.type}; use null")
-        return
-    total = torch.cuda.get_device_properties(device).total_memory / 1e9
-    if gigabytes is not None and gigabytes > total:
-        raise ConfigError(f"trainer.memory_limit_gb={gigabytes}: this GPU has {total:.1f} GB; at most that")
-    torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes / total, device)
 
 
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,13 +4,11 @@ Takes what ``train.py`` takes, and reads no data. The model runs on PyTorch's me
 """
 
 import argparse
-import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +16,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vix.build import build, build_model
 from vix.checks import UserError
 from vix.command_line import about_the_command, explain
+from vix.flops import flop_counter, training_flops
 from vix.papersize import Call, Calls, Shape, paper_megabytes
 from vix.report import Table
 from vix.run import parameter_counts, saved_megabytes
@@ -83,16 +81,12 @@ def summarise(cfg: DictConfig) -> Summary:
 
     called = [(name, m) for name, m in model.named_modules() if m in calls and not isinstance(m, nn.Identity)]
 
-    training = flop_counter()
-    with training:  # of two images, because a batch norm refuses to train on one value
-        model.train()(image_1CYX.expand(2, -1, -1, -1)).sum().backward()
-
     return Summary(
         layers=[layer(*item) for item in called],
         paper_mb=paper_megabytes(model, calls, counts["weight_bias_params"]),
         checkpoint_mb=checkpoint_mb,
         forward_flops=counter.get_total_flops(),
-        training_flops=training.get_total_flops() // 2,
+        training_flops=training_flops(model, image_1CYX.shape[1:]),
         **counts,
     )
 
@@ -111,34 +105,6 @@ def recorded(model: nn.Module) -> Iterator[Calls]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter of FLOPs, with the formulas that it lacks or has wrong."""
-    aten = torch.ops.aten
-    formulas: dict[Any, Callable[..., int]] = {
-        aten._fft_c2c: partial(fourier_flops, 5),
-        aten._fft_r2c: partial(fourier_flops, 2.5),
-        aten._fft_c2r: partial(fourier_flops, 2.5),
-        aten.convolution_backward: convolution_backward_flops,
-    }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def fourier_flops(factor: float, shape: Shape, axes: list[int], *_: Any, out_shape: Shape, **__: Any) -> int:
-    """5 n log₂ n for a transform of n complex values and half of it for real ones, as benchmarks count; PyTorch counts none."""
-    values = max(shape, out_shape, key=math.prod)  # of real values and their half of a spectrum, the values
-    return round(factor * math.prod(values) * math.log2(math.prod(values[axis] for axis in axes)))
-
-
-def convolution_backward_flops(grad_shape: Shape, input_shape: Shape, weight_shape: Shape, *options: Any, **_: Any) -> int:
-    """Each of the two gradients costs what the forward pass does.
-
-    PyTorch's own formula takes a grouped convolution's weight for a full one: 128 times too many FLOPs at 128 groups.
-    """
-    transposed, mask = options[4], options[7]
-    per_image = math.prod((input_shape if transposed else grad_shape)[2:]) * math.prod(weight_shape)
-    return 2 * grad_shape[0] * per_image * (mask[0] + mask[1])
 
 
 def show(summary: Summary) -> None:

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
+from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Portion, Positive, PositiveFloat
+from vix.compilation import Compile, compile_step, refuse_graphs
 from vix.data.dataset import ImageData
 from vix.distributed import from_first, processes, rank, seed_epoch
 from vix.learner import Learner, largest_micro_batch
+from vix.memory import check_memory_limit, limit_memory
 from vix.metrics import PeakMemory, accuracy
 from vix.nonfinite import find
-from vix.progress import EpochBar
+from vix.progress import EpochBar, tell_epoch
 from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
-from vix.runtime import get_rng_state, hardware, limit_memory, resolve_device, resolve_precision, set_rng_state
+from vix.runtime import get_rng_state, hardware, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
 from vix.tensorboard import TensorBoard
 
@@ -32,18 +34,16 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains a model on an image set, tests it after every epoch, and keeps the last and the best weights.
 
-    epochs: passes over the training images.
-    batch_size, eval_batch_size: images a step, and images at a time when testing.
-    micro_batch: images at a time within a step, whose gradients are added up: loss and updates stay those of the batch. null
-        takes the batch at once, auto the largest part of it that fits the memory.
-    memory_limit_gb: cap on the GPU memory (10⁹ bytes) that PyTorch may take, to ask whether a smaller card would do.
-    precision: of forward and loss: bf16, fp16 (with gradient scaling), fp32, or auto: bf16 where the hardware computes in it
-        (on a GPU without it, fp16), else fp32.
+    epochs, batch_size, eval_batch_size: passes over the training images; images a step, and at a time when testing.
+    micro_batch: images at a time within a step, whose gradients add up to the batch's; null all at once, auto what fits.
+    memory_limit_gb: cap (10⁹ bytes): the GPU memory that PyTorch takes, or what a CPU run takes beside image set and model.
+    precision: of forward and loss: bf16, fp16 (with gradient scaling), fp32; auto: bf16 if native, else fp16 (on a CPU fp32).
     device: auto (CUDA where there is one, else the CPU), or a PyTorch device such as cpu or cuda:1.
     schedule: of the learning rate after the warm-up: constant, or down to 0 on a line or a half cosine.
     warmup_epochs: epochs, or a part of one, over which the rate rises from 0 on a line.
     clip_norm: largest norm of the gradient; null does not clip.
     label_smoothing, ema_decay: of the training loss, and of the average of the weights that is tested and kept (null: none is).
+    compile, activation_budget: the step, by torch.compile (auto: in long runs), keeping so much of its memory (compile_step).
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
     probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
@@ -61,6 +61,8 @@ class Trainer:
     clip_norm: PositiveFloat | None = None
     label_smoothing: Fraction = 0.0
     ema_decay: Fraction | None = None
+    compile: Compile = "auto"
+    activation_budget: Portion = 1.0
     checkpoint_every: NotNegative = 0
     probe: bool = False
     resume: Literal["auto", "force"] = "auto"
@@ -69,7 +71,8 @@ class Trainer:
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"trainer.warmup_epochs={self.warmup_epochs}: must be at most trainer.epochs={self.epochs}")
         self.torch_device = resolve_device(self.device)
-        limit_memory(self.torch_device, self.memory_limit_gb)
+        check_memory_limit(self.torch_device, self.memory_limit_gb)
+        refuse_graphs(self.torch_device, self.compile)
 
     def fit(
         self, model: nn.Module, make_optimizer: Callable[..., torch.optim.Optimizer], data: ImageData, run: Run, seed: int
@@ -83,16 +86,14 @@ class Trainer:
         dtype = resolve_precision(self.precision, device)
         saved = from_first(lambda: run.load_checkpoint(self.resume))
         train, test = data.load(device)
-        model = model.to(device)
-        optimizer = make_optimizer(model)
+        optimizer = make_optimizer(model := model.to(device))
+        limit_memory(device, self.memory_limit_gb)
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
         schedule = LambdaLR(optimizer, rate_factor(self.schedule, warmup_steps, steps))
-        micro_batch = None if self.micro_batch == "auto" else self.micro_batch
-        settings = self.clip_norm, self.label_smoothing, self.ema_decay
-        learner = Learner(model, optimizer, schedule, dtype, micro_batch, *settings)
-        if self.micro_batch == "auto":
-            learner.micro_batch = largest_micro_batch(learner, *next(train.shuffled(self.batch_size, seed, epoch=0)))
+        learner = Learner(model, optimizer, schedule, dtype, None, self.clip_norm, self.label_smoothing, self.ema_decay)
+        first_batch = next(train.shuffled(self.batch_size, seed, epoch=0))
+        learner.micro_batch = largest_micro_batch(learner, *first_batch) if self.micro_batch == "auto" else self.micro_batch
         memory = PeakMemory(device, train.nbytes + test.nbytes)
         at, stop = Position(loss_sum=torch.zeros((), device=device)), StopRequest()
 
@@ -139,8 +140,13 @@ class Trainer:
             tested_on=data.tested_on,
             micro_batch=learner.micro_batch,
         )
-        shown = learner.kept, test, data.class_names, self.probe
-        with stop, TensorBoard(run, at.epoch + 1, *shown) if rank() == 0 else nullcontext() as board:
+        writer = (
+            TensorBoard(run, at.epoch + 1, learner.kept, test, data.class_names, self.probe) if rank() == 0 else nullcontext()
+        )
+        with stop, writer as board:
+            with stop.at_once(leave):
+                at.seconds += compile_step(learner, self.compile, self.activation_budget, steps, *first_batch)
+            run.write_results(compiled=learner.compiled is not None)
             while at.epoch < self.epochs:
                 model.train()
                 memory.start()
@@ -169,30 +175,25 @@ class Trainer:
                 mean_loss = at.loss_sum.item() / len(train)  # waits for the device: the epoch's time ends here
                 at.train_seconds += time.perf_counter() - clock
                 memory.stop()
-
                 clock = time.perf_counter()
                 scores = accuracy(learner.kept, test_batches(), learner.autocast)
-                at.seconds += at.train_seconds + time.perf_counter() - clock
+                at.seconds += (seconds := at.train_seconds + time.perf_counter() - clock)
                 row = {"train_loss": mean_loss, **scores, "lr": at.rate, "images_per_second": len(train) / at.train_seconds}
                 at.end_epoch(row, learner.kept)
                 run.write_results(
                     epochs=at.epoch,
-                    **(scores | at.best),
+                    **(scores | at.best | memory.gigabytes),
                     train_loss=mean_loss,
                     images_per_second=statistics.median(h["images_per_second"] for h in at.history),
                     skipped_steps=learner.skipped,
-                    **memory.gigabytes,
                     seconds=at.seconds,
                     history=at.history,
                 )
                 if board:
                     board.epoch(at.history[-1], memory.gigabytes)
-                log.info(
-                    "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%  %.0f images/s  %.1f min left",
-                    *(at.epoch, self.epochs, mean_loss, scores["top1"], scores["top5"], row["images_per_second"]),
-                    at.seconds / at.epoch * (self.epochs - at.epoch) / 60,
-                )
+                tell_epoch(at.history[-1], self.epochs, seconds)
                 checkpoint()
+            limit_memory(device, None)
             if board:
                 board.finish(run.results, test_batches(), learner.autocast)
         run.write_results(status="finished")

@@ -1,0 +1,165 @@
+"""trainer.compile on a CPU: what the compiled step computes, how a run with it is continued, and where compiling fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config as functorch
+from conftest import ROOT, TINY, run_train
+from omegaconf import DictConfig
+from test_robustness import assert_same, outcome, run_directory
+from test_training import fit
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vix import build_model
+from vix.compilation import pays
+from vix.learner import mean_loss
+
+# Steps of 20 images and a last one of 10, which is not compiled.
+UNEVEN = (*TINY, "data.train_size=110", "model.dropout=0.1", "trainer.compile=true", "trainer.checkpoint_every=2")
+Compose = Callable[..., DictConfig]
+ROWS = ("vit", "vip", "vil", "vin")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_compiled_gradients(compose_config: Compose, name: str) -> None:
+    """In float32 loss and gradients are those of float64 without compiling, with all activations kept and with fewer."""
+    small = ("embedding.patch_size=4", "model.dim=32", "model.depth=1", "attention.heads=2")
+    cfg = compose_config(f"experiment={name}", *small, *(("attention.landmarks=8",) if name == "vin" else ()))
+    torch.manual_seed(0)
+    model, exact = build_model(cfg), build_model(cfg)
+    exact.load_state_dict(model.state_dict())
+    images, labels = torch.rand(3, 3, 32, 32) * 2 - 1, torch.tensor([1, 0, 9])
+    expected = mean_loss(exact.double(), images.double(), labels, 0.1)
+    expected.backward()
+    largest = max(float(p.grad.abs().max()) for p in exact.parameters() if p.grad is not None)
+    kept_bytes = []
+    for budget in (1.0, 0.3):
+        torch.compiler.reset()
+        functorch.activation_memory_budget = budget
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = torch.compile(mean_loss, dynamic=False)(model, images, labels, 0.1)
+        kept_bytes.append(sum(kept.values()))
+        model.zero_grad()
+        loss.backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        for (key, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+            assert ours.grad is not None, key
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * largest, msg=key)
+    assert kept_bytes[1] < 0.7 * kept_bytes[0]
+
+
+def test_fewer_activations_need_a_model_that_draws_nothing(tmp_path: Path) -> None:
+    """PyTorch would draw another dropout mask when it computes an activation again, and the gradient would be wrong."""
+    done = run_train(tmp_path, *UNEVEN, "trainer.activation_budget=0.5")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.activation_budget=0.5: this model draws")
+    assert '"failed"' in (run_directory(tmp_path) / "results.json").read_text()
+
+
+def test_an_interrupted_compiled_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    """Stopped while compiling (within 10 s) and in the middle of an epoch, and continued: to the bit one never stopped."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def start(directory: str) -> subprocess.Popen[str]:
+        (tmp_path / directory).mkdir(exist_ok=True)
+        command = [sys.executable, str(ROOT / "train.py"), *UNEVEN]
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path / directory,
+            env={**os.environ, **cache},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    stopped = start("stopped")
+    assert stopped.stdout is not None
+    for line in stopped.stdout:
+        if "Compiling the step" in line:
+            break
+    time.sleep(4)
+    asked = time.monotonic()
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.stdout.read()
+    assert stopped.wait() == 128 + signal.SIGTERM, said
+    assert time.monotonic() - asked < 10
+    results = (run_directory(tmp_path / "stopped") / "results.json").read_text()
+    assert '"interrupted"' in results
+    assert "epoch 1/2" not in said
+
+    (tmp_path / "whole").mkdir()
+    done = run_train(tmp_path / "whole", *UNEVEN, **cache)
+    assert done.returncode == 0, done.stderr
+    expected = outcome(tmp_path / "whole")
+    assert expected[0]["compiled"] is True
+
+    again = start("stopped")
+    assert again.stdout is not None
+    checkpoint = run_directory(tmp_path / "stopped") / "checkpoint.pt"
+    before = checkpoint.stat().st_mtime_ns
+    while checkpoint.stat().st_mtime_ns == before and again.poll() is None:
+        time.sleep(0.001)  # the second step of the first epoch is saved
+    again.kill()
+    again.wait()
+    done = run_train(tmp_path / "stopped", *UNEVEN, **cache)
+    assert done.returncode == 0, done.stderr
+    assert "Continuing after" in done.stdout + done.stderr
+    assert_same(tmp_path / "stopped", expected)
+
+
+def test_without_a_compiler(tmp_path: Path, compose_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` trains all the same, and exactly as without compiling; ``true`` ends in one line."""
+    monkeypatch.setenv("CXX", "no-such-compiler")  # for the program; in this process it has been read
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("vix.compilation.pays", lambda *_: True)
+    plain, _ = fit(compose_config(*UNEVEN, "trainer.compile=false"), tmp_path / "plain")
+    auto, _ = fit(compose_config(*UNEVEN, "trainer.compile=auto"), tmp_path / "auto")
+    assert auto["compiled"] is False
+    assert [row["train_loss"] for row in auto["history"]] == [row["train_loss"] for row in plain["history"]]
+    done = run_train(tmp_path, *UNEVEN)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=true: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_when_it_pays(compose_config: Compose) -> None:
+    """On a CPU the paper's runs do and the quickstart does not; on a GPU the number of steps decides."""
+
+    def decided(*overrides: str, images: int, device: str = "cpu") -> bool:
+        cfg: Any = compose_config(*overrides)
+        model: nn.Module = build_model(cfg)
+        shape = (1, 8, 8) if "quickstart" in overrides[0] else (3, 32, 32)
+        steps = cfg.trainer.epochs * images // cfg.trainer.batch_size
+        with FakeTensorMode():
+            batch = torch.empty(cfg.trainer.batch_size, *shape, device=device)
+        return pays(model, batch, steps)
+
+    for row in ROWS:
+        assert decided(f"experiment={row}", images=50_000)
+        assert not decided(f"experiment={row}", "trainer.epochs=1", images=1000)
+        assert decided(f"experiment={row}", images=50_000, device="cuda")
+        assert not decided(f"experiment={row}", "trainer.epochs=2", images=50_000, device="cuda")
+    assert not decided("experiment=quickstart", images=1437)
+
+
+def test_cuda_graphs_need_a_gpu(tmp_path: Path) -> None:
+    """Refused before any data is read."""
+    done = run_train(tmp_path, *TINY, "trainer.compile=cuda_graphs", "trainer.device=cpu")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=cuda_graphs: this run is on no GPU")

@@ -1,0 +1,191 @@
+"""Tensors on the wrong device, found without a GPU: PyTorch's fake tensors know shape, type and device, and hold no numbers.
+
+Everything that a step computes is on a pretended GPU here, where an operation on two devices is an error as on a real one.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vix.build import build, build_model
+from vix.data.augment import TrivialAugment
+from vix.data.dataset import Split
+from vix.data.mix import Mix
+
+Compose = Callable[..., DictConfig]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+GPU = torch.device("cuda", 0)
+BATCH = 4
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Autocast is switched on by hand: torch.autocast declines where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()
+
+
+def on_the_gpu(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(empty_like(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else empty_like(buffer)
+    return model
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU)
+
+
+def gradients(loss: Tensor) -> dict[Tensor, Tensor]:
+    """Of every leaf behind ``loss``: PyTorch's backward pass, without its engine, which asks the driver for streams."""
+    root: Any = loss.grad_fn
+    awaited: Counter[Any] = Counter()
+    found, todo = {root}, [root]
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            awaited[node] += 1
+            if node is not None and node not in found:
+                found.add(node)
+                todo.append(node)
+    arrived: dict[Any, dict[int, Tensor]] = {root: {0: torch.ones_like(loss)}}
+    leaves, ready = {}, [root]
+    while ready:
+        node = ready.pop()
+        into = arrived.pop(node, {})
+        if hasattr(node, "variable"):
+            leaves[node.variable] = into[0]
+            continue
+        out = node(*(into.get(i) for i in range(len(node._input_metadata))))
+        for (following, i), gradient in zip(node.next_functions, out if isinstance(out, tuple) else (out,), strict=False):
+            if following is None:
+                continue
+            if gradient is not None:
+                expected = following._input_metadata[i]
+                assert gradient.device == expected.device
+                gradient = gradient.sum_to_size(expected.shape).to(expected.dtype)
+                sums = arrived.setdefault(following, {})
+                sums[i] = sums[i] + gradient if i in sums else gradient
+            awaited[following] -= 1
+            if not awaited[following]:
+                ready.append(following)
+    return leaves
+
+
+def assert_a_step_is_on_the_gpu(model: nn.Module, *shape: int) -> None:
+    """Of ``model``, on a batch of images (or other input) of this shape each."""
+    with pretended_gpu():
+        on_the_gpu(model).train()
+        for module in model.modules():
+            if hasattr(module, "on_train_step"):
+                module.on_train_step(1)
+        logits = model(torch.empty(BATCH, *shape, device=GPU))
+        loss = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.int64, device=GPU))
+        torch.set_autocast_enabled("cuda", False)
+        found = gradients(loss)
+    assert (loss.device, logits.dtype, loss.dtype) == (GPU, torch.bfloat16, torch.float32)
+    assert found.keys() == {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter, gradient in found.items():
+        assert (gradient.device, gradient.shape, gradient.dtype) == (GPU, parameter.shape, parameter.dtype)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_step_stays_on_the_gpu(compose_config: Compose, experiment: str) -> None:
+    """Forward under autocast, loss and backward of every model, with whatever it does otherwise on a CPU."""
+    cfg = compose_config(f"experiment={experiment}")
+    data = build(cfg, "data")
+    assert_a_step_is_on_the_gpu(build_model(cfg), data.channels, data.image_size, data.image_size)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("attention=performer", "attention.kernel=relu", "attention.local_heads=2"),
+        ("attention=performer", "attention.redraw_every=1"),
+        ("attention=linear",),
+        ("posenc=sincos",),
+        ("posenc=relative2d", "attention=softmax"),
+        ("posenc=rotary2d",),
+        ("posenc=none",),
+    ],
+    ids=" ".join,
+)
+def test_options_without_a_row_stay_on_the_gpu(compose_config: Compose, extra: tuple[str, ...]) -> None:
+    assert_a_step_is_on_the_gpu(build_model(compose_config("model=vit", *extra)), 3, 32, 32)
+
+
+def test_batches_stay_on_the_gpu() -> None:
+    with pretended_gpu():
+        images = torch.empty(3 * BATCH + 1, 3, 32, 32, dtype=torch.uint8, device=GPU)
+        labels = torch.zeros(len(images), dtype=torch.int64, device=GPU)
+        split = Split(images, labels, flip=True, crop_padding=4, erase=0.5)
+        batches = [*split.shuffled(BATCH, seed=0, epoch=0), *split.in_order(BATCH)]
+    assert len(batches) == 8
+    for some_images, some_labels in batches:
+        assert (some_images.device, some_labels.device, some_images.dtype) == (GPU, GPU, torch.float32)
+
+
+def test_trivial_augment_stays_on_the_gpu() -> None:
+    """With draws made on the host, as in a run; all operations occur."""
+    count = 200
+    augment = TrivialAugment(1.0, count, count, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert all(augment.sizes[0])
+    with pretended_gpu():
+        augment.order, augment.amount = empty_like(augment.order), empty_like(augment.amount)
+        changed = augment(torch.empty(count, 3, 32, 32, dtype=torch.uint8, device=GPU), 0)
+    assert (changed.device, changed.dtype, changed.shape) == (GPU, torch.uint8, (count, 3, 32, 32))
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, None), (None, 1.0)])
+def test_mixed_images_stay_on_the_gpu(mixup: float | None, cutmix: float | None) -> None:
+    mix = Mix(mixup, cutmix, classes=10, batches=1, seed=0)
+    with pretended_gpu():
+        images, labels = mix(torch.empty(BATCH, 3, 32, 32, device=GPU), torch.zeros(BATCH, dtype=torch.int64, device=GPU), 0)
+    assert (images.device, labels.device, labels.shape) == (GPU, GPU, (BATCH, 10))
+
+
+def test_a_tensor_on_the_host_is_found() -> None:
+    """What these tests are for."""
+
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x + torch.arange(8))
+
+    with pytest.raises(RuntimeError, match="at least two devices"):
+        assert_a_step_is_on_the_gpu(Forgetful(), 8)
+
+
+def test_the_backward_pass_is_pytorchs() -> None:
+    """``gradients`` on a CPU, with numbers, against the engine that it stands in for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 10))
+    x = torch.rand(BATCH, 8)
+    loss = F.cross_entropy(model(x + model(x)[:, :8]), torch.arange(BATCH))
+    ours = gradients(loss)
+    loss.backward()
+    assert len(ours) == len(list(model.parameters()))
+    for parameter, gradient in ours.items():
+        torch.testing.assert_close(gradient, parameter.grad)

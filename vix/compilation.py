@@ -1,0 +1,92 @@
+"""torch.compile of a step's forward and backward, where a run is long enough to earn the compilation back."""
+
+import logging
+import time
+from typing import Literal
+
+import torch
+import torch._functorch.config as functorch
+from torch import Tensor, nn
+
+from vix.checks import ConfigError, UserError
+from vix.flops import training_flops
+from vix.learner import Learner, mean_loss, own_share, without_trace
+from vix.memory import out_of_memory
+
+log = logging.getLogger(__name__)
+
+# Compiling takes half a minute to a minute, and a CPU's steps gain 5 to 30 %: at some 1.5e11 FLOP/s, which two cores do, ten
+# minutes of training earn it back. On a GPU the host is what small models wait for, some milliseconds a step.
+FLOPS_ON_CPU, STEPS_ON_GPU = 1e14, 10_000
+FEWEST_IMAGES = 20_000  # for fewer it is not even worked out
+
+Compile = bool | Literal["auto", "cuda_graphs"]
+
+
+def refuse_graphs(device: torch.device, how: Compile) -> None:
+    """Raises ConfigError where CUDA graphs are asked for and the device knows none."""
+    if how == "cuda_graphs" and device.type != "cuda":
+        raise ConfigError(
+            f"trainer.compile=cuda_graphs: this run is on no GPU but the {device.type}; auto, true and false work"
+        )
+
+
+def pays(model: nn.Module, images: Tensor, steps: int) -> bool:
+    """Whether a run of so many steps on such batches is long enough for ``trainer.compile=auto``.
+
+    It follows from the config and the kind of device, not from a clock: the same command must compute the same.
+    """
+    if images.device.type == "cuda":
+        return steps >= STEPS_ON_GPU
+    trained = steps * len(images)
+    return images.is_cpu and trained >= FEWEST_IMAGES and trained * training_flops(model, images.shape[1:]) >= FLOPS_ON_CPU
+
+
+def draws(learner: Learner, images: Tensor) -> bool:
+    """Whether the model's forward pass in training draws random numbers."""
+    state = torch.cuda.get_rng_state if images.is_cuda else torch.get_rng_state
+    before = state()
+    with without_trace(learner), torch.no_grad():
+        learner.model.train()(images[:2])
+        return not torch.equal(before, state())
+
+
+def compile_step(learner: Learner, how: Compile, budget: float, steps: int, images: Tensor, labels: Tensor) -> float:
+    """Compile forward and backward of a micro-batch where ``how`` says so, and return the seconds that it took.
+
+    how: True, or ``cuda_graphs``, which on a GPU also records what the host launches and replays it; ``auto`` compiles where
+        ``steps``, those of the whole run, are enough.
+    budget: share of the activations' bytes that the forward pass may keep for the backward pass, which computes the others,
+        the cheapest first, once more: less memory for more time.
+    images, labels: a first batch, in whose trial step the compilation happens; it leaves no trace. Micro-batches of other
+        sizes, such as an epoch's last, are computed as before, and so are all where the compiler fails under ``auto``.
+
+    Raises UserError where it fails otherwise, and where ``budget`` cannot be had.
+    """
+    if not (pays(learner.model, images, steps) if how == "auto" else how):
+        return 0.0
+    if budget < 1 and draws(learner, images):
+        raise UserError(
+            f"trainer.activation_budget={budget}: this model draws random numbers in training (dropout, say), and PyTorch's "
+            "compiler would draw others when it computes an activation again; use 1.0, or no dropout"
+        )
+    torch.compiler.reset()  # what an earlier run of this process compiled holds that run's weights
+    clock = time.perf_counter()
+    functorch.activation_memory_budget = budget
+    mode = "reduce-overhead" if how == "cuda_graphs" else "default"
+    learner.compiled = torch.compile(mean_loss, dynamic=False, mode=mode)
+    at_once = len(own_share(images, labels)[1])
+    learner.compiled_size = min(learner.micro_batch or at_once, at_once)
+    log.info("Compiling the step: half a minute to a minute, or some seconds if it was compiled before")
+    try:
+        with without_trace(learner):
+            learner.gradients(0, images, labels)
+    except Exception as error:  # compilers fail in many ways, and a model's own mistake comes again without one
+        learner.compiled = None
+        if out_of_memory(error):
+            raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if how != "auto":
+            raise UserError(f"trainer.compile={str(how).lower()}: {reason}; trainer.compile=false does without") from error
+        log.warning("Not compiled, which only costs time: %s", reason)
+    return time.perf_counter() - clock
