@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vix.memory import out_of_memory
+
 # They come out of a server that has imported everything and touched no device, so that starting one takes no time.
 # torch._dynamo is what an optimizer imports in its first step.
 PRELOAD = ("torch", "torch._dynamo", "vix.summary", "vix.posenc", "benchmarks.steps", "benchmarks.measure")
@@ -44,6 +46,7 @@ def isolated(
         if not receiver.poll(limit):
             raise Refused(f"took more than {limit:.0f} s")
         kind, value = receiver.recv()
+        process.join(10)  # the compiler's helpers end with it, unless it is killed
     except EOFError:
         process.join()
         reason = (
@@ -69,9 +72,9 @@ def child(sender: Connection, threads: int, function: Callable[..., Any], argume
     torch.manual_seed(0)
     try:
         sender.send(("value", function(*arguments)))
-    except torch.OutOfMemoryError as error:
-        sender.send(("refused", f"out of GPU memory: {str(error).split('.')[0]}"))
-    except MemoryError:
-        sender.send(("refused", "out of memory"))
     except Exception as error:
-        sender.send(("error", f"{type(error).__name__}: {error}"))
+        if out_of_memory(error):
+            where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            sender.send(("refused", f"out of {where}: {str(error).split('. ')[0]}"))
+        else:
+            sender.send(("error", f"{type(error).__name__}: {error}"))

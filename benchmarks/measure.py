@@ -1,19 +1,17 @@
 """Time and peak memory of a step that is repeated, on a GPU by its own events, and what its operations amount to."""
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from vix.summary import flop_counter
 
 STATUS = Path("/proc/self/status")
 FEWEST, MOST = 5, 200  # repeats
@@ -58,6 +56,8 @@ def measure(
             step()
     repeats = max(fewest, min(MOST, int(seconds / once)))
     if device.type != "cuda":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak: what compiling took is not the step's
         marks = [time.perf_counter()]
         for _ in range(repeats):
             step()
@@ -96,15 +96,6 @@ def resident(which: str = "VmRSS") -> int | None:
     return 1024 * int(line.split()[1])
 
 
-def flops(model: nn.Module, images_shape: tuple[int, ...]) -> int:
-    """FLOPs of forward and backward as the model defines them, without what a fused kernel computes twice."""
-    shape_only = copy.deepcopy(model).to("meta").train()
-    counter = flop_counter()
-    with counter:
-        shape_only(torch.empty(2, *images_shape[1:], device="meta")).sum().backward()
-    return counter.get_total_flops() // 2 * images_shape[0]
-
-
 class Traffic(TorchDispatchMode):
     """Counts the bytes that operations read and write: their tensors, each once an operation, and none for views."""
 
@@ -135,6 +126,19 @@ def traffic(step: Callable[[], object]) -> int:
     with Traffic() as counted:
         step()
     return counted.bytes
+
+
+def kept(step: Callable[[], object]) -> int:
+    """Bytes that the forward pass of one step keeps for its backward pass: activations and, among them, the weights."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
 
 
 class Ceilings(NamedTuple):

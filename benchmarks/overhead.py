@@ -1,11 +1,13 @@
 """``python -m benchmarks.overhead``: what a run takes beside its training steps, measured on real runs of train.py.
 
-Seconds from the command to the end of the first step; an epoch's wall time over that of its steps alone, which is what data,
-logging and checks cost; and a sweep's jobs per hour, one job after another in one process and several processes at once.
+Seconds from the command to the end of the first step, and what compiling it adds; an epoch's wall time over that of its steps
+alone, which is what data, logging and checks cost; and a sweep's jobs per hour, one job after another in one process and
+several processes at once.
 """
 
 import statistics
 import sys
+import tempfile
 from typing import Any
 
 from benchmarks.isolated import isolated, processes
@@ -68,6 +70,16 @@ def main() -> None:
         startup = run_together(
             [[*command, "trainer.epochs=1", f"trainer.batch_size={one_step}", f"data.train_size={one_step}"]], threads
         )
+        once = run_together([[*command, "trainer.epochs=1", f"data.train_size={train_size}"]], threads)
+        with tempfile.TemporaryDirectory() as cache:  # for the first of the two it is empty
+            compiling = [
+                run_together(
+                    [[*command, "trainer.epochs=1", f"data.train_size={train_size}", "trainer.compile=true"]],
+                    threads,
+                    TORCHINDUCTOR_CACHE_DIR=cache,
+                )
+                for _ in range(2)
+            ]
         training = run_together([[*command, f"trainer.epochs={epochs}", f"data.train_size={train_size}"]], threads)
         bare = isolated(context, threads, bare_step, what, device, batch_size, quick, limit=900)
         job = ["-m", *command, "trainer.epochs=1", f"data.train_size={train_size}"]
@@ -76,6 +88,8 @@ def main() -> None:
         rounds.append(
             {
                 "seconds_to_first_step": first_step(startup, one_step),
+                "compile_seconds": compiling[0].first_epoch - once.first_epoch,
+                "compile_seconds_again": compiling[1].first_epoch - once.first_epoch,
                 "epoch_over_bare_steps": epoch_step(training, batch_size) / bare["seconds"],
                 "jobs_per_hour_alone": 3600 * len(alone.results) / alone.wall,
                 "jobs_per_hour_packed": 3600 * len(packed.results) / packed.wall,
@@ -95,6 +109,8 @@ def main() -> None:
         ("what", "median"),
         [
             ("from the command to the first step", f"{medians['seconds_to_first_step']:.1f} s"),
+            ("compiling the step (trainer.compile=true)", f"{medians['compile_seconds']:.1f} s"),
+            ("compiling it again", f"{medians['compile_seconds_again']:.1f} s"),
             (f"an epoch of {steps} steps over the steps alone", f"{medians['epoch_over_bare_steps']:.3f}"),
             (f"jobs an hour, {jobs} in one process", f"{medians['jobs_per_hour_alone']:.0f}"),
             (f"jobs an hour, {at_once} processes at once", f"{medians['jobs_per_hour_packed']:.0f}"),

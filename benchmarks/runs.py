@@ -28,15 +28,17 @@ class Job(NamedTuple):
     results: list[dict[str, Any]]
 
 
-def run_together(commands: Sequence[Sequence[str]], threads: int) -> Job:
+def run_together(commands: Sequence[Sequence[str]], threads: int, **variables: str) -> Job:
     """Start ``python train.py ARGUMENTS`` for each of the commands at once, in an empty directory, and wait for all.
 
+    variables: of their environment.
     Raises UserError with the last line that train.py wrote where one fails.
     """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
+        **variables,
         "VIX_DATA": str(Path(os.environ.get("VIX_DATA", "data")).resolve()),  # the runs start in another directory
     }
     first_epoch = float("nan")

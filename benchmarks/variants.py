@@ -4,20 +4,31 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import flops, measure, resident, traffic
+from benchmarks.measure import kept, measure, resident, traffic
 from benchmarks.steps import composed, ours, package, papers_way, random_batch
 from vix.build import build_model
+from vix.flops import training_flops
 from vix.runtime import resolve_precision
 
-KINDS = ("ours", "package", "paper")
+# ours is compiled, as train.py does in runs of the paper's length; lean keeps fewer activations, eager is not compiled, and
+# graphs uses CUDA graphs as well.
+KINDS = ("ours", "lean", "eager", "graphs", "package", "paper")
+OURS = {
+    "ours": ("trainer.compile=true",),
+    "lean": ("trainer.compile=true", "trainer.activation_budget=0.3"),
+    "eager": ("trainer.compile=false",),
+    "graphs": ("trainer.compile=cuda_graphs",),
+}
 
 
 def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick: bool) -> dict[str, Any]:
     """A training step of one of the paper's models: ours, the packages' or the paper's own way."""
     patch_size = 4 if quick else 1
-    baseline = resident_without_model(device)
-    if kind == "ours":
-        training = ours((f"experiment={name}", f"embedding.patch_size={patch_size}"), device, batch_size)
+    compiled = kind in OURS and kind != "eager" and not quick
+    baseline = resident_without_model(device, compiled)
+    if kind in OURS:
+        how = ("trainer.compile=false",) if quick else OURS[kind]
+        training = ours((f"experiment={name}", f"embedding.patch_size={patch_size}", *how), device, batch_size)
     else:
         from benchmarks.packages import package_model
 
@@ -25,7 +36,8 @@ def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick
         training = make(package_model(name, 32, patch_size), 32, device, batch_size)
     cost = measure(training.step, device, 0.05 if quick else 4.0, baseline, fewest=2 if quick else 5)
     # Last, because what counts them also takes memory.
-    operations = {"flops": flops(training.model, (batch_size, 3, 32, 32)), "traffic_bytes": traffic(training.step)}
+    operations: dict[str, int] = {"kept_bytes": kept(training.step)}
+    operations |= {"flops": batch_size * training_flops(training.model, (3, 32, 32)), "traffic_bytes": traffic(training.step)}
     return {**cost._asdict(), **operations}
 
 
@@ -36,7 +48,7 @@ def mixer_cost(
 
     mixer: overrides that choose it.
     """
-    overrides = (*mixer, *skeleton(side))
+    overrides = (*mixer, *skeleton(side), "trainer.compile=false")
     baseline = resident_without_model(device)
     seconds, fewest = (0.02, 2) if quick else (2.0, 3)
     if training:
@@ -59,15 +71,19 @@ def skeleton(side: int) -> tuple[str, ...]:
     return (*image, "embedding=linear", "posenc=learned", "model=vit", "model.pool=mean")
 
 
-def resident_without_model(device: torch.device) -> int | None:
+def resident_without_model(device: torch.device, compiled: bool = False) -> int | None:
     """Bytes of the process once a step of one linear layer has loaded the libraries that every step uses; None on a GPU."""
     if device.type == "cuda":
         return None
-    package(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10)), 1, device, 2).step()
+    layer = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10))
+    if compiled:
+        layer.compile()
+    package(layer, 1, device, 2).step()
     return resident()
 
 
 def bare_step(overrides: tuple[str, ...], device: torch.device, batch_size: int, quick: bool) -> dict[str, Any]:
     """A training step of what ``python train.py OVERRIDES`` trains, on one batch that is there already."""
     seconds, fewest = (0.02, 2) if quick else (4.0, 5)
-    return measure(ours(overrides, device, batch_size).step, device, seconds, None, fewest)._asdict()
+    training = ours((*overrides, "trainer.compile=false"), device, batch_size)
+    return measure(training.step, device, seconds, None, fewest)._asdict()
