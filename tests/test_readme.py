@@ -75,6 +75,14 @@ def test_speed_and_memory() -> None:
     assert [row[2:] for row in table("on two CPU cores")] == measured
 
 
+def test_kept_for_the_backward_pass() -> None:
+    """So is the table of what steps keep, compiled and not."""
+    record = json.loads((ROOT / "benchmarks/results/side-by-side-intel-xeon-processor-2-threads.json").read_text())
+    costs = [[line[kind] for kind in ("ours", "lean", "eager", "package")] for line in record["rows"]]
+    told = [[f"{cost['kept_bytes'] / 1e6:.0f}, {cost['images_per_second']:.0f}" for cost in line] for line in costs]
+    assert [row[1:] for row in table("MB kept, images/s")] == told
+
+
 def test_scaling() -> None:
     """So is the table over the number of tokens."""
     record = json.loads((ROOT / "benchmarks/results/scaling-intel-xeon-processor-2-threads.json").read_text())
