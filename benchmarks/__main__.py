@@ -7,12 +7,13 @@ machine does weighs on both sides.
 
 import statistics
 import sys
+from itertools import product
 from typing import Any
 
 from benchmarks.isolated import Refused, isolated, processes
-from benchmarks.measure import Cost, ceilings
+from benchmarks.measure import ceilings
 from benchmarks.record import chosen_device, parser, told_in_one_line, write
-from benchmarks.variants import KINDS, step_cost
+from benchmarks.variants import KINDS, OURS, step_cost
 from vix.report import Table
 from vix.runtime import resolve_precision
 
@@ -43,17 +44,15 @@ def summarise(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dic
         row[kind] = {
             "images_per_second": batch_size / seconds,
             "milliseconds": 1e3 * seconds,
-            "peak_bytes": max((b for c in costs if (b := Cost(**{k: c[k] for k in Cost._fields}).bytes)), default=None),
+            "peak_bytes": max(c["allocated"] for c in costs),
             "peak_reserved_bytes": max((c["reserved"] for c in costs if c["reserved"]), default=None),
-            "kept_bytes": costs[0]["kept_bytes"],
             "of_matmul_ceiling": costs[0]["flops"] / seconds / top["matmul"],
             "of_copy_ceiling": costs[0]["traffic_bytes"] / seconds / top["copy"],
         }
-    for kind in KINDS[1:]:
-        row[f"speed_over_{kind}"] = median_ratio(rounds, kind, "ours", "seconds")
-        both = [row.get(k, {}).get("peak_bytes") for k in ("ours", kind)]
-        row[f"memory_over_{kind}"] = both[0] / both[1] if all(both) else None
-        row[f"kept_over_{kind}"] = row["ours"]["kept_bytes"] / row[kind]["kept_bytes"] if {"ours", kind} <= row.keys() else None
+    for own, other in product(OURS, ("package", "paper")):
+        row[f"{own}_speed_over_{other}"] = median_ratio(rounds, other, own, "seconds")
+        both = [row[kind]["peak_bytes"] for kind in (own, other) if kind in row]
+        row[f"{own}_memory_over_{other}"] = both[0] / both[1] if len(both) == 2 else None
     return row
 
 
@@ -66,13 +65,18 @@ def show(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -
     ratios = ("speed_over_package", "memory_over_package", "speed_over_paper", "memory_over_paper")
     Table(
         f"Ours over theirs, on {device}",
-        ("model", "batch", "images/s, package", "memory, package", "images/s, paper's way", "memory, paper's way"),
-        [(MODELS.get(r["model"], r["model"]), str(r["batch"]), *(times(r[key]) for key in ratios)) for r in [*rows, *means]],
-        1,
+        ("model", "which", "batch", "images/s, package", "memory, package", "images/s, paper's way", "memory, paper's way"),
+        [
+            (MODELS.get(r["model"], r["model"]), own, str(r["batch"]), *(times(r[f"{own}_{key}"]) for key in ratios))
+            for own in OURS
+            for r in [*rows, *means]
+            if any(r[f"{own}_{key}"] for key in ratios)
+        ],
+        2,
     ).print()
     Table(
         "Training steps",
-        ("model", "whose", "batch", "images/s", "ms", "peak GB", "reserved GB", "kept GB", "of matmul, %", "of copy, %"),
+        ("model", "whose", "batch", "images/s", "ms", "peak GB", "reserved GB", "of matmul, %", "of copy, %"),
         [
             (
                 *(MODELS[row["model"]], kind, str(row["batch"])),
@@ -81,7 +85,6 @@ def show(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -
                     "–" if row[kind][key] is None else f"{row[kind][key] / 1e9:.3f}"
                     for key in ("peak_bytes", "peak_reserved_bytes")
                 ),
-                f"{row[kind]['kept_bytes'] / 1e9:.3f}",
                 *(f"{100 * row[kind][key]:.1f}" for key in ("of_matmul_ceiling", "of_copy_ceiling")),
             )
             for row in rows
@@ -105,7 +108,9 @@ def main() -> None:
     import benchmarks.packages  # noqa: F401  # whether all are there is told before anything is measured
 
     context = processes("benchmarks.packages", "benchmarks.variants")
-    kinds = [kind for kind in KINDS if (kind in chosen.kinds if chosen.kinds else kind != "graphs" or device.type == "cuda")]
+    kinds = [
+        kind for kind in KINDS if (kind in chosen.kinds if chosen.kinds else "graphs" not in kind or device.type == "cuda")
+    ]
     results: dict[tuple[str, int], list[dict[str, Any]]] = {(m, b): [] for b in batches for m in chosen.models}
     refused: list[dict[str, Any]] = []
     tops = []

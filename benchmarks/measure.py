@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,20 +20,17 @@ FEWEST, MOST = 5, 200  # repeats
 class Cost(NamedTuple):
     """What a step takes: the median of its repeats, and the peaks over them in bytes.
 
-    allocated, reserved: of PyTorch's memory on a GPU, all of it: weights, optimizer state, activations; None on a CPU.
+    allocated: of PyTorch's memory on a GPU, all of it: weights, optimizer state, activations. On a CPU what a step takes beside
+        the weights and the optimizer's state, without what the libraries below PyTorch take for themselves.
+    reserved: what PyTorch holds of a GPU's memory; None on a CPU.
     resident: of the process on a CPU over what it had before the model; None on a GPU, or where the system does not tell.
     """
 
     seconds: float
     repeats: int
-    allocated: int | None
+    allocated: int
     reserved: int | None
     resident: int | None
-
-    @property
-    def bytes(self) -> int | None:
-        """The peak that devices are compared by: allocated on a GPU, resident on a CPU."""
-        return self.resident if self.allocated is None else self.allocated
 
 
 def measure(
@@ -65,7 +62,7 @@ def measure(
         durations = [later - earlier for earlier, later in pairwise(marks)]
         peak = resident("VmHWM")
         above = None if peak is None or baseline is None else peak - baseline
-        return Cost(statistics.median(durations), repeats, None, None, above)
+        return Cost(statistics.median(durations), repeats, most_allocated(step), None, above)
     synchronize(device)
     torch.cuda.empty_cache()  # what the warm-up tried and let go is not the step's
     torch.cuda.reset_peak_memory_stats(device)
@@ -80,6 +77,17 @@ def measure(
     durations = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
     allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return Cost(statistics.median(durations), repeats, allocated, reserved, None)
+
+
+def most_allocated(step: Callable[[], object]) -> int:
+    """Bytes on the CPU that PyTorch's profiler sees a step hold at most of those that it has allocated itself."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def synchronize(device: torch.device) -> None:
@@ -126,19 +134,6 @@ def traffic(step: Callable[[], object]) -> int:
     with Traffic() as counted:
         step()
     return counted.bytes
-
-
-def kept(step: Callable[[], object]) -> int:
-    """Bytes that the forward pass of one step keeps for its backward pass: activations and, among them, the weights."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    return sum(storages.values())
 
 
 class Ceilings(NamedTuple):

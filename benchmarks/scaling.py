@@ -13,7 +13,6 @@ import torch
 
 from benchmarks.crossover import growth, sentence
 from benchmarks.isolated import Refused, isolated, processes
-from benchmarks.measure import Cost
 from benchmarks.record import chosen_device, parser, told_in_one_line, write
 from benchmarks.scaling_plot import draw
 from benchmarks.variants import mixer_cost
@@ -110,7 +109,7 @@ def main() -> None:
                     )
                     try:
                         cost = isolated(context, chosen.threads, mixer_cost, *arguments, limit=60 + 10 * chosen.most_seconds)
-                        points.append({**key, **cost, "bytes": Cost(**cost).bytes})
+                        points.append({**key, **cost, "bytes": cost["allocated"]})
                     except Refused as refusal:
                         reason = str(refusal)
                 if reason is not None:

@@ -56,13 +56,13 @@ def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> T
         optimizer := optimizer_builder(cfg)(model),
         LambdaLR(optimizer, rate_factor(trainer.schedule, 0, 1)),
         dtype,
-        None,
+        trainer.micro_batch,
         trainer.clip_norm,
         trainer.label_smoothing,
     )
     images, labels = random_batch(device, batch_size, data.channels, data.image_size, data.classes)
     steps = trainer.epochs * math.ceil(50_000 / batch_size)
-    compile_step(learner, trainer.compile, trainer.activation_budget, steps, images, labels)
+    compile_step(learner, trainer.compile, steps, images, labels)
 
     def step() -> None:
         learner.gradients(0, images, labels)

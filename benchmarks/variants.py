@@ -1,23 +1,25 @@
 """What a measuring process runs: it makes one variant, and returns what that costs."""
 
+import math
 from typing import Any
 
 import torch
 
-from benchmarks.measure import kept, measure, resident, traffic
+from benchmarks.measure import measure, resident, traffic
 from benchmarks.steps import composed, ours, package, papers_way, random_batch
 from vix.build import build_model
 from vix.flops import training_flops
 from vix.runtime import resolve_precision
 
-# ours is compiled, as train.py does in runs of the paper's length; lean keeps fewer activations, eager is not compiled, and
-# graphs uses CUDA graphs as well.
-KINDS = ("ours", "lean", "eager", "graphs", "package", "paper")
+# ours is compiled, as train.py does in runs of the paper's length; parts goes through the batch in quarters, eager is not
+# compiled, and the two graphs use CUDA graphs as well.
+KINDS = ("ours", "parts", "eager", "graphs", "graphs_parts", "package", "paper")
 OURS = {
     "ours": ("trainer.compile=true",),
-    "lean": ("trainer.compile=true", "trainer.activation_budget=0.3"),
+    "parts": ("trainer.compile=true",),
     "eager": ("trainer.compile=false",),
     "graphs": ("trainer.compile=cuda_graphs",),
+    "graphs_parts": ("trainer.compile=cuda_graphs",),
 }
 
 
@@ -27,7 +29,9 @@ def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick
     compiled = kind in OURS and kind != "eager" and not quick
     baseline = resident_without_model(device, compiled)
     if kind in OURS:
-        how = ("trainer.compile=false",) if quick else OURS[kind]
+        how = ["trainer.compile=false"] if quick else [*OURS[kind]]
+        if kind.endswith("parts"):
+            how.append(f"trainer.micro_batch={math.ceil(batch_size / 4)}")
         training = ours((f"experiment={name}", f"embedding.patch_size={patch_size}", *how), device, batch_size)
     else:
         from benchmarks.packages import package_model
@@ -36,8 +40,7 @@ def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick
         training = make(package_model(name, 32, patch_size), 32, device, batch_size)
     cost = measure(training.step, device, 0.05 if quick else 4.0, baseline, fewest=2 if quick else 5)
     # Last, because what counts them also takes memory.
-    operations: dict[str, int] = {"kept_bytes": kept(training.step)}
-    operations |= {"flops": batch_size * training_flops(training.model, (3, 32, 32)), "traffic_bytes": traffic(training.step)}
+    operations = {"flops": batch_size * training_flops(training.model, (3, 32, 32)), "traffic_bytes": traffic(training.step)}
     return {**cost._asdict(), **operations}
 
 

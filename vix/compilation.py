@@ -5,7 +5,6 @@ import time
 from typing import Literal
 
 import torch
-import torch._functorch.config as functorch
 from torch import Tensor, nn
 
 from vix.checks import ConfigError, UserError
@@ -42,39 +41,23 @@ def pays(model: nn.Module, images: Tensor, steps: int) -> bool:
     return images.is_cpu and trained >= FEWEST_IMAGES and trained * training_flops(model, images.shape[1:]) >= FLOPS_ON_CPU
 
 
-def draws(learner: Learner, images: Tensor) -> bool:
-    """Whether the model's forward pass in training draws random numbers."""
-    state = torch.cuda.get_rng_state if images.is_cuda else torch.get_rng_state
-    before = state()
-    with without_trace(learner), torch.no_grad():
-        learner.model.train()(images[:2])
-        return not torch.equal(before, state())
-
-
-def compile_step(learner: Learner, how: Compile, budget: float, steps: int, images: Tensor, labels: Tensor) -> float:
+def compile_step(learner: Learner, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
     """Compile forward and backward of a micro-batch where ``how`` says so, and return the seconds that it took.
 
     how: True, or ``cuda_graphs``, which on a GPU also records what the host launches and replays it; ``auto`` compiles where
         ``steps``, those of the whole run, are enough.
-    budget: share of the activations' bytes that the forward pass may keep for the backward pass, which computes the others,
-        the cheapest first, once more: less memory for more time.
     images, labels: a first batch, in whose trial step the compilation happens; it leaves no trace. Micro-batches of other
         sizes, such as an epoch's last, are computed as before, and so are all where the compiler fails under ``auto``.
 
-    Raises UserError where it fails otherwise, and where ``budget`` cannot be had.
+    Raises UserError where it fails otherwise.
     """
     if not (pays(learner.model, images, steps) if how == "auto" else how):
         return 0.0
-    if budget < 1 and draws(learner, images):
-        raise UserError(
-            f"trainer.activation_budget={budget}: this model draws random numbers in training (dropout, say), and PyTorch's "
-            "compiler would draw others when it computes an activation again; use 1.0, or no dropout"
-        )
     torch.compiler.reset()  # what an earlier run of this process compiled holds that run's weights
     clock = time.perf_counter()
-    functorch.activation_memory_budget = budget
     mode = "reduce-overhead" if how == "cuda_graphs" else "default"
     learner.compiled = torch.compile(mean_loss, dynamic=False, mode=mode)
+    learner.graphed = how == "cuda_graphs"
     at_once = len(own_share(images, labels)[1])
     learner.compiled_size = min(learner.micro_batch or at_once, at_once)
     log.info("Compiling the step: half a minute to a minute, or some seconds if it was compiled before")

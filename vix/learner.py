@@ -50,6 +50,7 @@ class Learner:
     average: AveragedModel | None = field(init=False, default=None)
     compiled: Callable[..., Tensor] | None = field(init=False, default=None)  # mean_loss, for micro-batches of one size only
     compiled_size: int = field(init=False, default=0)
+    graphed: bool = field(init=False, default=False)  # whether compiled's next call overwrites the gradients of its last
     broken: Tensor = field(init=False)  # on the device: whether a loss or gradient was not finite in any step so far
 
     def __post_init__(self) -> None:
@@ -89,6 +90,9 @@ class Learner:
             images, labels, copies = own_share(images, labels)
         size = self.micro_batch or len(labels)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
+        if self.graphed and len(parts) > 1:
+            for p in self.model.parameters():  # memory of their own, to which each part's gradients are added
+                p.grad = torch.zeros_like(p)
         for i, (some_images, some_labels) in enumerate(parts, 1):
             with self.gradients_meet(i == len(parts)):
                 with self.autocast:

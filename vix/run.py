@@ -34,7 +34,6 @@ NOT_IDENTITY = (
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
     "trainer.compile",
-    "trainer.activation_budget",
     "optimizer.fused",
 )
 

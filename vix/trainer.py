@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Portion, Positive, PositiveFloat
+from vix.checks import ConfigError, Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 from vix.compilation import Compile, compile_step, refuse_graphs
 from vix.data.dataset import ImageData
 from vix.distributed import from_first, processes, rank, seed_epoch
@@ -43,7 +43,7 @@ class Trainer:
     warmup_epochs: epochs, or a part of one, over which the rate rises from 0 on a line.
     clip_norm: largest norm of the gradient; null does not clip.
     label_smoothing, ema_decay: of the training loss, and of the average of the weights that is tested and kept (null: none is).
-    compile, activation_budget: the step, by torch.compile (auto: in long runs), keeping so much of its memory (compile_step).
+    compile: forward and backward, by torch.compile; auto: in long runs (vix/compilation.py).
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
     probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
@@ -62,7 +62,6 @@ class Trainer:
     label_smoothing: Fraction = 0.0
     ema_decay: Fraction | None = None
     compile: Compile = "auto"
-    activation_budget: Portion = 1.0
     checkpoint_every: NotNegative = 0
     probe: bool = False
     resume: Literal["auto", "force"] = "auto"
@@ -145,7 +144,7 @@ class Trainer:
         )
         with stop, writer as board:
             with stop.at_once(leave):
-                at.seconds += compile_step(learner, self.compile, self.activation_budget, steps, *first_batch)
+                at.seconds += compile_step(learner, self.compile, steps, *first_batch)
             run.write_results(compiled=learner.compiled is not None)
             while at.epoch < self.epochs:
                 model.train()
