@@ -4,3 +4,8 @@
 ``python -m benchmarks.overhead`` times what is not a step. Each writes JSON into ``benchmarks/results/`` that names the device,
 the versions and the commit. What they need beyond the program: ``pip install -r requirements-benchmarks.txt``.
 """
+
+import os
+
+# Before PyTorch is loaded: its profiler, which measures memory on a CPU, would tell of every start, and that there is no GPU.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from vix import build_model
 from vix.attention.cvt import CvTAttention
 from vix.attention.fourier import Fourier
-from vix.attention.heads import split_heads
+from vix.attention.heads import FEW, softmax_attention, split_heads
 from vix.attention.levit import LeViTAttention
 from vix.attention.linear import LinearAttention
 from vix.attention.linformer import Linformer
@@ -39,6 +39,7 @@ from vix.tokens import TokenGrid
 PAPER = TokenGrid(32, 32, prefix=1)  # 1,025 tokens
 PAPER_MEAN = TokenGrid(32, 32)  # 1,024 tokens, a multiple of 64 landmarks
 ODD = TokenGrid(6, 7, prefix=1)  # 43 tokens, a prime: no multiple of any window, segment or vector width
+MANY = TokenGrid(12, 12, prefix=1)  # 145 tokens, more than FEW: a CPU attends to them by PyTorch's fused kernel
 TINY = TokenGrid(1, 2, prefix=1)
 
 # Every mixer and every path through it, with options that suit 43 tokens of width 32, and those for 3 tokens of width 4.
@@ -352,13 +353,45 @@ def test_windows_that_see_everything_are_softmax(window: int) -> None:
 
 @with_and_without_rotary
 @pytest.mark.parametrize("implementation", ["fused", "explicit"])
-def test_softmax_is_the_formula(implementation: str, rotary: bool) -> None:
+@pytest.mark.parametrize("grid", [ODD, MANY], ids=["43", "145"])
+def test_softmax_is_the_formula(grid: TokenGrid, implementation: str, rotary: bool) -> None:
     """softmax(q·kᵀ/√E)·v, on queries and keys turned as complex numbers where positions are rotary."""
-    ours = make("softmax-fused", 32, ODD, rotary=rotary, implementation=implementation, heads=2, dim_head=6)
-    x_BND = 3 * torch.randn(2, ODD.count, 32)
+    ours = make("softmax-fused", 32, grid, rotary=rotary, implementation=implementation, heads=2, dim_head=6)
+    x_BND = 3 * torch.randn(2, grid.count, 32)
     q_BHNE, k_BHNE, v_BHNE = queries_keys_values(ours, x_BND, rotary)
     weights_BHNN = softmax(q_BHNE @ k_BHNE.swapaxes(-1, -2) / math.sqrt(6))
     assert_close(ours(x_BND), to_out(ours, weights_BHNN @ v_BHNE), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    # Measured: 8e-16, 4e-7 and 0.0025, of which 0.0017 are the rounding of the result.
+    [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 0.005)],
+    ids=["float64", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize(("queries", "keys"), [(43, 43), (145, 43), (43, 145), (145, 145)])
+def test_few_and_many_tokens_are_attended_alike(
+    queries: int, keys: int, biased: bool, dtype: torch.dtype, bound: float
+) -> None:
+    """Outputs and all gradients, by the written-out matrix up to FEW tokens and by the fused kernel from there on."""
+    assert 43 <= FEW < 145
+    shapes = {"q": (2, 3, queries, 8), "k": (2, 3, keys, 8), "v": (2, 3, keys, 8), "bias": (1, 3, queries, keys)}
+    names = [name for name in shapes if biased or name != "bias"]
+    given = [torch.randn(shapes[name]).to(dtype).requires_grad_() for name in names]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    weights_BHNE = torch.randn(2, 3, queries, 8).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        out_BHNE = softmax_attention(*given)
+    q_BHNE, k_BHME, v_BHME, *bias_1HNM = exact
+    logits_BHNM = torch.einsum("bhne,bhme->bhnm", q_BHNE, k_BHME) / math.sqrt(8) + sum(bias_1HNM)
+    expected_BHNE = torch.einsum("bhnm,bhme->bhne", logits_BHNM.exp() / logits_BHNM.exp().sum(-1, keepdim=True), v_BHME)
+    assert out_BHNE.dtype == dtype
+    assert relative(out_BHNE.double(), expected_BHNE) < bound
+    gradients = torch.autograd.grad(out_BHNE, given, weights_BHNE)
+    expected = torch.autograd.grad(expected_BHNE, exact, weights_BHNE.double())
+    for name, ours, theirs in zip(names, gradients, expected, strict=True):
+        assert relative(ours.double(), theirs) < bound, name
 
 
 @pytest.mark.parametrize("implementation", ["fused", "explicit"])

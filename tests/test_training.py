@@ -16,7 +16,7 @@ import vix
 from vix.build import build, optimizer_builder
 from vix.metrics import accuracy
 from vix.run import Run
-from vix.runtime import get_rng_state, resolve_precision, set_rng_state
+from vix.runtime import get_rng_state, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
 
 Compose = Callable[..., DictConfig]
@@ -122,6 +122,17 @@ def test_automatic_precision_follows_the_hardware() -> None:
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)
         assert resolve_precision("auto", torch.device("cuda")) is (torch.bfloat16 if native else torch.float16)
+
+
+@pytest.mark.parametrize("shape", [(128, 128, 128), (384, 8200, 128), (8200, 32, 110), (32, 1025, 110, 33), (32, 64, 64, 64)])
+def test_float32_products_on_a_cpu_round_nothing(shape: tuple[int, ...]) -> None:
+    """Whichever library does them: of numbers that neither bfloat16 nor TF32 can hold, and with transposed ones."""
+    resolve_device("cpu")
+    *batch, rows, inner, columns = shape
+    a, b = torch.rand(*batch, inner, rows).mT + 1, torch.rand(*batch, columns, inner).mT + 1
+    for left, right in ((a, b), (a.contiguous(), b.contiguous())):
+        exact = left.double() @ right.double()
+        assert ((left @ right - exact).abs() <= 5e-6 * exact).all()
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -24,8 +24,7 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
     elif name == "auto":
         log.warning("No CUDA GPU was found: training on the CPU, which is slow at full size")
-        keep_freed_memory()
-        return torch.device("cpu")
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -40,7 +39,23 @@ def resolve_device(name: str) -> torch.device:
         torch.cuda.set_device(device)  # random generators, peaks and caches are asked for without a name
     if device.type == "cpu":
         keep_freed_memory()
+    choose_float32_products(device)
     return device
+
+
+def choose_float32_products(device: torch.device) -> None:
+    """Multiply float32 matrices in float32, on a CPU by oneDNN where that can: on AMD's it is 2 to 3 times faster than MKL.
+
+    PyTorch hands a CPU's products over to oneDNN once they may round to bfloat16. It does so only on processors with
+    instructions for whole tiles of bfloat16 (AMX), so a product tells whether it does.
+    """
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+        a = torch.linspace(1, 2, 128**2).view(128, 128)
+        exact = a.double() @ a.double()
+        if ((a @ a - exact).abs() > 2e-6 * exact).any():
+            torch.set_float32_matmul_precision("highest")
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:

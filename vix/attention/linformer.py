@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vix.attention.heads import fused_attention, head_width, merge_heads, split_heads
+from vix.attention.heads import head_width, merge_heads, softmax_attention, split_heads
 from vix.checks import Positive
 from vix.tokens import TokenGrid
 
@@ -67,7 +67,7 @@ class Linformer(nn.Module):
         # The query heads of a key head stand below one another: it is read, not copied, for them, and with one key head
         # neither the queries nor the result move in memory.
         rows_BHQE = rearrange(q_BHNE, "b (h shared) n e -> b h (n shared) e", h=self.kv_heads)
-        out_BHQE = fused_attention(rows_BHQE, k_BHME, v_BHME)
+        out_BHQE = softmax_attention(rows_BHQE, k_BHME, v_BHME)
         return rearrange(out_BHQE, "b h (n shared) e -> b (h shared) n e", n=q_BHNE.shape[2])
 
     def forward(self, x_BND: Tensor) -> Tensor:

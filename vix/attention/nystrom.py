@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32, head_width, merge_heads, no_autocast, split_heads
+from vix.attention.heads import at_least_float32, head_width, merge_heads, no_autocast, softmax_attention, split_heads
 from vix.checks import NotNegative, Positive
 from vix.tokens import TokenGrid
 
@@ -78,16 +78,15 @@ class Nystrom(nn.Module):
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         """(B, H, N, E) each → (B, H, N, E), in float32 under any autocast: the pseudo-inverse magnifies rounding.
 
-        Two of the three softmaxes are attentions themselves (landmarks to tokens, tokens to landmarks), so the fused
-        kernel serves them and no N×M matrix is stored.
+        Two of the three softmaxes are attentions themselves: of landmarks to tokens, and of tokens to landmarks.
         """
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
             q_BHME, k_BHME = segment_means(q_BHNE, self.landmarks), segment_means(k_BHNE, self.landmarks)
             kernel_BHMM = (q_BHME @ k_BHME.mT * q_BHNE.shape[-1] ** -0.5).softmax(dim=-1)
-            summary_BHME = F.scaled_dot_product_attention(q_BHME, k_BHNE, v_BHNE)
+            summary_BHME = softmax_attention(q_BHME, k_BHNE, v_BHNE)
             values_BHME = pseudo_inverse(kernel_BHMM, self.pinv_iterations) @ summary_BHME
-            return F.scaled_dot_product_attention(q_BHNE, k_BHME, values_BHME)
+            return softmax_attention(q_BHNE, k_BHME, values_BHME)
 
 
 def segment_means(t_BHNE: Tensor, segments: int) -> Tensor:

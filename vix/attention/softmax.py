@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.attention.heads import fused_attention, head_width, merge_heads, split_heads
+from vix.attention.heads import explicit_attention, head_width, merge_heads, softmax_attention, split_heads
 from vix.checks import Fraction, Positive
 from vix.tokens import TokenGrid
 
@@ -15,8 +14,8 @@ class Softmax(nn.Module):
     """softmax(q·kᵀ/√E)·v over all tokens; time grows with N², memory with N (``fused``) or N² (``explicit``).
 
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
-    implementation: ``fused`` is PyTorch's scaled_dot_product_attention, which never stores the N×N matrix; ``explicit``
-        writes that matrix out, as the paper's measurements did.
+    implementation: ``fused`` is PyTorch's scaled_dot_product_attention, which never stores the N×N matrix (a CPU does store
+        one of few tokens: it is faster); ``explicit`` writes that matrix out, as the paper's measurements did.
     dropout: probability with which an attention weight is dropped in training.
 
     Raises ValueError where ``heads`` does not divide ``dim``.
@@ -64,10 +63,5 @@ class Attend(nn.Module):
     def forward(self, q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         bias_1HNM = self.position_bias().to(q_BHNE.dtype).unsqueeze(0) if self.position_bias is not None else None
-        if self.implementation == "fused":
-            return fused_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
-        # Scaled before the product, which in float16 could overflow otherwise.
-        logits_BHNM = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHME.mT
-        if bias_1HNM is not None:
-            logits_BHNM = logits_BHNM + bias_1HNM
-        return F.dropout(logits_BHNM.softmax(dim=-1), dropout).to(v_BHME.dtype) @ v_BHME
+        attend = softmax_attention if self.implementation == "fused" else explicit_attention
+        return attend(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
