@@ -1,6 +1,7 @@
 """Splitting the width into heads, and the arithmetic that must not follow autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +69,30 @@ def softmax_attention(
 def explicit_attention(
     q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, bias_1HNM: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The same with the matrix written out and its softmax in float32 at least."""
+    """The same with the matrix written out and its softmax in float32 at least: of it, what is kept has the values' type."""
     # Scaled before the product, which in float16 could overflow otherwise.
     logits_BHNM = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHME.mT
     if bias_1HNM is not None:
         logits_BHNM = logits_BHNM + bias_1HNM
-    weights_BHNM = logits_BHNM.softmax(dim=-1, dtype=torch.promote_types(logits_BHNM.dtype, torch.float32))
-    return F.dropout(weights_BHNM, dropout).to(v_BHME.dtype) @ v_BHME
+    weights_BHNM: Tensor = RoundedSoftmax.apply(logits_BHNM, v_BHME.dtype)
+    return F.dropout(weights_BHNM, dropout) @ v_BHME
+
+
+class RoundedSoftmax(torch.autograd.Function):
+    """softmax over the last axis in float32 at least, rounded to ``dtype``, of which nothing else is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        weights = at_least_float32(logits)[0].softmax(dim=-1).to(dtype)
+        ctx.save_for_backward(weights)
+        ctx.dtype = logits.dtype
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weights, gradient = at_least_float32(*ctx.saved_tensors, gradient)
+        weighted = weights * gradient
+        return (weighted - weights * weighted.sum(dim=-1, keepdim=True)).to(ctx.dtype), None
 
 
 def kernel_average(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor, floor: float = 0.0) -> Tensor:
