@@ -118,9 +118,10 @@ def shortage(cfg: DictConfig, error: Exception) -> UserError:
             f"out of {kind}{under}, with trainer.micro_batch=auto; unless it happened in a test, of {tested} images at a time "
             f"(trainer.eval_batch_size), no smaller part of a batch would do: take a smaller model, or more memory"
         )
+    twice = "" if cfg.trainer.recompute == "everything" else "trainer.recompute=everything keeps less of each, "
     return UserError(
         f"out of {kind}{under}, with {at_once} images at a time (trainer.batch_size={cfg.trainer.batch_size}) or {tested} in a "
-        f"test (trainer.eval_batch_size); trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, "
+        f"test (trainer.eval_batch_size); {twice}trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, "
         f"trainer.micro_batch=auto finds what fits"
     )
 

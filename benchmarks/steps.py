@@ -59,6 +59,7 @@ def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> T
         trainer.micro_batch,
         trainer.clip_norm,
         trainer.label_smoothing,
+        recompute=trainer.recompute,
     )
     images, labels = random_batch(device, batch_size, data.channels, data.image_size, data.classes)
     steps = trainer.epochs * math.ceil(50_000 / batch_size)

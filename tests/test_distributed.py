@@ -32,7 +32,11 @@ def results_of(directory: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("trainer.micro_batch=3", "trainer.clip_norm=0.1"), ("attention=performer", "attention.redraw_every=2")],
+    [
+        (),
+        ("trainer.micro_batch=3", "trainer.clip_norm=0.1", "trainer.recompute=everything"),
+        ("attention=performer", "attention.redraw_every=2"),
+    ],
     ids=["whole", "micro-batches", "performer"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, overrides: tuple[str, ...]) -> None:

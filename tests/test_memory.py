@@ -52,6 +52,7 @@ def test_too_little_memory_is_one_line(compose_config: Compose, tmp_path: Path, 
     assert line.startswith(f"error: out of {'GPU ' if device == 'cuda' else ''}memory under {arguments[-1]}, with 800 images")
     assert "trainer.micro_batch=400" in line
     assert "trainer.micro_batch=auto" in line
+    assert "trainer.recompute=everything" in line
     assert "Traceback" not in done.stderr
     failed = results(tmp_path, arguments[-1])
     assert failed["status"] == "failed"

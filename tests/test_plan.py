@@ -18,6 +18,7 @@ from vix import plan as planning
 from vix.build import build, build_model
 from vix.checks import UserError
 from vix.estimate import peak_memory
+from vix.models.recompute import recompute_blocks
 from vix.plan import Job, expand, plan
 from vix.results import published_rows
 
@@ -94,6 +95,8 @@ MODELS = [
     ("experiment=fnet",),
     ("experiment=levit",),
     ("experiment=cvn", "data=digits"),
+    ("experiment=vit", "trainer.recompute=everything"),
+    ("experiment=vin", "trainer.recompute=everything"),
 ]
 
 
@@ -105,6 +108,7 @@ def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...],
     cfg = compose_config(*model, *smaller, "trainer.batch_size=4", f"trainer.precision={precision}", "trainer.device=cpu")
     data = build(cfg, "data")
     net = build_model(cfg)
+    recompute_blocks(net, cfg.trainer.recompute)
     optimizer = torch.optim.AdamW(net.parameters())
     images, labels = torch.rand(4, data.channels, data.image_size, data.image_size), torch.randint(10, (4,))
 
@@ -122,6 +126,15 @@ def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...],
     changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = before + max(itertools.accumulate(changes))
     assert peak_memory(cfg) == pytest.approx(peak, rel=0.1)
+
+
+def test_what_is_computed_twice_is_not_kept(compose_config: Compose) -> None:
+    """A compiled step computes less twice, and so keeps more, where only what is cheap is."""
+    peaks = [
+        peak_memory(compose_config("experiment=vip", "trainer.batch_size=4", "trainer.device=cpu", f"trainer.recompute={what}"))
+        for what in ("everything", "cheap", "nothing")
+    ]
+    assert peaks == sorted(set(peaks))
 
 
 def test_expansion_is_hydras() -> None:

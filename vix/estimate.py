@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vix.build import build, build_model, optimizer_builder
 from vix.learner import Learner
+from vix.models.recompute import recompute_blocks
 from vix.runtime import resolve_precision
 
 WARM_UP, STEPS = 3, 5
@@ -71,26 +72,28 @@ def peak_memory(cfg: DictConfig) -> int:
     """
     model = build_model(cfg)
     trainer, data = build(cfg, "trainer"), build(cfg, "data")
-    dtype = resolve_precision(trainer.precision, trainer.torch_device)
+    recompute_blocks(model, trainer.recompute)
+    device = trainer.torch_device
+    dtype = resolve_precision(trainer.precision, device)
     size = trainer.batch_size if trainer.micro_batch in (None, "auto") else min(trainer.micro_batch, trainer.batch_size)
     fused = F.scaled_dot_product_attention
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(fake.from_tensor(parameter.detach()), parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = fake.from_tensor(buffer) if buffer is not None else None
-    with fake, Allocations() as allocations:
+    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter.detach(), device=device)
+                    module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty_like(buffer, device=device) if buffer is not None else None
         for tensor in (*model.parameters(), *model.buffers()):
             allocations.count(tensor)
-        images = torch.empty(size, data.channels, data.image_size, data.image_size)
-        labels = torch.empty(size, dtype=torch.int64)
+        images = torch.empty(size, data.channels, data.image_size, data.image_size, device=device)
+        labels = torch.empty(size, dtype=torch.int64, device=device)
         adam = [(torch.empty_like(p), torch.empty_like(p)) for p in model.parameters()]
         F.scaled_dot_product_attention = lambda q, k, v, **_: Fused.apply(q, k, v)
         try:
             for _ in range(2):  # in the second step there are gradients from the start where micro-batches add up
-                with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                     loss = F.cross_entropy(model(images), labels)
                 loss.backward()
                 if size == trainer.batch_size:
@@ -115,7 +118,8 @@ def measure(cfg: DictConfig) -> tuple[float, int | None]:
     micro_batch = None if trainer.micro_batch == "auto" else trainer.micro_batch
     schedule = LambdaLR(optimizer, lambda _: 1.0)
     dtype = resolve_precision(trainer.precision, device)
-    learner = Learner(model, optimizer, schedule, dtype, micro_batch, trainer.clip_norm, trainer.label_smoothing)
+    options = trainer.clip_norm, trainer.label_smoothing, None, trainer.recompute
+    learner = Learner(model, optimizer, schedule, dtype, micro_batch, *options)
     images = torch.rand(trainer.batch_size, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
     labels = torch.randint(data.classes, (trainer.batch_size,), device=device)
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vix.distributed import highest, parallel, processes, share, total
 from vix.memory import out_of_memory, release_memory
+from vix.models.recompute import Recompute, recompute_blocks
 from vix.runtime import get_rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Learner:
     clip_norm: float | None
     label_smoothing: float
     ema_decay: float | None = None
+    recompute: Recompute = "nothing"  # of the model's blocks
     alone: bool = False  # whether to take no notice of the other processes of this run
     skipped: int = 0  # steps that float16's scaling skipped because a gradient overflowed
     hooks: list[Callable[[int], None]] = field(init=False)
@@ -54,6 +56,7 @@ class Learner:
     broken: Tensor = field(init=False)  # on the device: whether a loss or gradient was not finite in any step so far
 
     def __post_init__(self) -> None:
+        recompute_blocks(self.model, self.recompute)
         modules = self.model.modules()
         self.hooks = [getattr(m, "on_train_step") for m in modules if hasattr(m, "on_train_step")]  # noqa: B009
         device = next(self.model.parameters()).device

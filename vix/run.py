@@ -34,6 +34,7 @@ NOT_IDENTITY = (
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
     "trainer.compile",
+    "trainer.recompute",
     "optimizer.fused",
 )
 

@@ -20,6 +20,7 @@ from vix.distributed import from_first, processes, rank, seed_epoch
 from vix.learner import Learner, largest_micro_batch
 from vix.memory import check_memory_limit, limit_memory
 from vix.metrics import PeakMemory, accuracy
+from vix.models.recompute import Recompute
 from vix.nonfinite import find
 from vix.progress import EpochBar, tell_epoch
 from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
@@ -39,11 +40,11 @@ class Trainer:
     memory_limit_gb: cap (10⁹ bytes): the GPU memory that PyTorch takes, or what a CPU run takes beside image set and model.
     precision: of forward and loss: bf16, fp16 (with gradient scaling), fp32; auto: bf16 if native, else fp16 (on a CPU fp32).
     device: auto (CUDA where there is one, else the CPU), or a PyTorch device such as cpu or cuda:1.
-    schedule: of the learning rate after the warm-up: constant, or down to 0 on a line or a half cosine.
-    warmup_epochs: epochs, or a part of one, over which the rate rises from 0 on a line.
+    schedule, warmup_epochs: constant, or down to 0 on a line or a half cosine; epochs in which the rate first rises from 0.
     clip_norm: largest norm of the gradient; null does not clip.
     label_smoothing, ema_decay: of the training loss, and of the average of the weights that is tested and kept (null: none is).
-    compile: forward and backward, by torch.compile; auto: in long runs (vix/compilation.py).
+    compile, recompute: forward and backward by torch.compile (auto: in long runs), and what of the blocks is computed twice to
+        save memory (vix/models/recompute.py).
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
     probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
@@ -53,6 +54,7 @@ class Trainer:
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
     micro_batch: Positive | Literal["auto"] | None = None
+    recompute: Recompute = "nothing"
     memory_limit_gb: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: str = "auto"
@@ -90,7 +92,8 @@ class Trainer:
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
         schedule = LambdaLR(optimizer, rate_factor(self.schedule, warmup_steps, steps))
-        learner = Learner(model, optimizer, schedule, dtype, None, self.clip_norm, self.label_smoothing, self.ema_decay)
+        options = self.clip_norm, self.label_smoothing, self.ema_decay, self.recompute
+        learner = Learner(model, optimizer, schedule, dtype, None, *options)
         first_batch = next(train.shuffled(self.batch_size, seed, epoch=0))
         learner.micro_batch = largest_micro_batch(learner, *first_batch) if self.micro_batch == "auto" else self.micro_batch
         memory = PeakMemory(device, train.nbytes + test.nbytes)
@@ -139,10 +142,8 @@ class Trainer:
             tested_on=data.tested_on,
             micro_batch=learner.micro_batch,
         )
-        writer = (
-            TensorBoard(run, at.epoch + 1, learner.kept, test, data.class_names, self.probe) if rank() == 0 else nullcontext()
-        )
-        with stop, writer as board:
+        shown = learner.kept, test, data.class_names, self.probe
+        with stop, TensorBoard(run, at.epoch + 1, *shown) if rank() == 0 else nullcontext() as board:
             with stop.at_once(leave):
                 at.seconds += compile_step(learner, self.compile, steps, *first_batch)
             run.write_results(compiled=learner.compiled is not None)

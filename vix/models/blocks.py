@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vix.attention.heads import at_least_float32
 from vix.checks import Positive
+from vix.models.recompute import Block
 
 Number = TypeVar("Number", int, float, int | None)
 Depths = Annotated[tuple[Positive, ...], Field(min_length=1)]  # blocks of each stage
@@ -35,7 +36,7 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
 
 
-class PreNormBlock(nn.Module):
+class PreNormBlock(Block):
     """x += mixer(norm(x)); x += mlp(norm(x)), on (B, N, D); ``norm`` is made with the width."""
 
     def __init__(
@@ -51,7 +52,7 @@ class PreNormBlock(nn.Module):
         self.norm2, self.mlp = norm(dim), mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def transform(self, x_BND: Tensor) -> Tensor:
         x_BND = x_BND + self.dropout(self.mixer(self.norm1(x_BND)))
         return x_BND + self.dropout(self.mlp(self.norm2(x_BND)))
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from vix.checks import Fraction, Positive, PositiveFloat
 from vix.embedding import Embedding
 from vix.models.blocks import MLP, StochasticDepth
+from vix.models.recompute import Block
 from vix.posenc import NoPosition
 from vix.tokens import TokenGrid
 
@@ -67,7 +68,7 @@ class CCT(nn.Module):
         return self.head((share_BN1.mT @ x_BND.to(share_BN1.dtype)).squeeze(1))
 
 
-class CCTBlock(nn.Module):
+class CCTBlock(Block):
     """x += mixer(LN(x)); x = LN(x); x += mlp(x): the second norm replaces the residual stream."""
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, stochastic_depth: float, dropout: float) -> None:
@@ -76,7 +77,7 @@ class CCTBlock(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(dim), mlp
         self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def transform(self, x_BND: Tensor) -> Tensor:
         x_BND = self.norm2(x_BND + self.drop(self.mixer(self.norm1(x_BND))))
         return x_BND + self.drop(self.mlp(x_BND))
 
