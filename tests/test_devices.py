@@ -1,6 +1,7 @@
-"""Tensors on the wrong device, found without a GPU: PyTorch's fake tensors know shape, type and device, and hold no numbers.
+"""Tensors on the wrong device, and waits for it, found without a GPU.
 
-Everything that a step computes is on a pretended GPU here, where an operation on two devices is an error as on a real one.
+PyTorch's fake tensors know shape, type and device, and hold no numbers. Everything that a step computes is on a pretended GPU
+here, where an operation on two devices is an error as on a real one, or has no value that could be asked for.
 """
 
 from collections import Counter
@@ -14,16 +15,18 @@ import torch.nn.functional as F
 from conftest import ROOT
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim.lr_scheduler import LambdaLR
 
-from vix.build import build, build_model
+from vix.build import build, build_model, optimizer_builder
 from vix.data.augment import TrivialAugment
 from vix.data.dataset import Split
 from vix.data.mix import Mix
+from vix.learner import Learner
 
 Compose = Callable[..., DictConfig]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
-GPU = torch.device("cuda", 0)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 BATCH = 4
 
 
@@ -42,18 +45,19 @@ def pretended_gpu() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def on_the_gpu(model: nn.Module) -> nn.Module:
+def without_numbers(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with new, pretended tensors on the device."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(empty_like(parameter), parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(empty_like(parameter, device), parameter.requires_grad)
         for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else empty_like(buffer)
+            module._buffers[name] = buffer if buffer is None else empty_like(buffer, device)
     return model
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=GPU)
+def empty_like(tensor: Tensor, device: torch.device = GPU) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def gradients(loss: Tensor) -> dict[Tensor, Tensor]:
@@ -94,7 +98,7 @@ def gradients(loss: Tensor) -> dict[Tensor, Tensor]:
 def assert_a_step_is_on_the_gpu(model: nn.Module, *shape: int) -> None:
     """Of ``model``, on a batch of images (or other input) of this shape each."""
     with pretended_gpu():
-        on_the_gpu(model).train()
+        without_numbers(model, GPU).train()
         for module in model.modules():
             if hasattr(module, "on_train_step"):
                 module.on_train_step(1)
@@ -161,6 +165,34 @@ def test_mixed_images_stay_on_the_gpu(mixup: float | None, cutmix: float | None)
     with pretended_gpu():
         images, labels = mix(torch.empty(BATCH, 3, 32, 32, device=GPU), torch.zeros(BATCH, dtype=torch.int64, device=GPU), 0)
     assert (images.device, labels.device, labels.shape) == (GPU, GPU, (BATCH, 10))
+
+
+ALL_AT_ONCE = ("micro_batch=2", "clip_norm=1.0", "ema_decay=0.9", "label_smoothing=0.1", "recompute=everything")
+
+
+@pytest.mark.parametrize("options", [(), ALL_AT_ONCE], ids=["plain", "all options"])
+@pytest.mark.parametrize("experiment", ["vit", "vip_rope", "hybrid_vil", "vin", "fnet", "mixer", "levit", "cct", "cvt", "pit"])
+def test_a_step_waits_for_no_number(compose_config: Compose, experiment: str, options: tuple[str, ...]) -> None:
+    """Gradients and update ask for the value of no tensor, so that the host runs ahead of a GPU."""
+    cfg = compose_config(f"experiment={experiment}", "trainer.device=cpu", *(f"trainer.{option}" for option in options))
+    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    model = build_model(cfg).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        without_numbers(model, CPU)
+        assert_a_number_is_refused(next(model.parameters()))
+        optimizer = optimizer_builder(cfg)(model)
+        schedule = LambdaLR(optimizer, lambda _: 1.0)
+        settings = trainer.micro_batch, trainer.clip_norm, trainer.label_smoothing, trainer.ema_decay, trainer.recompute
+        learner = Learner(model, optimizer, schedule, torch.bfloat16, *settings)
+        images = torch.empty(5, data.channels, data.image_size, data.image_size)
+        for number in range(2):
+            learner.gradients(number, images, torch.empty(5, dtype=torch.int64))
+            learner.update()
+
+
+def assert_a_number_is_refused(tensor: Tensor) -> None:
+    with pytest.raises(DataDependentOutputException):
+        tensor.sum().item()
 
 
 def test_a_tensor_on_the_host_is_found() -> None:
