@@ -1,6 +1,5 @@
 """What a measuring process runs: it makes one variant, and returns what that costs."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,18 +8,22 @@ from benchmarks.measure import measure, resident, traffic
 from benchmarks.steps import composed, ours, package, papers_way, random_batch
 from vix.build import build_model
 from vix.flops import training_flops
-from vix.runtime import resolve_precision
+from vix.runtime import resolve_device, resolve_precision
 
-# ours is compiled, as train.py does in runs of the paper's length; parts goes through the batch in quarters, eager is not
-# compiled, and the two graphs use CUDA graphs as well.
-KINDS = ("ours", "parts", "eager", "graphs", "graphs_parts", "package", "paper")
+# ours is compiled, as train.py does in runs of the paper's length; cheap and everything save memory by trainer.recompute; eager
+# is not compiled, and the two graphs use CUDA graphs as well.
 OURS = {
     "ours": ("trainer.compile=true",),
-    "parts": ("trainer.compile=true",),
+    "cheap": ("trainer.compile=true", "trainer.recompute=cheap"),
+    "everything": ("trainer.compile=true", "trainer.recompute=everything"),
     "eager": ("trainer.compile=false",),
     "graphs": ("trainer.compile=cuda_graphs",),
-    "graphs_parts": ("trainer.compile=cuda_graphs",),
+    "graphs_cheap": ("trainer.compile=cuda_graphs", "trainer.recompute=cheap"),
 }
+# settings is the package in a process that is set up for a CPU as ours are (vix/runtime.py): what they do for its speed.
+THEIRS = ("package", "settings", "paper")
+ON_GPUS, ON_CPUS = {"graphs", "graphs_cheap"}, {"settings"}
+KINDS = (*OURS, *THEIRS)
 
 
 def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick: bool) -> dict[str, Any]:
@@ -29,14 +32,14 @@ def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick
     compiled = kind in OURS and kind != "eager" and not quick
     baseline = resident_without_model(device, compiled)
     if kind in OURS:
-        how = ["trainer.compile=false"] if quick else [*OURS[kind]]
-        if kind.endswith("parts"):
-            how.append(f"trainer.micro_batch={math.ceil(batch_size / 4)}")
+        how = (*OURS[kind], *(("trainer.compile=false",) if quick else ()))
         training = ours((f"experiment={name}", f"embedding.patch_size={patch_size}", *how), device, batch_size)
     else:
         from benchmarks.packages import package_model
 
-        make = package if kind == "package" else papers_way
+        make = papers_way if kind == "paper" else package
+        if kind == "settings":
+            resolve_device(str(device))
         training = make(package_model(name, 32, patch_size), 32, device, batch_size)
     cost = measure(training.step, device, 0.05 if quick else 4.0, baseline, fewest=2 if quick else 5)
     # Last, because what counts them also takes memory.

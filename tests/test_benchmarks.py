@@ -48,7 +48,9 @@ def test_side_by_side(tmp_path: Path) -> None:
         (costs,) = row["rounds"]
         for kind in ("package", "paper"):
             assert row[f"ours_speed_over_{kind}"] == pytest.approx(costs[kind]["seconds"] / costs["ours"]["seconds"])
-            assert row[f"parts_memory_over_{kind}"] == costs["parts"]["allocated"] / costs[kind]["allocated"]
+            for own in ("ours", "everything"):
+                assert row[f"{own}_memory_over_{kind}"] == costs[own]["allocated"] / costs[kind]["allocated"]
+        assert costs["everything"]["allocated"] < costs["ours"]["allocated"]
         assert all(0 < row[kind]["of_matmul_ceiling"] < 1 for kind in ("ours", "package", "paper"))
     (mean,) = record["means"]
     first, second = (row["ours_speed_over_package"] for row in record["rows"])
