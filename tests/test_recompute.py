@@ -145,6 +145,20 @@ def test_compiled_gradients_of_a_model_that_draws(compose_config: Compose) -> No
     assert sizes[2] < 0.6 * sizes[1] < 0.6 * 0.8 * sizes[0]
 
 
+def test_compiled_gradients_where_what_is_kept_is_changed_in_place(compose_config: Compose) -> None:
+    """Performer does so with its products, which are kept where a head is as wide as here: the gradients are the uncompiled."""
+    model = small_model(compose_config, "vip_rope", "model.dropout=0", "model.dim=64", "attention.heads=1").double()
+    images, labels = torch.rand(3, 1, 8, 8, dtype=torch.float64) * 2 - 1, torch.tensor([1, 0, 9])
+    mean_loss(model, images, labels, 0.1).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    recompute_blocks(model, "cheap")
+    torch.compiler.reset()
+    torch.compile(mean_loss, dynamic=False)(model, images, labels, 0.1).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
 def test_a_run_is_the_same_and_may_be_continued(compose_config: Compose, tmp_path: Path) -> None:
     """To the bit, with all that a step can do; what is computed twice may change when a run is continued."""
     common = (*TINY, "model.dropout=0.1", "trainer.micro_batch=7", "trainer.ema_decay=0.9", "trainer.clip_norm=1.0")

@@ -13,6 +13,8 @@ from vix.learner import Learner, mean_loss, own_share, without_trace
 from vix.memory import out_of_memory
 
 log = logging.getLogger(__name__)
+# It warns of operations in place among those of trainer.recompute=cheap, and they are right there (tests/test_recompute.py).
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 # Compiling takes half a minute to a minute, and a CPU's steps gain 5 to 30 %: at some 1.5e11 FLOP/s, which two cores do, ten
 # minutes of training earn it back. On a GPU the host is what small models wait for, some milliseconds a step.
