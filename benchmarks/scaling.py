@@ -49,12 +49,15 @@ def expected(smaller: list[dict[str, Any]], tokens: int, quantity: str) -> float
 
 
 def too_much(smaller: list[dict[str, Any]], tokens: int, seconds: float, gigabytes: float) -> str | None:
-    """Why the next size is not tried, or None."""
-    time, memory = expected(smaller, tokens, "seconds"), expected(smaller, tokens, "bytes")
+    """Why the next size is not tried, or None.
+
+    Memory is what the process takes from the system, which is several times what its tensors do on a CPU.
+    """
+    time, memory = expected(smaller, tokens, "seconds"), expected(smaller, tokens, "taken")
     if time is not None and time > seconds:
         return f"a step would take about {time:.0f} s, more than {seconds:.0f} s"
     if memory is not None and memory > gigabytes * 1e9:
-        return f"would take about {memory / 1e9:.0f} GB, more than {gigabytes:.0f} GB"
+        return f"would take about {memory / 1e9:.1f} GB, more than {gigabytes:.1f} GB"
     return None
 
 
@@ -109,7 +112,8 @@ def main() -> None:
                     )
                     try:
                         cost = isolated(context, chosen.threads, mixer_cost, *arguments, limit=60 + 10 * chosen.most_seconds)
-                        points.append({**key, **cost, "bytes": cost["allocated"]})
+                        taken = max(cost["allocated"], cost["reserved"] or 0, cost["resident"] or 0)
+                        points.append({**key, **cost, "bytes": cost["allocated"], "taken": taken})
                     except Refused as refusal:
                         reason = str(refusal)
                 if reason is not None:

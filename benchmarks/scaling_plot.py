@@ -26,8 +26,8 @@ def draw(points: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         unit, scale = AXES[quantity]
         for mixer in mixers:
             mine = curve(points, mixer, name, quantity)
-            kind, _, explicit = mixer.partition(", ")
-            style = "--" if explicit == "explicit" else "-"
+            kind, _, explicit = mixer.partition("-")
+            style = "--" if explicit else "-"
             axes.plot(list(mine), [v * scale for v in mine.values()], style, marker="o", ms=4, color=COLORS[kind], label=mixer)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=name)
         axes.xaxis.set_major_locator(FixedLocator(sizes))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from benchmarks.crossover import crossover
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
-from benchmarks.scaling import expected
+from benchmarks.scaling import MIXERS, expected
 from vix import build_model
 from vix.flops import training_flops
 
@@ -59,16 +60,14 @@ def test_side_by_side(tmp_path: Path) -> None:
 
 
 def test_scaling(tmp_path: Path) -> None:
-    """Two sizes of two mixers and of what they are compared with, a picture, and a sentence about each; the rest is refused."""
-    mixers = ("--mixers", "softmax", "linear", "--tokens", "16", "64", "1024", "--most-gb", "0.001")
-    shown, record = measured("benchmarks.scaling", tmp_path / "s.json", *mixers)
-    assert {(p["mixer"], p["pass"]) for p in record["points"]} == {
-        (mixer, name) for mixer in ("softmax", "linear") for name in ("forward", "training")
-    }
+    """Two sizes of every mixer, a picture, and a sentence about each; a third size, too large for memory, is refused."""
+    shown, record = measured("benchmarks.scaling", tmp_path / "s.json", "--tokens", "16", "64", "16384", "--most-gb", "2")
+    kinds = {*product(MIXERS, ("forward", "training"))}
+    assert {(p["mixer"], p["pass"], p["tokens"]) for p in record["points"]} == {(*kind, n) for kind in kinds for n in (16, 64)}
+    assert {(gap["mixer"], gap["pass"], gap["tokens"]) for gap in record["skipped"]} == {(*kind, 16384) for kind in kinds}
     assert all("more than" in gap["reason"] and gap["reason"] in shown for gap in record["skipped"])
-    (sentence,) = record["sentences"]
-    assert sentence.startswith("linear")
-    assert sentence in shown
+    assert [sentence.split(",")[0] for sentence in record["sentences"]] == list(MIXERS)[1:]
+    assert all(sentence in shown for sentence in record["sentences"])
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
