@@ -222,6 +222,8 @@ def test_a_runs_name_follows_from_what_it_is() -> None:
     other = run_name(choices, ["optimizer.lr=0.1", "trainer.device=cpu", "trainer.epochs=3", "experiment=vin"], 0)
     assert one == other == "vin,optimizer.lr=0.1,trainer.epochs=3/seed=0"
     assert run_name(choices, ["experiment=vin", "trainer.epochs=2", "trainer.epochs=3"], 0) == "vin,trainer.epochs=3/seed=0"
+    costs = {run_name(choices, [f"trainer.{cost}"], 0) for cost in ("compile=true", "recompute=cheap", "recompute=everything")}
+    assert len(costs) == 3  # or a sweep over them would find the second run finished
     parts = {**choices, "experiment": None}
     assert run_name(parts, ["attention=nystrom", "data=digits"], 0) == "vit-nystrom-linear-learned,data=digits/seed=0"
     long = run_name(choices, [f"+data.name{i}=a/b c" for i in range(40)], 0)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_every_family_has_blocks(compose_config: Compose) -> None:
         recompute_blocks(model, "cheap")
         blocks = [block for block in model.modules() if isinstance(block, Block)]
         assert blocks, experiment
-        assert {block.recompute for block in blocks} == {"nothing" if experiment in ("levit", "cvt") else "cheap"} or (
+        assert {block.recompute for block in blocks} == {None if experiment in ("levit", "cvt") else "cheap"} or (
             "pyramid" in experiment
         ), experiment
 
@@ -172,3 +173,12 @@ def test_a_run_is_the_same_and_may_be_continued(compose_config: Compose, tmp_pat
     done = run_train(tmp_path, *TINY, "trainer.epochs=1", "trainer.recompute=everything", "hydra.run.dir=run")
     assert done.returncode == 0
     assert "Finished before" in done.stdout + done.stderr
+
+
+def test_a_sweep_compares_them(tmp_path: Path) -> None:
+    """Each is a run of its own, and the results say which."""
+    done = run_train(tmp_path, "-m", *TINY, "trainer.epochs=1", "trainer.recompute=null,everything", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/*/results.json")]
+    assert sorted(str(run["config"]["trainer"]["recompute"]) for run in runs) == ["None", "everything"]
+    assert len({run["train_loss"] for run in runs}) == 1

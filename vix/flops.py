@@ -17,7 +17,7 @@ from vix.papersize import Shape
 def training_flops(model: nn.Module, image_shape: Shape) -> int:
     """FLOPs of forward and backward for one image (C, Y, X), without what is computed twice."""
     shapes_only = copy.deepcopy(model).to("meta").train()
-    recompute_blocks(shapes_only, "nothing")
+    recompute_blocks(shapes_only, None)
     counter = flop_counter()
     with counter:  # of two images, because a batch norm refuses to train on one value
         shapes_only(torch.empty(2, *image_shape, device="meta")).sum().backward()

@@ -42,7 +42,7 @@ class Learner:
     clip_norm: float | None
     label_smoothing: float
     ema_decay: float | None = None
-    recompute: Recompute = "nothing"  # of the model's blocks
+    recompute: Recompute = None  # of the model's blocks
     alone: bool = False  # whether to take no notice of the other processes of this run
     skipped: int = 0  # steps that float16's scaling skipped because a gradient overflowed
     hooks: list[Callable[[int], None]] = field(init=False)

@@ -33,11 +33,10 @@ NOT_IDENTITY = (
     "trainer.probe",
     "trainer.checkpoint_every",
     "trainer.eval_batch_size",
-    "trainer.compile",
-    "trainer.recompute",
     "optimizer.fused",
 )
-
+# What a run costs, not what it computes: these may differ, too, but sweeps compare them, so each has a directory of its own.
+COST = ("trainer.compile", "trainer.recompute")
 
 KEPT = ("results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
 
@@ -99,7 +98,7 @@ class Run:
     def refuse_other_config(self, saved: dict[str, Any], resume: str) -> list[str]:
         """The keys in which this config differs from the saved one. Raises ConfigError if there are any, unless forced."""
         then, now = flat(saved), flat(self.config)
-        changed = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k not in NOT_IDENTITY]
+        changed = [k for k in sorted({*then, *now}) if then.get(k) != now.get(k) and k not in (*NOT_IDENTITY, *COST)]
         if changed and resume != "force":
             keys = ", ".join(f"{k} was {then.get(k)} and is {now.get(k)}" for k in changed)
             raise ConfigError(

@@ -54,7 +54,7 @@ class Trainer:
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
     micro_batch: Positive | Literal["auto"] | None = None
-    recompute: Recompute = "nothing"
+    recompute: Recompute = None
     memory_limit_gb: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     device: str = "auto"

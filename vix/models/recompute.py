@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-Recompute = Literal["nothing", "cheap", "everything"]
+Recompute = Literal["cheap", "everything"] | None
 
 aten = torch.ops.aten
 DEAR = {
@@ -37,19 +37,19 @@ class Block(nn.Module):
     """What a family repeats: (B, N, D) → the same, by the subclass's ``transform``.
 
     recompute: what of it a training step computes again in the backward pass instead of keeping it from the forward pass:
-        nothing; everything, so that the block's input alone is kept; or, in compiled steps, what is ``cheap``: norms,
+        None: nothing; everything, so that the block's input alone is kept; or, in compiled steps, what is ``cheap``: norms,
         activations, feature maps and the like, all but linear layers, convolutions and fused attention. To single them out in
         steps that are not compiled would take longer than everything does, and ``cheap`` is everything there. The gradients
         are the same, and random numbers, such as dropout's, are drawn once.
     """
 
-    recompute: Recompute = "nothing"
+    recompute: Recompute = None
 
     def transform(self, x_BND: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
+        if self.recompute is None or not torch.is_grad_enabled():
             return self.transform(x_BND)
         options: dict[str, Any] = {}
         # Tensors without numbers are those of an estimate, which is about compiled steps.
@@ -63,4 +63,4 @@ def recompute_blocks(model: nn.Module, what: Recompute) -> None:
     for block in model.modules():
         if isinstance(block, Block):
             counts = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in block.modules())
-            block.recompute = "nothing" if counts else what
+            block.recompute = None if counts else what
