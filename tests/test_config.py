@@ -97,6 +97,7 @@ REFUSED = {
     "data.test_size=10001": ["data.test_size=10001", "10000"],
     "seed=-1": ["seed=-1"],
     "seed=abc": ["seed=abc", "integer"],
+    "trainer.recompute=cheep": ["trainer.recompute=cheep", "'cheap'", "'everything'", "null"],
     "+foo=1": ["foo", "nothing reads"],
     "+trainer.epoch=1": ["trainer.epoch", "trainer.epochs"],
     "+attention.dim=64": ["attention.dim", "no such option"],

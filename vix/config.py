@@ -146,7 +146,8 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
     except ValidationError as error:
         # A union reports each of its members; those that JSON can never hold (a tensor) are no help.
         problems = [e for e in error.errors() if e["type"] != "is_instance_of"] or error.errors()
-        message = " or ".join(dict.fromkeys(describe(problem["loc"], problem["msg"]) for problem in problems))
+        null = ["null"] if type(None) in typing.get_args(annotation) else []  # Pydantic does not tell of it
+        message = " or ".join(dict.fromkeys([*(describe(problem["loc"], problem["msg"]) for problem in problems), *null]))
         shown = json.dumps(value) if not isinstance(value, str) else value
         raise ConfigError(f"{key}={shown}: {message}") from error
 
