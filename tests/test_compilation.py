@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from test_robustness import assert_same, outcome, run_directory
 from test_training import fit
 from torch import nn
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -140,11 +141,11 @@ def test_an_interrupted_compiled_run_ends_as_if_undisturbed(tmp_path: Path) -> N
 def test_without_a_compiler(tmp_path: Path, compose_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` trains all the same, and exactly as without compiling; ``true`` ends in one line."""
     monkeypatch.setenv("CXX", "no-such-compiler")  # for the program; in this process it has been read
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("vix.compilation.pays", lambda *_: True)
     plain, _ = fit(compose_config(*UNEVEN, "trainer.compile=false"), tmp_path / "plain")
-    auto, _ = fit(compose_config(*UNEVEN, "trainer.compile=auto"), tmp_path / "auto")
+    with inductor.patch("cpp.cxx", ("no-such-compiler",)):  # pytest's own way would leave it deleted for later tests
+        auto, _ = fit(compose_config(*UNEVEN, "trainer.compile=auto"), tmp_path / "auto")
     assert auto["compiled"] is False
     assert [row["train_loss"] for row in auto["history"]] == [row["train_loss"] for row in plain["history"]]
     done = run_train(tmp_path, *UNEVEN)
