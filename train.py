@@ -151,6 +151,11 @@ def run_from_command_line() -> int:
             problem = error
         unfinished = sweep.show() if sweep else 0
     if isinstance(stopped, SystemExit):
+        if isinstance(stopped.code, int) and stopped.code > 128:  # by a signal: all is saved and told
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stopped.code)  # Python's own end would wait for the C++ compilers that a compiled step has started
         raise stopped
     if stopped:
         print("error: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

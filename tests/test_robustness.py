@@ -144,6 +144,31 @@ def test_stopped_at_an_epochs_end_and_continued(tmp_path: Path, forked: Forked) 
     assert_same(directory, outcome(tmp_path / "whole"))
 
 
+DROPPED = """
+import os, signal, time
+from vix.run import StopRequest
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+with StopRequest() as stop, stop.at_once(lambda: print("left once")):
+    Freed()
+    print("goes on")
+    time.sleep(60)
+"""
+
+
+def test_a_stop_that_python_drops_comes_again() -> None:
+    """What a signal raises while an object is freed is lost, as happens in a compiler: a second later it is raised again."""
+    command = [sys.executable, "-c", DROPPED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert done.stdout.split("\n") == ["goes on", "left once", ""]
+    assert "Exception ignored in" in done.stderr
+
+
 def test_stopped_while_testing(tmp_path: Path, forked: Forked) -> None:
     """The test of an epoch can take long, and is not waited for: the run leaves at once, and continues with that test."""
     slow = (*SMALL, "trainer.eval_batch_size=1", "data.test_size=360", "trainer.epochs=1", "model.depth=6")

@@ -225,14 +225,17 @@ class StopRequest:
     breaks_off = False
 
     def __enter__(self) -> Self:
-        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if threading.current_thread() is threading.main_thread() else ()
         self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def note(self, number: int, _: object) -> None:
-        self.signal = number
-        if self.breaks_off:
-            raise SystemExit(128 + number)
+        if number != signal.SIGALRM:
+            self.signal = number
+        if self.breaks_off and self.signal:
+            # Python drops what is raised where it frees an object or is called from C: again in a second, until it does not.
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+            raise SystemExit(128 + self.signal)
 
     @contextmanager
     def at_once(self, leave: Callable[[], None]) -> Iterator[None]:
@@ -241,10 +244,13 @@ class StopRequest:
         try:
             yield
         except SystemExit:
+            self.breaks_off = False  # a second signal does not break off the saving
             leave()
             raise
         finally:
             self.breaks_off = False
+            if self.signal:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def agreed(self, ask: bool) -> int | None:
         """The signal that any process of this run was sent; None where that is not the moment to ``ask`` the others."""
