@@ -1,7 +1,6 @@
 """trainer.recompute: the same gradients, random numbers and statistics, in less memory."""
 
 import copy
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 from test_training import fit
 from torch import Tensor, nn
 
+from benchmarks.measure import most_allocated
 from vix import build_model
 from vix.learner import mean_loss
 from vix.models.recompute import Block, recompute_blocks
@@ -88,10 +88,7 @@ def allocated(model: nn.Module) -> int:
         model.zero_grad()
 
     train()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        train()
-    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(changes))
+    return most_allocated(train)
 
 
 @pytest.mark.parametrize(

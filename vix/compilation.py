@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 # It warns of operations in place among those of trainer.recompute=cheap, and they are right there (tests/test_recompute.py).
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
-# Compiling takes half a minute to a minute, and a CPU's steps gain 5 to 30 %: at some 1.5e11 FLOP/s, which two cores do, ten
+# Compiling takes half a minute to a minute, and a CPU's steps gain up to 50 %: at some 1.5e11 FLOP/s, which two cores do, ten
 # minutes of training earn it back. On a GPU the host is what small models wait for, some milliseconds a step.
 FLOPS_ON_CPU, STEPS_ON_GPU = 1e14, 10_000
 FEWEST_IMAGES = 20_000  # for fewer it is not even worked out
