@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vix.attention.heads import head_width, merge_heads, split_heads
+from vix.attention.heads import at_least_float32, head_width, merge_heads, split_heads
 from vix.attention.softmax import Attend
 from vix.checks import Fraction, Positive
 from vix.tokens import TokenGrid, join
@@ -77,4 +77,7 @@ class ConvProjection(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         prefix_BPD, map_BDYX = self.tokens.split(x_BND)
-        return self.project(join(prefix_BPD, self.norm(self.conv(map_BDYX))))
+        conv_BDYX = self.conv(map_BDYX)
+        if conv_BDYX.is_cpu:  # a CPU's BatchNorm loses small sums in its backward pass for bfloat16 input; a GPU's does not
+            (conv_BDYX,) = at_least_float32(conv_BDYX)
+        return self.project(join(prefix_BPD, self.norm(conv_BDYX)))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vix.attention.heads import at_least_float32
 from vix.checks import Fraction, Positive, PositiveFloat
 from vix.embedding import Embedding
 from vix.models.blocks import MLP, Depths, PreNormBlock, per_stage
@@ -81,5 +82,5 @@ class Shrink(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         prefix_BPD, map_BDYX = self.tokens.split(x_BND + self.dropout(self.mixer(x_BND)))
-        x_BND = self.widen(join(prefix_BPD, map_BDYX[:, :, :: self.stride, :: self.stride]))
+        (x_BND,) = at_least_float32(self.widen(join(prefix_BPD, map_BDYX[:, :, :: self.stride, :: self.stride])))
         return x_BND + self.dropout(self.mlp(x_BND))

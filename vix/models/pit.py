@@ -75,7 +75,7 @@ class PiT(nn.Module):
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         x_BND = self.embedding(images_BCYX).flatten(2).mT
-        x_BND = torch.cat([self.class_token.to(x_BND.dtype).expand(len(x_BND), 1, -1), x_BND], dim=1)
+        x_BND = torch.cat([self.class_token.expand(len(x_BND), 1, -1), x_BND], dim=1)
         return self.head(self.norm(self.blocks(self.posenc(x_BND))[:, 0]))
 
 

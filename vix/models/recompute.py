@@ -13,6 +13,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from vix.attention.heads import at_least_float32
+
 Recompute = Literal["cheap", "everything"] | None
 
 aten = torch.ops.aten
@@ -36,6 +38,10 @@ def cheap(context: SelectiveCheckpointContext, operation: Any, *arguments: Any, 
 class Block(nn.Module):
     """What a family repeats: (B, N, D) → the same, by the subclass's ``transform``.
 
+    The residual stream, the tokens that pass from block to block, is float32 under any autocast (float64 in a float64 model).
+    A block decides that for all families, on entry: its first norm then sums in float32 in its backward pass, which PyTorch's
+    LayerNorm does not do for bfloat16 input on a CPU (17 to 99 % of its weights' gradients were lost, tests/test_gradients.py).
+
     recompute: what of it a training step computes again in the backward pass instead of keeping it from the forward pass:
         None: nothing; everything, so that the block's input alone is kept; or, in compiled steps, what is ``cheap``: norms,
         activations, feature maps and the like, all but linear layers, convolutions and fused attention. To single them out in
@@ -49,6 +55,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        (x_BND,) = at_least_float32(x_BND)
         if self.recompute is None or not torch.is_grad_enabled():
             return self.transform(x_BND)
         options: dict[str, Any] = {}
