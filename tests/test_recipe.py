@@ -14,12 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from forked import Forked
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
 from test_imagefolder import digit_folder
-from test_robustness import assert_same, forked, outcome, run_directory  # noqa: F401  (forked is a fixture)
+from test_robustness import assert_same, outcome, run_directory
 from test_training import fit
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -408,7 +409,7 @@ def test_micro_batches_of_mixed_images(compose_config: Compose, tmp_path: Path) 
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
 
 
-def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked: Forked) -> None:
     """Killed in the middle of an epoch, and stopped in the next: results, average and weights are the undisturbed run's."""
     arguments = (*TINY, *ALL_PARTS, "trainer.epochs=3", "model.dropout=0.1", "trainer.checkpoint_every=2")
     status, output = forked.run(tmp_path / "whole", *arguments)
@@ -436,7 +437,7 @@ def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked) -> No
         assert torch.equal(checkpoint["trained_model"][name], tensor), name
 
 
-def test_the_command(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_the_command(tmp_path: Path, forked: Forked) -> None:
     """``python train.py recipe=modern``, as a user types it."""
     status, output = forked.run(tmp_path, *TINY, "recipe=modern", "trainer.warmup_epochs=0.5")
     assert status == 0, output
