@@ -49,7 +49,12 @@ HANGS = 3600.0
 
 # Variables that a forked process still reads; all others may matter when Python starts or a library is imported.
 READ_LATE = {"COLUMNS", "HYDRA_FULL_ERROR", "PYTEST_CURRENT_TEST", "TERM", "VIX_DATA", "VIX_PACKAGES"}
-AT_START = dict(os.environ)
+AT_START: dict[str, str] = {}
+
+
+def pytest_collection_finish() -> None:
+    """Note the environment when everything is imported: libraries set variables, too."""
+    AT_START.update(os.environ)
 
 
 def run_train(
@@ -57,12 +62,12 @@ def run_train(
 ) -> subprocess.CompletedProcess[str]:
     """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``.
 
-    It runs in a process that is forked from one which has imported the libraries (forked.py), unless a new interpreter is asked
-    for by ``fresh``, or needed by another ``program`` or a variable that is read when a library is imported.
+    It runs in a process that is forked from one which has imported the libraries (forked.py), unless ``fresh`` asks for a new
+    interpreter, or a variable needs one that is read when a library is imported.
     """
     environment = {**os.environ, **env}
     changed = {name for name, _ in environment.items() ^ AT_START.items()}
-    if fresh or program != PROGRAM or changed - READ_LATE:
+    if fresh or changed - READ_LATE:
         command = [sys.executable, str(program), *arguments]
         return subprocess.run(
             command, cwd=directory, capture_output=True, text=True, timeout=HANGS, env=environment, check=False
@@ -70,8 +75,11 @@ def run_train(
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
         processes = Forked()
-        process = processes.start(directory, *arguments, stdout=stdout, stderr=stderr, **env)
-        status = processes.wait(process, HANGS)
+        process = processes.start(directory, *arguments, program=program, stdout=stdout, stderr=stderr, **env)
+        try:
+            status = processes.wait(process, HANGS)
+        finally:
+            processes.kill_all()
         return subprocess.CompletedProcess(["train.py", *arguments], status, stdout.read_text(), stderr.read_text())
 
 
@@ -80,8 +88,7 @@ def forked() -> Iterator[Forked]:
     """Starts ``train.py`` processes in the background, and ends those that a failed test leaves."""
     forked = Forked()
     yield forked
-    for process in list(forked.processes):
-        forked.kill(process)
+    forked.kill_all()
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ class Forked:
         self,
         directory: Path,
         *arguments: str,
+        program: Path = PROGRAM,
         before: Callable[[], None] | None = None,
         stdout: Path | None = None,
         stderr: Path | None = None,
@@ -47,12 +48,13 @@ class Forked:
     ) -> int:
         """Start a process in ``directory`` and return its number.
 
+        program: train.py, or a copy of it in a folder with its own ``vix`` and ``conf``.
         before: called in the process before the program begins; of a module, or a partial of such a function.
         stdout, stderr: files that its output is appended to; both are ``directory / "out"`` by default.
         """
         directory.mkdir(exist_ok=True)
         files = tuple(str(file or directory / "out") for file in (stdout, stderr))
-        settings = (str(directory), arguments, {**os.environ, **env}, before, *files)
+        settings = (program, str(directory), arguments, {**os.environ, **env}, before, *files)
         process = context.Process(target=become_train, args=settings)
         process.start()
         assert process.pid
@@ -74,6 +76,14 @@ class Forked:
             os.kill(process, signal.SIGKILL)
         return self.wait(process)
 
+    def is_running(self, process: int) -> bool:
+        return self.processes[process].is_alive()
+
+    def kill_all(self) -> None:
+        """End all processes that were not waited for."""
+        for process in list(self.processes):
+            self.kill(process)
+
     def run(self, directory: Path, *arguments: str, before: Callable[[], None] | None = None, **env: str) -> tuple[int, str]:
         """Run a process to its end; its exit status and all that processes have printed in ``directory``."""
         process = self.start(directory, *arguments, before=before, **env)
@@ -81,6 +91,7 @@ class Forked:
 
 
 def become_train(
+    program: Path,
     directory: str,
     arguments: tuple[str, ...],
     environment: dict[str, str],
@@ -97,13 +108,13 @@ def become_train(
         os.close(file)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [str(PROGRAM), *arguments]
-    sys.path.insert(0, str(PROGRAM.parent))
+    sys.argv = [str(program), *arguments]
+    sys.path.insert(0, str(program.parent))
     status = 0
     try:
         if before:
             before()
-        runpy.run_path(str(PROGRAM), run_name="__main__")
+        runpy.run_path(str(program), run_name="__main__")
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
         if not isinstance(stop.code, int):

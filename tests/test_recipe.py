@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import signal
-import time
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
-from forked import Forked
+from forked import Forked, signal_at_file
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from PIL import Image, ImageEnhance, ImageOps
@@ -27,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import vix
 from vix.build import build, optimizer_builder
-from vix.checks import ConfigError, UserError
+from vix.checks import ConfigError
 from vix.command_line import explain, run_name
 from vix.config import check
 from vix.data import augment
@@ -416,17 +414,12 @@ def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked: Forke
     assert status == 0, output
     expected = outcome(tmp_path / "whole")
     directory = tmp_path / "parts"
-    for epoch, how in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
-        process = forked.start(directory, *arguments)
-        while True:
-            with suppress(UserError, StopIteration):
-                position = read_checkpoint(next(iter(directory.glob("outputs/*/*/checkpoint.pt"))))["position"]
-                if position["epoch"] == epoch and position["batch"] > 0:
-                    break
-            time.sleep(0.002)
-        with suppress(ProcessLookupError):
-            os.kill(process, how)
-        assert forked.wait(process) in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    # Checkpoints are of the start, and of two steps and the end of each epoch.
+    for how, times, status in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 3, 128 + signal.SIGTERM)):
+        stop = partial(signal_at_file, how, "checkpoint.pt", times)
+        assert forked.wait(forked.start(directory, *arguments, before=stop)) == status
+        position = read_checkpoint(run_directory(directory) / "checkpoint.pt")["position"]
+        assert position["batch"] > 0
     status, output = forked.run(directory, *arguments)
     assert status == 0, output
     assert "Continuing after" in output
