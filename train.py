@@ -10,6 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from vix.threads import use_given_cpus  # before PyTorch, whose OpenMP reads how its threads wait when it is imported
+
+# isort: split
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -68,6 +71,7 @@ def main(cfg: DictConfig) -> float:
 def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Build what the config says, train it in the run's directory, and return the results."""
     try:
+        use_given_cpus()
         check(cfg)  # refuses, like the three lines after the next, before any data is read
         torch.manual_seed(cfg.seed)
         model = build_model(cfg)

@@ -9,3 +9,5 @@ import os
 
 # Before PyTorch is loaded: its profiler, which measures memory on a CPU, would tell of every start, and that there is no GPU.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import vix  # noqa: F401  (so that OpenMP's threads wait as they do in train.py)

@@ -8,10 +8,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import PROGRAM, Forked
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -42,19 +44,51 @@ def compose_config() -> Callable[..., DictConfig]:
     return composed
 
 
+# No test waits longer for a process: it hangs. Not a bound on speed, so far beyond what a slow machine takes.
+HANGS = 3600.0
+
+# Variables that a forked process still reads; all others may matter when Python starts or a library is imported.
+READ_LATE = {"COLUMNS", "HYDRA_FULL_ERROR", "PYTEST_CURRENT_TEST", "TERM", "VIX_DATA", "VIX_PACKAGES"}
+AT_START: dict[str, str] = {}
+
+
+def pytest_collection_finish() -> None:
+    """Note the environment when everything is imported: libraries set variables, too."""
+    AT_START.update(os.environ)
+
+
 def run_train(
-    directory: Path, *arguments: str, program: Path = ROOT / "train.py", **env: str
+    directory: Path, *arguments: str, program: Path = PROGRAM, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``."""
-    return subprocess.run(
-        [sys.executable, str(program), *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **env},
-        check=False,
-    )
+    """``python train.py ARGUMENTS`` as a user runs it, with its outputs/ below ``directory``.
+
+    It runs in a process that is forked from one which has imported the libraries (forked.py), unless ``fresh`` asks for a new
+    interpreter, or a variable needs one that is read when a library is imported.
+    """
+    environment = {**os.environ, **env}
+    changed = {name for name, _ in environment.items() ^ AT_START.items()}
+    if fresh or changed - READ_LATE:
+        command = [sys.executable, str(program), *arguments]
+        return subprocess.run(
+            command, cwd=directory, capture_output=True, text=True, timeout=HANGS, env=environment, check=False
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        processes = Forked()
+        process = processes.start(directory, *arguments, program=program, stdout=stdout, stderr=stderr, **env)
+        try:
+            status = processes.wait(process, HANGS)
+        finally:
+            processes.kill_all()
+        return subprocess.CompletedProcess(["train.py", *arguments], status, stdout.read_text(), stderr.read_text())
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """Starts ``train.py`` processes in the background, and ends those that a failed test leaves."""
+    forked = Forked()
+    yield forked
+    forked.kill_all()
 
 
 @pytest.fixture(scope="session")
@@ -67,5 +101,5 @@ def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not unpack.is_file():
         pytest.skip("CIFAR-10 is not on this machine: set VIX_DATA to the folder that holds cifar-10-batches-py")
     root = tmp_path_factory.mktemp("cifar10")
-    subprocess.run([sys.executable, str(unpack), "--out", str(root)], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, str(unpack), "--out", str(root)], check=True, capture_output=True, timeout=HANGS)
     return root

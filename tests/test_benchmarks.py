@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 from omegaconf import DictConfig
 from torch import nn
 
@@ -27,7 +28,7 @@ def run_benchmark(module: str, out: Path, *arguments: str, **env: str) -> subpro
     """``python -m MODULE`` in its quick setting, on the CPU."""
     command = [sys.executable, "-m", module, "--quick", "--device", "cpu", "--threads", "1", "--out", str(out), *arguments]
     environment = {**os.environ, **env}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, env=environment, check=False)
 
 
 def measured(module: str, out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
@@ -41,6 +42,7 @@ def measured(module: str, out: Path, *arguments: str) -> tuple[str, dict[str, An
     return done.stdout, record
 
 
+@pytest.mark.slow
 def test_side_by_side(tmp_path: Path) -> None:
     """Ratios are the quotients of what was measured, and their geometric mean is told."""
     shown, record = measured("benchmarks", tmp_path / "r.json", "--models", "vil", "vip", "--batch", "2")
@@ -59,6 +61,7 @@ def test_side_by_side(tmp_path: Path) -> None:
     assert "geometric mean" in shown
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
     """Two sizes of every mixer, a picture, and a sentence about each; a third size, too large for memory, is refused."""
     shown, record = measured("benchmarks.scaling", tmp_path / "s.json", "--tokens", "16", "64", "16384", "--most-gb", "2")
@@ -71,14 +74,17 @@ def test_scaling(tmp_path: Path) -> None:
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_overhead(tmp_path: Path) -> None:
     """The three figures, from real runs of train.py."""
+    began = time.monotonic()
     _, record = measured("benchmarks.overhead", tmp_path / "o.json")
-    assert 1 < record["seconds_to_first_step"] < 100
-    assert 0 < record["epoch_over_bare_steps"] < 100
+    everything = time.monotonic() - began
+    assert 0 < record["seconds_to_first_step"] < everything
+    assert record["epoch_over_bare_steps"] > 0
     # The second run finds what the first one compiled.
     assert 0 < record["compile_seconds_again"] < record["compile_seconds"]
-    assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 10
+    assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 3600 / everything  # several jobs were done
 
 
 def test_a_missing_package_is_one_line(tmp_path: Path) -> None:

@@ -18,8 +18,13 @@ from vix.run import StopRequest
 # Option of hydra/launcher, its plugin, and what it needs on a machine with two cores and no GPU.
 LAUNCHERS = [
     ("joblib_cores", "hydra_joblib_launcher", ("hydra.launcher.n_jobs=2",)),
-    ("ray_gpus", "hydra_ray_launcher", ("hydra.launcher.ray.remote.num_gpus=0", "+hydra.launcher.ray.init.num_cpus=2")),
-    ("slurm_rehearsal", "hydra_submitit_launcher", ()),
+    pytest.param(
+        "ray_gpus",
+        "hydra_ray_launcher",
+        ("hydra.launcher.ray.remote.num_gpus=0", "+hydra.launcher.ray.init.num_cpus=2"),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("slurm_rehearsal", "hydra_submitit_launcher", (), marks=pytest.mark.slow),
 ]
 
 
@@ -38,7 +43,7 @@ def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple
     need(plugin)
     landmarks = "8,1000" if launcher == "joblib_cores" else "8,16"  # 1000 is refused
     sweep = ("-m", f"hydra/launcher={launcher}", *options, *TINY, f"attention.landmarks={landmarks}")
-    done = run_train(tmp_path, *sweep, RAY_USAGE_STATS_ENABLED="0")
+    done = run_train(tmp_path, *sweep, fresh=True, RAY_USAGE_STATS_ENABLED="0")
     states = {r["config"]["attention"]["landmarks"]: (r["status"], r.get("epochs")) for r in all_results(tmp_path)}
     assert "jobs of this sweep" in done.stdout
     if launcher == "joblib_cores":

@@ -59,6 +59,7 @@ def test_too_little_memory_is_one_line(compose_config: Compose, tmp_path: Path, 
     assert line == f"error: {failed['error']}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_largest_micro_batch_that_fits(compose_config: Compose, tmp_path: Path, device: str) -> None:
     """Where the whole batch does not fit, auto finds a part that does, and the trials leave no trace in what is computed."""
@@ -79,6 +80,7 @@ def test_the_largest_micro_batch_that_fits(compose_config: Compose, tmp_path: Pa
         assert found["peak_gpu_reserved_gb"] + found["resident_data_gb"] <= float(arguments[-1].split("=")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_job_inherits_a_limit(compose_config: Compose, tmp_path: Path, device: str) -> None:
     """After a job that its limit ended, the next one in the same process has all memory."""

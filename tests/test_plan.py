@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_train
+from conftest import HANGS, ROOT, TINY, run_train
 from omegaconf import DictConfig
 
 from vix import plan as planning
@@ -149,9 +149,10 @@ def test_expansion_is_hydras() -> None:
 def run_plan(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # sweep.sh calls python
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=HANGS)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """A table on stdout, reasons on stderr, exit status 1 if any job would be refused or the command makes no sense."""
     good = run_plan(ROOT, "./sweep.sh", "--plan", "table4", f"hydra.sweep.dir={tmp_path}")

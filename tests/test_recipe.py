@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import signal
-import time
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from forked import Forked, signal_at_file
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
 from test_imagefolder import digit_folder
-from test_robustness import assert_same, forked, outcome, run_directory  # noqa: F401  (forked is a fixture)
+from test_robustness import assert_same, outcome, run_directory
 from test_training import fit
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import vix
 from vix.build import build, optimizer_builder
-from vix.checks import ConfigError, UserError
+from vix.checks import ConfigError
 from vix.command_line import explain, run_name
 from vix.config import check
 from vix.data import augment
@@ -408,24 +407,19 @@ def test_micro_batches_of_mixed_images(compose_config: Compose, tmp_path: Path) 
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
 
 
-def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked: Forked) -> None:
     """Killed in the middle of an epoch, and stopped in the next: results, average and weights are the undisturbed run's."""
     arguments = (*TINY, *ALL_PARTS, "trainer.epochs=3", "model.dropout=0.1", "trainer.checkpoint_every=2")
     status, output = forked.run(tmp_path / "whole", *arguments)
     assert status == 0, output
     expected = outcome(tmp_path / "whole")
     directory = tmp_path / "parts"
-    for epoch, how in ((0, signal.SIGKILL), (1, signal.SIGTERM)):
-        process = forked.start(directory, *arguments)
-        while True:
-            with suppress(UserError, StopIteration):
-                position = read_checkpoint(next(iter(directory.glob("outputs/*/*/checkpoint.pt"))))["position"]
-                if position["epoch"] == epoch and position["batch"] > 0:
-                    break
-            time.sleep(0.002)
-        with suppress(ProcessLookupError):
-            os.kill(process, how)
-        assert forked.wait(process) in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    # Checkpoints are of the start, and of two steps and the end of each epoch.
+    for how, times, status in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGTERM, 3, 128 + signal.SIGTERM)):
+        stop = partial(signal_at_file, how, "checkpoint.pt", times)
+        assert forked.wait(forked.start(directory, *arguments, before=stop)) == status
+        position = read_checkpoint(run_directory(directory) / "checkpoint.pt")["position"]
+        assert position["batch"] > 0
     status, output = forked.run(directory, *arguments)
     assert status == 0, output
     assert "Continuing after" in output
@@ -436,7 +430,7 @@ def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked) -> No
         assert torch.equal(checkpoint["trained_model"][name], tensor), name
 
 
-def test_the_command(tmp_path: Path, forked) -> None:  # noqa: F811
+def test_the_command(tmp_path: Path, forked: Forked) -> None:
     """``python train.py recipe=modern``, as a user types it."""
     status, output = forked.run(tmp_path, *TINY, "recipe=modern", "trainer.warmup_epochs=0.5")
     assert status == 0, output

@@ -102,6 +102,7 @@ def test_less_memory(compose_config: Compose, experiment: str, bound: float) -> 
     assert allocated(model) < bound * before
 
 
+@pytest.mark.slow
 def test_compiled_gradients_of_a_model_that_draws(compose_config: Compose) -> None:
     """In float64 they are the difference quotients of the compiled loss, for which the same dropout is drawn again.
 
@@ -143,6 +144,7 @@ def test_compiled_gradients_of_a_model_that_draws(compose_config: Compose) -> No
     assert sizes[2] < 0.6 * sizes[1] < 0.6 * 0.8 * sizes[0]
 
 
+@pytest.mark.slow
 def test_compiled_gradients_where_what_is_kept_is_changed_in_place(compose_config: Compose) -> None:
     """Performer does so with its products, which are kept where a head is as wide as here: the gradients are the uncompiled."""
     model = small_model(compose_config, "vip_rope", "model.dropout=0", "model.dim=64", "attention.heads=1").double()

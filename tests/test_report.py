@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, run_train
+from conftest import HANGS, ROOT, TINY, run_train
 
 PICTURES = ["accuracy_parameters.png", "accuracy_time.png", "figure4.png", "learning_curves.png"]
 
@@ -44,7 +44,7 @@ def as_row(real: dict[str, Any], experiment: str, seed: int, *overrides: str, **
 def module(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"vix.{name}", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def report_rows(directory: Path, *arguments: str | Path) -> list[dict[str, str]]:
@@ -329,7 +329,7 @@ def sweep(copy: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess
     """``./sweep.sh`` with this Python as ``python``."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(copy / "sweep.sh"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def test_sweep_help(copy: Path, tmp_path: Path) -> None:
@@ -349,6 +349,7 @@ def test_sweep_runs_and_reports_from_anywhere(copy: Path, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_sweep_reports_and_fails(copy: Path, tmp_path: Path) -> None:
     done = sweep(copy, tmp_path, *TINY, "attention.landmarks=4,1000", f"hydra.sweep.dir={tmp_path}/here")
     assert done.returncode != 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_train
+from conftest import HANGS, TINY, run_train
 from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
 from test_training import fit
@@ -63,17 +63,17 @@ def get(outputs: Path, runs: dict[str, Any]) -> Iterator[Get]:
             url = f"{address}/data/{path}?{urllib.parse.urlencode(query)}"
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=HANGS) as answer:
                 content = answer.read()
             return json.loads(content) if answer.headers.get_content_type() == "application/json" else content
 
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS
         while len(ask("runs")) < len(runs) and time.monotonic() < deadline:
             time.sleep(0.1)
         yield ask
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(HANGS)
 
 
 @served

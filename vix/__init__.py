@@ -18,10 +18,14 @@ G    heads of keys and values
 
 from typing import TYPE_CHECKING, Any
 
+from vix.threads import set_wait_policy
+
 if TYPE_CHECKING:
     from vix.build import build_model, load_model
 
 __all__ = ["build_model", "load_model"]
+
+set_wait_policy()  # here, because every command imports this package before PyTorch
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from vix.distributed import rank
 from vix.learner import Learner
 from vix.run import write_tensors
 from vix.runtime import get_rng_state, set_rng_state
+from vix.threads import use_given_cpus
 
 FILE = "nonfinite.pt"
 
@@ -86,6 +87,7 @@ def main() -> None:
     directory = parser.parse_args().directory
     if not (directory / FILE).is_file():
         sys.exit(f"error: {directory} holds no {FILE}: no step of a run there was not finite")
+    use_given_cpus()
     state = torch.load(directory / FILE, weights_only=True)
     model = vix.build_model(OmegaConf.create(state["config"]))
     model.load_state_dict(state["model"])

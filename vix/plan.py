@@ -38,6 +38,7 @@ from vix.results import MODEL_GROUPS, Row, find_runs, flat
 from vix.run import Run
 from vix.runtime import device_name
 from vix.summary import CONFIG_DIR, Summary, summarise
+from vix.threads import use_given_cpus
 
 # Keys that change neither the time of an epoch nor the memory: runs that differ in these alone cost the same.
 COSTLESS = (
@@ -275,6 +276,8 @@ def main() -> None:
     logging.getLogger("vix").setLevel(logging.ERROR)  # that there is no GPU need not be told once a run
     clock = time.perf_counter()
     try:
+        if parsed.measure:
+            use_given_cpus()
         jobs = plan(overrides, parsed.measure)
     except Exception as error:
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"

@@ -74,7 +74,12 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What results.json tells of it."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return {"precision": precision, "device": device_name(device), "processes": processes()}
+    return {
+        "precision": precision,
+        "device": device_name(device),
+        "processes": processes(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def device_name(device: torch.device) -> str:

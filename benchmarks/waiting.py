@@ -1,0 +1,125 @@
+"""``python -m benchmarks.waiting``: how OpenMP's threads should wait, on a machine of one's own and on a shared one.
+
+Training steps with each way of waiting, alone and next to processes that keep a CPU each busy. Every measurement has a process of
+its own, because OpenMP reads the variables when it is loaded; rounds alternate the order, and a ratio is the median over rounds
+of ratios within one. CPUs only.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.record import parser, told_in_one_line, write
+from benchmarks.variants import bare_step
+from vix.checks import UserError
+from vix.report import Table
+from vix.threads import WAIT_VARIABLES
+
+# Variables of each way; the first is what others are compared with. GOMP_SPINCOUNT is of GNU's OpenMP, which PyTorch brings on
+# Linux: how often a thread looks before it sleeps.
+WAYS = {
+    "spin (OpenMP's default)": {},
+    "spin 10,000 times": {"GOMP_SPINCOUNT": "10000"},
+    "spin 1,000 times": {"GOMP_SPINCOUNT": "1000"},
+    "spin 100 times": {"GOMP_SPINCOUNT": "100"},
+    "sleep (ours)": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+CHILD = "import sys; from benchmarks.waiting import measure_here; measure_here(*sys.argv[1:])"
+BUSY = "while True: pass"
+
+
+def measure_here(overrides: str, batch_size: str, threads: str, quick: str) -> None:
+    """Print the seconds of a training step in this process."""
+    torch.set_num_threads(int(threads))
+    torch.manual_seed(0)
+    print(json.dumps(bare_step(tuple(overrides.split()), torch.device("cpu"), int(batch_size), quick == "quick")))
+
+
+def step_seconds(overrides: str, batch_size: int, threads: int, quick: bool, variables: dict[str, str]) -> float:
+    """Seconds of a training step in a new process. Raises UserError where it fails."""
+    removed = ("OMP_NUM_THREADS", *WAIT_VARIABLES)
+    environment = {name: value for name, value in os.environ.items() if name not in removed} | variables
+    if not any(name in variables for name in WAIT_VARIABLES):
+        environment["GOMP_SPINCOUNT"] = "300000"  # what GNU's OpenMP takes where no variable is set: then vix would set its own
+    count = variables.get("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-c", CHILD, overrides, str(batch_size), count, "quick" if quick else "whole"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"a measurement failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+@contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def main() -> None:
+    options = parser("python -m benchmarks.waiting", "How OpenMP's threads should wait.")
+    options.add_argument("--experiments", nargs="+", default=["quickstart", "vip", "vil"], help="files of conf/experiment")
+    options.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
+    options.add_argument("--busy", type=int, nargs="+", default=[0, 1], help="busy processes next to it (default: 0 1)")
+    options.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default: 3)")
+    chosen = options.parse_args()
+    rounds = 1 if chosen.quick else chosen.rounds
+    small = " model.dim=16 model.depth=1" if chosen.quick else ""
+    rows: list[dict[str, Any]] = []
+    for experiment in chosen.experiments:
+        for busy in chosen.busy:
+            times: dict[str, list[float]] = {way: [] for way in WAYS}
+            for number in range(rounds):
+                print(f"{experiment}, {busy} busy, round {number + 1} of {rounds}", file=sys.stderr)
+                for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
+                    with busy_processes(busy):
+                        seconds = step_seconds(
+                            f"experiment={experiment}{small}", chosen.batch, chosen.threads, chosen.quick, WAYS[way]
+                        )
+                    times[way].append(seconds)
+            first = times[next(iter(WAYS))]
+            for way, seconds_of in times.items():
+                ratios = [own / other for own, other in zip(first, seconds_of, strict=True)]
+                rows.append(
+                    {
+                        "experiment": experiment,
+                        "busy": busy,
+                        "way": way,
+                        "images_per_second": chosen.batch / statistics.median(seconds_of),
+                        "speed_over_spinning": statistics.median(ratios),
+                        "seconds": seconds_of,
+                    }
+                )
+    path = write("waiting", torch.device("cpu"), chosen, {"rows": rows})
+    Table(
+        f"Training steps, batch {chosen.batch}, {chosen.threads} threads",
+        ("experiment", "busy processes", "threads that wait", "images/s", "over spinning"),
+        [
+            (
+                row["experiment"],
+                str(row["busy"]),
+                row["way"],
+                f"{row['images_per_second']:.1f}",
+                f"{row['speed_over_spinning']:.2f}",
+            )
+            for row in rows
+        ],
+        3,
+    ).print()
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    told_in_one_line(main)

@@ -1,0 +1,175 @@
+"""How many CPU threads a run uses, and how they wait for one another. The latter must be set before PyTorch is imported.
+
+A process sees all CPUs of its machine, even where it may use only some of them. Threads that outnumber a process's CPUs wait
+for one another at every operation.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+class Threads(NamedTuple):
+    """A number of threads, and what it follows from."""
+
+    number: int
+    reason: str
+
+
+def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user has chosen how they do.
+
+    By default they first spin for milliseconds. On CPUs that other processes need too, a spinning thread keeps the one that
+    it waits for from running (docs/performance.md has figures). OpenMP reads the variable when PyTorch is imported.
+    """
+    if not any(name in environment for name in WAIT_VARIABLES):
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def use_given_cpus() -> int:
+    """Let PyTorch use as many threads as this process was given CPUs, log the number, and return it."""
+    import torch
+
+    threads = given_threads()
+    torch.set_num_threads(threads.number)
+    log.info("CPU threads: %d (%s)", *threads)
+    return threads.number
+
+
+def given_threads(
+    environment: Mapping[str, str] = os.environ, root: Path = Path("/"), affinity: int | None = None, parent: int | None = None
+) -> Threads:
+    """The number of threads for this process: OMP_NUM_THREADS where that is set, else the CPUs that it may use.
+
+    These are the CPUs of its affinity mask, at most those of its Slurm task and its control groups' quota (rounded down),
+    divided by the number of processes that torchrun started on this machine; at least 1. joblib and Ray set OMP_NUM_THREADS.
+
+    root: of the file system with /proc and the control groups; affinity: number of CPUs in the mask (None: read it);
+    parent: the process that started this one (None: read it).
+    """
+    chosen = chosen_threads(environment, root, os.getppid() if parent is None else parent)
+    if chosen:
+        return Threads(chosen, "OMP_NUM_THREADS")
+    bounds = [Threads(affinity or visible_cpus(), "the CPUs of this process's affinity mask")]
+    slurm = slurm_cpus(environment)
+    if slurm:
+        bounds.append(slurm)
+    quota = cpu_quota(root)
+    if quota:
+        bounds.append(Threads(max(1, math.floor(quota)), f"the control group's quota of {quota:g} CPUs"))
+    number, reason = min(bounds, key=lambda bound: bound.number)
+    processes = positive(environment.get("LOCAL_WORLD_SIZE")) or 1
+    if processes > 1 and not has_own_mask():
+        return Threads(max(1, number // processes), f"{reason}, divided by {processes} processes")
+    return Threads(number, reason)
+
+
+def visible_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_own_mask() -> bool:
+    """Whether this process was bound to fewer CPUs than the one that started it."""
+    with suppress(OSError, AttributeError):
+        return os.sched_getaffinity(0) < os.sched_getaffinity(os.getppid())
+    return False
+
+
+def positive(text: str | None) -> int | None:
+    """The number that a variable begins with, where it is one above 0."""
+    found = re.match(r"\s*(\d+)", text or "")
+    return int(found[1]) or None if found else None
+
+
+def chosen_threads(environment: Mapping[str, str], root: Path, parent: int) -> int | None:
+    """The user's OMP_NUM_THREADS; None where it is unset, or where torchrun set it to 1 because the user did not."""
+    chosen = positive(environment.get("OMP_NUM_THREADS"))
+    if chosen == 1 and "TORCHELASTIC_RUN_ID" in environment:
+        with suppress(OSError):
+            variables = (root / "proc" / str(parent) / "environ").read_bytes().split(b"\0")  # those that torchrun began with
+            if variables != [b""] and not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in variables):
+                return None
+    return chosen
+
+
+def slurm_cpus(environment: Mapping[str, str]) -> Threads | None:
+    """The CPUs of this process's Slurm task; None outside of a job.
+
+    Where a job does not ask for CPUs per task, its tasks on a machine share the CPUs that it has there.
+    """
+    per_task = positive(environment.get("SLURM_CPUS_PER_TASK"))
+    if per_task:
+        return Threads(per_task, "SLURM_CPUS_PER_TASK")
+    on_node = positive(environment.get("SLURM_CPUS_ON_NODE"))
+    if not on_node:
+        return None
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        if name in environment:
+            tasks = tasks_on_node(environment[name], positive(environment.get("SLURM_NODEID")) or 0)
+            return Threads(max(1, on_node // tasks), f"SLURM_CPUS_ON_NODE divided by {tasks} tasks")
+    return Threads(on_node, "SLURM_CPUS_ON_NODE")
+
+
+def tasks_on_node(counts: str, node: int) -> int:
+    """Slurm's list of tasks per node, such as ``2(x3),1``, at a node's index; 1 where it cannot be read."""
+    expanded: list[int] = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        expanded += [int(count)] * int(repeats or 1)
+    return max(1, expanded[node]) if node < len(expanded) else 1
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The CPUs that this process's control groups and those above them allow, as in a container; None without a limit."""
+    quotas = [quota for folder in control_groups(root) for quota in (quota_v2(folder), quota_v1(folder)) if quota]
+    return min(quotas, default=None)
+
+
+def quota_v2(folder: Path) -> float | None:
+    with suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    return None
+
+
+def quota_v1(folder: Path) -> float | None:
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else None
+    return None
+
+
+def control_groups(root: Path) -> Iterator[Path]:
+    """Folders of the control groups that limit this process's CPU time, from its own up to the mount's root."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    paths = {}  # "" (version 2) or "cpu" (version 1) → path of the group
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        for controller in controllers.split(","):
+            paths[controller] = path
+    for mount in mounts:
+        fields, _, system = mount.partition(" - ")
+        kind, *_, options = system.split()
+        controller = "" if kind == "cgroup2" else "cpu"
+        if kind not in ("cgroup", "cgroup2") or controller not in paths or (controller and "cpu" not in options.split(",")):
+            continue
+        mounted, point = fields.split()[3:5]
+        folder = root / point.lstrip("/")
+        # In a container the mount shows a part of the tree, and the path may begin above it.
+        relative = paths[controller].removeprefix(mounted.rstrip("/")).strip("/")
+        inner = folder / relative
+        yield from (parent for parent in (inner, *inner.parents) if parent == folder or folder in parent.parents)
