@@ -24,10 +24,11 @@ from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
 from vix.config import GROUPS, check
 from vix.distributed import from_first, process_group, processes, rank
-from vix.files import only_writer
+from vix.files import LockedError, only_writer
 from vix.memory import limit_memory, out_of_memory
 from vix.progress import show_results
 from vix.run import Run
+from vix.snapshot import undo_start
 from vix.sweep import Job, Sweep, is_sweep
 
 CONFIG_DIR = Path(__file__).parent.resolve() / "conf"
@@ -61,6 +62,8 @@ def main(cfg: DictConfig) -> float:
             this_job.finished(results, before=results is run.earlier)
             return float(results["top1"])
     except Exception as error:
+        if isinstance(error, LockedError) and job.mode == RunMode.RUN:
+            undo_start(locked=True)
         if job.mode == RunMode.MULTIRUN:  # the sweep goes on, and its end would tell the first failure only
             log.error("%s: %s", identity["name"], one_line(error))
         elif isinstance(error, UserError):
@@ -77,26 +80,26 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         model = build_model(cfg)
         make_optimizer = optimizer_builder(cfg)
         make_optimizer(model)
-        trainer = build(cfg, "trainer")
-        if cfg.get("rerun") and rank() == 0:
-            run.set_aside()
-        results = from_first(lambda: run.finished(trainer.resume))
+        trainer, data = build(cfg, "trainer"), build(cfg, "data")
+        run.identify(image_set=data.image_set)
+        results = from_first(lambda: run.prepare(cfg.get("rerun") is True, trainer.resume))
         if results:
-            log.info("Finished before, and not run again: rerun=true starts over")
+            log.info("Already finished, and not run again: rerun=true starts over")
         else:
             try:
-                results = trainer.fit(model, make_optimizer, build(cfg, "data"), run, cfg.seed)
+                results = trainer.fit(model, make_optimizer, data, run, cfg.seed)
             finally:
                 limit_memory(trainer.torch_device, None)  # not for telling of a failure, nor for the sweep's next job
     except ConfigError as error:
         if HydraConfig.get().mode == RunMode.RUN:
-            run.discard_if_empty()
+            if rank() == 0 and not run.begun:
+                undo_start()
         elif not run.results_path.exists():
             run.write_results(status="refused", error=str(error))
         raise
     except Exception as error:
         told = shortage(cfg, error) if out_of_memory(error) else error
-        run.write_results(status="failed", error=one_line(told), traceback=traceback.format_exc())
+        run.write_failure(status="failed", error=one_line(told), traceback=traceback.format_exc())
         if told is not error:
             raise told from error
         raise
@@ -107,7 +110,10 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
             torch.cuda.empty_cache()
     if rank() == 0:
         show_results(results)
-    log.info("The same again: %s", run.identity["command"])
+    if results.get("config_changes"):
+        log.info("Continued under another config (config_changes in results.json): no single command reproduces this run")
+    else:
+        log.info("To reproduce: %s", run.identity["command"])
     return results
 
 

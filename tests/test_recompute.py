@@ -171,7 +171,7 @@ def test_a_run_is_the_same_and_may_be_continued(compose_config: Compose, tmp_pat
     assert run_train(tmp_path, *TINY, "trainer.epochs=1", "trainer.recompute=cheap", "hydra.run.dir=run").returncode == 0
     done = run_train(tmp_path, *TINY, "trainer.epochs=1", "trainer.recompute=everything", "hydra.run.dir=run")
     assert done.returncode == 0
-    assert "Finished before" in done.stdout + done.stderr
+    assert "Already finished" in done.stdout + done.stderr
 
 
 def test_a_sweep_compares_them(tmp_path: Path) -> None:

@@ -307,11 +307,11 @@ def test_a_run_moved_aside_keeps_everything(tmp_path: Path) -> None:
     names = {"results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt", "events.out.tfevents.1"}
     for name in names:
         (tmp_path / name).write_text(name)
-    run.set_aside()
+    run.archive_previous()
     assert {p.name for p in tmp_path.iterdir()} == {"previous-1"}
     assert {p.name: p.read_text() for p in (tmp_path / "previous-1").iterdir()} == {name: name for name in names}
     (tmp_path / "results.json").write_text("second")
-    run.set_aside()
+    run.archive_previous()
     assert (tmp_path / "previous-2" / "results.json").read_text() == "second"
 
 

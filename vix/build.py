@@ -114,6 +114,10 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
     """
     path = Path(directory) / "checkpoint.pt"
     if not path.is_file():
+        if path.with_name("results.json").is_file():
+            previous = path.with_name("checkpoint.previous.pt")
+            older = f", or rename {previous} to it for the weights saved before" if previous.is_file() else ""
+            raise DataError(f"there is no {path}: the run's checkpoint is lost; train it again with rerun=true{older}")
         raise DataError(f"there is no {path}: name the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
     cfg = OmegaConf.create(checkpoint["config"])

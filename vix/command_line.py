@@ -12,7 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from vix.build import build
 from vix.checks import UserError
 from vix.config import GROUPS, OVERLAYS, nearest
 from vix.results import DEFAULT_RECIPE, MODEL_GROUPS, override_key
@@ -21,21 +23,35 @@ from vix.run import NOT_IDENTITY
 NOT_THE_RUN = ("rerun", "fail_fast", "trainer.resume")  # how a run is started
 
 
-def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any) -> str:
+def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig | None = None) -> str:
     """A run's directory below outputs/, which follows from what it is: ``vin,trainer.epochs=10/seed=1``.
 
+    _root_: the composed config, supplied by OmegaConf.
+
     It starts with the experiment, or the four parts of the model where there is none; then come the overrides that are not
-    in it yet, in alphabetical order, so that the same run has the same directory however its command was written.
+    in it yet, in alphabetical order, so that the same run has the same directory however its command was written. Of an image
+    set whose content its root decides a digest is added: other images are another run, wherever they lie.
     """
     experiment = choices.get("experiment")
     label = experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS)
     told = {"experiment", "seed", *NOT_IDENTITY, *(() if experiment else MODEL_GROUPS)}
     last = {override_key(override): override for override in overrides}  # of two values for a key the last one counts
     rest = {override for key, override in last.items() if key not in told and key.partition(".")[0] != "hydra"}
+    images = digest_of_images(_root_)
+    rest |= {f"images={images}"} if images else set()
     name = re.sub(r"[^\w.,=+~\[\]-]+", "_", ",".join([label, *sorted(rest - {DEFAULT_RECIPE})]))
     if len(name) > 180:  # file systems allow 255 bytes
         name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return f"{name}/seed={seed}"
+
+
+def digest_of_images(cfg: DictConfig | None) -> str:
+    """Eight digits of the digest of a config's image set; empty where its content is always the same, and for images that
+    cannot be looked at: the run is then refused with the reason, once its directory is known."""
+    try:
+        return str(build(cfg, "data").digest)[:8] if cfg is not None else ""
+    except (UserError, OmegaConfBaseException, AttributeError):
+        return ""
 
 
 def repeating_command(overrides: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ RESULTS = (
         "trainable_params",
         "weight_bias_params",
         "checkpoint_mb",
+        "image_set",
         "train_images",
         "test_images",
         "tested_on",

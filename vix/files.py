@@ -1,16 +1,81 @@
-"""Files that are whole or absent, whatever stops the program, and directories that one process at a time writes."""
+"""Files that are whole or absent, whatever stops the program, and directories that one process at a time writes.
 
+Locks and hard links are conveniences: where a file system lacks them, as some network file systems do, a run goes on without
+the lock and with a plain copy, after one warning per process.
+"""
+
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vix.checks import UserError
+
+log = logging.getLogger(__name__)
+NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+warned: set[str] = set()  # of what this process has warned already
+
+
+class LockedError(UserError):
+    """A directory that another process writes at this moment."""
+
+
+def warn_once(about: str, message: str, *values: object) -> None:
+    """Log a warning, but only the first one ``about`` this in this process."""
+    if about not in warned:
+        warned.add(about)
+        log.warning(message, *values)
+
+
+def try_lock(file: IO[Any], operation: int) -> bool:
+    """Apply ``fcntl.flock``; False, after a warning, where the file system has no locks.
+
+    Raises BlockingIOError where ``operation`` does not wait and another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EACCES:  # how some network file systems say that another process holds it
+            raise BlockingIOError(error.errno, error.strerror) from error
+        reason = error.strerror or error
+        warn_once("lock", "%s cannot be locked (%s): two processes that write there at once go unnoticed", file.name, reason)
+        return False
+    return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give ``source`` a second name, or where hard links are not supported a copy; ``target`` is whole at every moment.
+
+    Raises UserError where the copy cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        temporary.replace(target)
+        temporary.unlink(missing_ok=True)  # still there if both names were one file already, after a kill at this very place
+    except OSError as error:
+        warn_once("link", "%s cannot be hard-linked (%s): it is copied instead", source, error.strerror or error)
+        write_whole(target, source.read_bytes())
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """``os.fsync``, where the file system has it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        warn_once("fsync", "files cannot be flushed to the disk (%s): a power failure may lose the last ones", error.strerror)
 
 
 def write_whole(path: Path, contents: bytes | memoryview) -> None:
@@ -23,13 +88,13 @@ def write_whole(path: Path, contents: bytes | memoryview) -> None:
         with open(temporary, "wb") as file:
             file.write(contents)
             file.flush()
-            os.fsync(file.fileno())
+            flush_to_disk(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({error.strerror}); what it held before is kept. Mend that and run the same command again"
+            f"cannot write {path} ({error.strerror}); what it held before is kept. Fix that and run the same command again"
         ) from error
 
 
@@ -52,18 +117,34 @@ def finite(value: Any) -> Any:
 def only_writer(directory: Path) -> Iterator[None]:
     """Hold ``directory`` against other processes; the lock goes with the process, however that ends.
 
-    Raises UserError, naming the holder, where another process has it.
+    Raises LockedError, naming the holder, where another process has it.
     """
     with open(directory / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)"
-            ) from None
+            raise LockedError(locked_message(directory, file)) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def check_unlocked(directory: Path) -> None:
+    """Raises LockedError, naming the holder, where another process writes ``directory`` at this moment; writes nothing."""
+    try:
+        file = open(directory / ".lock")  # noqa: SIM115  (what goes wrong later is not what is caught here)
+    except OSError:
+        return
+    with file:
+        try:
+            try_lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(locked_message(directory, file)) from None
+
+
+def locked_message(directory: Path, file: IO[str]) -> str:
+    """The error that names the process which wrote its name into a lock's file."""
+    file.seek(0)
+    holder = file.read().strip() or "another process"
+    return f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)"

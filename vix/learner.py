@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vix.distributed import highest, parallel, processes, share, total
 from vix.memory import out_of_memory, release_memory
 from vix.models.recompute import Recompute, recompute_blocks
+from vix.resume import load_optimizer, parameter_names, scheduler_at
 from vix.runtime import get_rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Learner:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     dtype: torch.dtype  # of autocast; float32 does without
     micro_batch: int | None
     clip_norm: float | None
@@ -144,14 +145,20 @@ class Learner:
         """All that a checkpoint must hold of it; ``model`` is the kept one, and ``trained_model`` that behind an average."""
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "scaler")}
         state = {"model": self.kept.state_dict(), **parts, "skipped": self.skipped}
+        state["optimizer_params"] = parameter_names(self.optimizer, self.model)
         if self.average:
             state |= {"trained_model": self.model.state_dict(), "averaged_steps": int(self.average.n_averaged)}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.kept.load_state_dict(state["model"])
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on from a checkpoint before step number ``step``, with the options that this learner was made with."""
+        names = parameter_names(self.optimizer, self.model)
+        load_optimizer(self.optimizer, names, state["optimizer"], state["optimizer_params"])
+        self.schedule = scheduler_at(self.schedule, step)
+        if state["scaler"]:  # empty where another precision did without
+            self.scaler.load_state_dict(state["scaler"])
+        # Without an average any more it is the weights behind it that train on.
+        self.kept.load_state_dict(state["model"] if self.average else state.get("trained_model", state["model"]))
         if self.average:
             # Absent where trainer.resume=force begins to average in the middle of a run.
             self.model.load_state_dict(state.get("trained_model", state["model"]))

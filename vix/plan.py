@@ -5,7 +5,6 @@ already, and with the reason where it would be refused; the exit status is then 
 """
 
 import argparse
-import fcntl
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vix.build import build, build_model, optimizer_builder
-from vix.checks import ConfigError, UserError
+from vix.checks import UserError
 from vix.command_line import about_the_command, explain, run_name
 from vix.config import check
 from vix.estimate import measure, peak_memory
+from vix.files import check_unlocked
 from vix.report import Table
-from vix.results import MODEL_GROUPS, Row, find_runs, flat
+from vix.results import MODEL_GROUPS, Row, find_runs, flat, image_set
 from vix.run import Run
 from vix.runtime import device_name
 from vix.summary import CONFIG_DIR, Summary, summarise
@@ -47,6 +46,7 @@ COSTLESS = (
         "rerun",
         "fail_fast",
         "data.root",
+        "data.classes",
         "trainer.device",
         "trainer.epochs",
         "trainer.schedule",
@@ -77,6 +77,7 @@ class Job:
     reason: str = ""
     directory: Path | None = None
     config: Row | None = None
+    image_set: str = ""
     left: int = 0
     device: str = ""
     summary: Summary | None = None
@@ -156,11 +157,10 @@ def examine(job: Job, cfg: DictConfig, directory: Path) -> None:
         optimizer_builder(cfg)(model)
     trainer = build(cfg, "trainer")
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
-    holder = held_by(directory)
-    if holder:
-        raise ConfigError(f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)")
-    run = Run(directory, {}, job.config or {})
-    if cfg.get("rerun"):
+    job.image_set = build(cfg, "data").image_set
+    check_unlocked(directory)
+    run = Run(directory, {"image_set": job.image_set}, job.config or {})
+    if cfg.get("rerun") and not run.continues_rerun():
         job.state = "again" if run.earlier else "new"
     elif run.finished(trainer.resume):
         job.state, job.left = "finished", 0
@@ -170,22 +170,20 @@ def examine(job: Job, cfg: DictConfig, directory: Path) -> None:
         job.state = "new"
 
 
-def held_by(directory: Path) -> str:
-    """The process that trains in a directory now; empty where none does."""
-    with suppress(FileNotFoundError), open(directory / ".lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return ""
-
-
 def recall(job: Job, earlier: Iterable[Row]) -> None:
     """Set the job's hours and memory to the median of those earlier runs that cost the same, where there are any."""
     if job.state == "refused" or job.config is None:
         return
     key = cost_key(job.config)
-    alike = [r for r in earlier if r.get("device") == job.device and cost_key(r.get("config")) == key]
+    alike = [
+        r
+        for r in earlier
+        if r.get("device") == job.device
+        and r.get("processes", 1) == 1
+        and cost_key(r.get("config")) == key
+        # An epoch over other images takes other times.
+        and image_set(r) == job.image_set
+    ]
     seconds = [r["seconds"] / r["epochs"] for r in alike if is_number(r.get("seconds")) and is_number(r.get("epochs"))]
     gigabytes = [r["peak_gpu_allocated_gb"] for r in alike if is_number(r.get("peak_gpu_allocated_gb"))]
     job.hours = statistics.median(seconds) * job.left / 3600 if seconds else None
@@ -200,7 +198,7 @@ def foresee(jobs: Iterable[Job], measuring: bool) -> None:
     for job in jobs:
         if job.gpu_gb is not None and (job.hours is not None or not measuring):
             continue
-        cfg, kind = OmegaConf.create(job.config), json.dumps(cost_key(job.config), sort_keys=True)
+        cfg, kind = OmegaConf.create(job.config), json.dumps([job.image_set, cost_key(job.config)], sort_keys=True)
         assert isinstance(cfg, DictConfig)
         if kind not in known:
             known[kind] = *(measure(cfg) if measuring else (None, None)), peak_memory(cfg)

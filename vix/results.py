@@ -24,7 +24,10 @@ NUMBERS = ("top1", "top5", "best_top1", "best_top5", "epochs", "weight_bias_para
 NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_allocated_gb", "peak_gpu_reserved_gb")
 UNFINISHED = ("running", "failed", "refused", "interrupted")
 # Keys that say where a run happens or which of several equal runs it is: runs that differ in these alone are one group.
-NOT_COMPARED = ("experiment", "seed", "rerun", "fail_fast", "data.root", "trainer.device", "trainer.resume", "trainer.probe")
+NOT_COMPARED = (
+    *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes"),
+    *("trainer.device", "trainer.resume", "trainer.probe"),
+)
 DEFAULT_RECIPE = "recipe=paper"  # says what is so without it
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
 # Within those groups, but it changes what a model costs and not what it computes.
@@ -73,7 +76,9 @@ class Run:
         """
         config = {k: v for k, v in flat(self.results["config"]).items() if v is not None and k not in NOT_COMPARED}
         place = (str(self.results.get("device")), str(self.results.get("precision")))
-        return (self.experiment, *self.changes, *place, json.dumps(config, sort_keys=True))
+        # A run that was continued under another config is no seed of those that began with it.
+        history = json.dumps(self.results.get("config_changes"), sort_keys=True)
+        return (self.experiment, *self.changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))
 
 
 @dataclass
@@ -97,6 +102,14 @@ class Group:
     def best(self) -> Row:
         """Results of the seed with the best epoch, which is how the paper chose among its runs."""
         return max(self.runs, key=lambda run: run.results["best_top1"]).results
+
+
+def image_set(results: Row) -> str:
+    """Which images a run used; of older results, which do not say so, the name of the set."""
+    config = results.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    target = str(data.get("_target_", "")) if isinstance(data, dict) else ""
+    return str(results.get("image_set") or target.rpartition(".")[2].lower())
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Row:
@@ -240,12 +253,27 @@ def paper(run: Run, published: Mapping[str, Mapping[str, str]]) -> Mapping[str, 
 
 
 def tell_apart(groups: Iterable[Group]) -> None:
-    """Add to the names of groups of one name what tells them apart: device and precision, and a number where that is not it."""
-    for numbered in (False, True):
+    """Add to the names of groups of one name what distinguishes them: the image set, a config that changed within the run, device
+    and precision; and a number where these do not."""
+    for distinction in (images_of, changes_of, place_of, None):
         same: defaultdict[str, list[Group]] = defaultdict(list)
         for group in groups:
             same[group.name].append(group)
         for alike in (groups for groups in same.values() if len(groups) > 1):
-            for number, group in enumerate(alike, 1):
-                place = f"{group.best.get('device')}, {group.best.get('precision')}"
-                group.name += f" (config {number})" if numbered else f" ({place})"
+            labels = [distinction(group) if distinction else f"config {i}" for i, group in enumerate(alike, 1)]
+            if len(set(labels)) > 1 or distinction is place_of:
+                for group, label in zip(alike, labels, strict=True):
+                    group.name += f" ({label})" if label else ""
+
+
+def images_of(group: Group) -> str:
+    """The image set without its counts: ``imagefolder 1f3a9c2b4d5e``."""
+    return image_set(group.best).partition(" (")[0]
+
+
+def changes_of(group: Group) -> str:
+    return "continued under another config" if group.best.get("config_changes") else ""
+
+
+def place_of(group: Group) -> str:
+    return f"{group.best.get('device')}, {group.best.get('precision')}"

@@ -20,7 +20,7 @@ from vix.run import NOT_IDENTITY, Run
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "optimizer")
+CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "image_set", "optimizer")
 METRICS = (
     *("top1", "top5", "best_top1", "train_loss"),
     *("trainable_params", "images_per_second", "seconds", "peak_gpu_allocated_gb"),

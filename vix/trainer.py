@@ -23,6 +23,7 @@ from vix.metrics import PeakMemory, accuracy
 from vix.models.recompute import Recompute
 from vix.nonfinite import find
 from vix.progress import EpochBar, tell_epoch
+from vix.resume import refuse_other_state, refuse_other_weights
 from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
 from vix.runtime import get_rng_state, hardware, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
@@ -47,7 +48,8 @@ class Trainer:
         save memory (vix/models/recompute.py).
     checkpoint_every: also save every so many steps within an epoch; 0 saves at the ends of epochs only.
     probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
-    resume: auto continues an interrupted run and skips a finished one; force does so although its config was another.
+    resume: auto continues an interrupted run and skips a finished one; force does so although its config was another, with the
+        options of this config. One that cannot change in the middle of a run is refused (vix/resume.py).
     """
 
     epochs: Positive = 40
@@ -84,8 +86,12 @@ class Trainer:
         Raises DataError where the data cannot be read, and SystemExit where a signal asked to stop and all is saved.
         """
         device = self.torch_device
-        dtype = resolve_precision(self.precision, device)
         saved = from_first(lambda: run.load_checkpoint(self.resume))
+        changed = run.resume_from(saved)
+        if saved:
+            refuse_other_weights(changed, model, saved["model"], run.directory)
+            refuse_other_state(changed, make_optimizer, model, saved, run.directory)
+        dtype = resolve_precision(run.precision(self.precision, changed), device)
         train, test = data.load(device)
         optimizer = make_optimizer(model := model.to(device))
         limit_memory(device, self.memory_limit_gb)
@@ -100,10 +106,10 @@ class Trainer:
         at, stop = Position(loss_sum=torch.zeros((), device=device)), StopRequest()
 
         def restore(saved: dict[str, Any]) -> None:
-            learner.load_state_dict(saved)
+            vars(at).update(saved["position"], loss_sum=saved["position"]["loss_sum"].to(device))
+            learner.load_state_dict(saved, at.epoch * steps_per_epoch + at.batch)
             memory.load_state_dict(saved["memory"])
             set_rng_state(saved["rng"])
-            vars(at).update(saved["position"], loss_sum=saved["position"]["loss_sum"].to(device))
 
         def checkpoint() -> None:
             state = {**learner.state_dict(), "best_model": at.best_model, "memory": memory.state_dict()}

@@ -15,6 +15,7 @@ import numpy as np
 
 from vix.checks import DataError
 from vix.data.dataset import ImageData, Labelled
+from vix.files import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Cifar10(ImageData):
         root = Path(self.root)
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".download.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try_lock(lock, fcntl.LOCK_EX)
             if (root / self.folder).is_dir():
                 return
             log.info("Downloading %s into %s", self.reader, root)
@@ -78,7 +79,12 @@ class Cifar10(ImageData):
                 # torchvision prints its progress, which is no use in a log.
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     reader(unfinished, download=True)
-                (Path(unfinished) / self.folder).rename(root / self.folder)
+                try:
+                    (Path(unfinished) / self.folder).rename(root / self.folder)
+                except OSError:
+                    if not (root / self.folder).is_dir():
+                        raise
+                    log.info("%s was brought by another process", root / self.folder)  # without locks both downloaded it
 
 
 class Cifar100(Cifar10):

@@ -131,7 +131,8 @@ class ImageData(ImageSet):
     mixup, cutmix: blend a training image with another (Zhang et al., 2018), or put a part of another into it (Yun et al.,
         2019), with shares from a Beta(α, α) of this α; both: one of them for each batch. None does not.
 
-    Subclasses give the attributes of ``ImageSet``, but for ``classes``, and ``read``.
+    Subclasses give the attributes of ``ImageSet``, but for ``classes``, and ``read``; and ``digest`` where the content is not
+    always the same.
     """
 
     train_size: Positive | None = None
@@ -164,6 +165,17 @@ class ImageData(ImageSet):
     @property
     def tested_on(self) -> Literal["test", "validation"]:
         return "validation" if self.validation_size else "test"
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal images, wherever they lie; empty for a set that is always the same."""
+        return ""
+
+    @property
+    def image_set(self) -> str:
+        """Which images these are, as part of a run's identity and for people: the set's name, and where the content of that
+        is not always the same the digest and the counts."""
+        return type(self).__name__.lower()
 
     def read(self) -> tuple[Labelled, Labelled]:
         """Images and labels (count,) of the whole training and of the whole test split.

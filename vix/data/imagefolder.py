@@ -1,5 +1,6 @@
 """A user's own images, a folder for each class (torchvision's ImageFolder layout), and Tiny ImageNet as it is distributed."""
 
+import functools
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import numpy as np
 
 from vix.checks import ConfigError, DataError, Positive
 from vix.data.dataset import ImageData, Labelled
+from vix.data.identity import files_digest
 
 Sample = tuple[str, int]  # the path of an image and its class
 MODES = {1: "L", 3: "RGB"}
@@ -49,6 +51,18 @@ class ImageFolder(ImageData):
             self.class_names = tuple(map(str, range(self.classes)))  # their names come with the files
             self.sizes = sys.maxsize, sys.maxsize
         super().__post_init__()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        names, train, test = self.list_files()
+        splits = {"train": train, "test": test}
+        return files_digest(self.root, {split: [(path, names[k]) for path, k in files] for split, files in splits.items()})
+
+    @functools.cached_property
+    def image_set(self) -> str:
+        names, train, test = self.list_files()
+        counts = f"{len(names)} classes, {len(train):,} training and {len(test):,} test images"
+        return f"{super().image_set} {self.digest} ({counts})"
 
     def read(self) -> tuple[Labelled, Labelled]:
         names, train, test = self.list_files()
