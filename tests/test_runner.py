@@ -262,7 +262,7 @@ def test_fail_fast(tmp_path: Path) -> None:
 def test_the_command_that_a_run_prints_repeats_it(tmp_path: Path) -> None:
     first = run_train(tmp_path, *TINY, "optimizer.lr=3e-4", "seed=3", "trainer.resume=force")
     results = json.loads(next(tmp_path.glob("outputs/*/*/results.json")).read_text())
-    assert f"The same again: {results['command']}" in first.stdout
+    assert f"To reproduce: {results['command']}" in first.stdout
     command = shlex.split(results["command"])
     assert command[:2] == ["python", "train.py"]
     (tmp_path / "elsewhere").mkdir()
