@@ -145,7 +145,7 @@ COMMANDS = {
     "foo": "foo",
     "~nothing": "nothing",
     "data.root=/nonexistent trainer.epochs=fast": "trainer.epochs=fast",  # before any data is read
-    "-m experiment=quickstart,quickstrt": "quickstart",
+    "-m experiment=quickstrt seed=0,1": "quickstart",
 }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
@@ -66,7 +65,7 @@ class Repository(ConfigRepository):
     def file_of(self, config_path: str) -> Path | None:
         """The file that a config is loaded from; None for those that Hydra and its plugins bring along."""
         source = self._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
-        if not isinstance(source, FileConfigSource):
+        if source is None or source.scheme() != "file":
             return None
         return Path(source.path, source._normalize_file_name(config_path))
 
@@ -105,7 +104,7 @@ def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
         raise ConfigError(f"{path}:{line}: {problem}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise ConfigError(f"{path}:{line}: the character U+{ord(str(error.character)):04X} is not allowed in YAML") from error
+        raise ConfigError(f"{path}:{line}: the character U+{error.character:04X} is not allowed in YAML") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split()) or 'nested too deeply'})") from error
     if root is not None:
@@ -182,7 +181,7 @@ def check_default_item(path: Path, item: yaml.Node) -> None:
         if words and (words[0] == "override" or words[0].strip("/") in GROUPS):
             if words[0] == "override":
                 words = words[1:]
-            group, option, *_ = [*words, "GROUP", "OPTION"]
+            group, option = (*words, "GROUP", "OPTION")[:2]
             refuse_item(path, item, item.value, group, option)
         return
     for name, value in entries(item):
@@ -313,6 +312,9 @@ def check_hydra_keys(repository: Any, file: Path, value: Any, prefix: str = "") 
         for key, below in value.items():
             check_hydra_keys(repository, file, below, f"{prefix}.{key}".lstrip("."))
     else:
+        while isinstance(value, dict) and value and prefix.count(".") < 1:
+            key, value = next(iter(value.items()))
+            prefix = f"{prefix}.{key}".lstrip(".")
         shown = ".".join(["hydra", *filter(None, [prefix])])
         raise ConfigError(f"{location(file, shown.split('.')[-1])}: {shown}: a file of a group may not set this; it {WHERE}")
 
