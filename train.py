@@ -28,7 +28,7 @@ from vix.progress import show_results
 from vix.run import Run
 from vix.sweep import Job, Sweep
 
-REPORT_FLAG = "--report"  # after a sweep, print the report of all runs below its directory: for sweep.sh
+REPORT = "VIX_REPORT"  # environment variable: after a sweep, print the report of all runs below its directory (sweep.sh)
 log = logging.getLogger("vix")
 
 
@@ -139,8 +139,7 @@ def run_from_command_line() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Processes that a launcher starts must find vix, wherever this was called from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
-    wants_report = REPORT_FLAG in sys.argv[1:]
-    sys.argv[1:] = expand_arguments([argument for argument in sys.argv[1:] if argument != REPORT_FLAG])
+    sys.argv[1:] = expand_arguments(sys.argv[1:])
     command = parse_command(sys.argv[1:])
     sweep: Sweep | None = None
     unfinished = 0
@@ -185,7 +184,7 @@ def run_from_command_line() -> int:
         print(f"error: {unfinished} of this sweep's jobs did not finish", file=sys.stderr)
     elif problem:
         print(f"error: {explain(problem, command.overrides, command.flags)}", file=sys.stderr)
-    reported = print_report(sweep.outputs) if sweep and wants_report else True
+    reported = print_report(sweep.outputs) if sweep and os.environ.get(REPORT) else True
     return 1 if problem or unfinished or not reported else 0
 
 
