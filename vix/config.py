@@ -151,7 +151,17 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
         null = ["null"] if type(None) in typing.get_args(annotation) else []  # Pydantic does not tell of it
         message = " or ".join(dict.fromkeys([*(describe(problem["loc"], problem["msg"]) for problem in problems), *null]))
         shown = json.dumps(value) if not isinstance(value, str) else value
+        if isinstance(value, str) and is_number(value):
+            message += " (this is text: leave out the quotes)"
         raise ConfigError(f"{key}={shown}: {message}") from error
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def describe(location: tuple[int | str, ...], message: str) -> str:
