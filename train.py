@@ -53,7 +53,8 @@ def main(cfg: DictConfig) -> float:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
         held = only_writer(directory) if rank() == 0 else nullcontext()  # the first of several processes holds it for all
         parts = [*run_name_parts(choices, job.overrides.task), f"seed={cfg.get('seed')}"]
-        with Job(parts, number, cfg.get("fail_fast") is True, str(job.sweep.dir)) as this_job, held, process_group():
+        outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
+        with Job(parts, number, cfg.get("fail_fast") is True, outputs) as this_job, held, process_group():
             run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             results = train(cfg, run)
             this_job.finished(results, before=results is run.earlier)

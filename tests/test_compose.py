@@ -65,7 +65,7 @@ def test_the_command_repeats_what_chose_the_config(tmp_path: Path, forked: Forke
         assert status == 0, output
         (again,) = results_below(elsewhere)
         assert (first["config"].pop("rerun"), again["config"].pop("rerun")) == (False, True)
-        same = ("seed", "experiment", "overrides", "config", "train_loss", "top1", "command")
+        same = ("seed", "experiment", "config", "train_loss", "top1", "command")
         assert {key: again[key] for key in same} == {key: first[key] for key in same}
     assert (tmp_path / "1" / "here, there" / "results.json").is_file()
 

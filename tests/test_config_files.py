@@ -149,10 +149,11 @@ def test_files_of_any_group_are_checked(tmp_path: Path, forked: Forked) -> None:
         assert not (tmp_path / override / "outputs").exists()
     assert compose([*TINY, "+own=good"], Flags(str(tmp_path / "mine"))).model.depth == 1  # the command line's
     assert compose(["+own=good"], Flags(str(tmp_path / "mine"))).model.depth == 3
-    write(tmp_path / "mine", {"hydra/launcher/basic": "_target_: subprocess.Popen"})
-    status, output = forked.run(tmp_path, *flags)
-    assert status == 1
-    assert "hydra/launcher/basic.yaml: would replace Hydra's own hydra/launcher/basic without being chosen" in output
+    for name in ("hydra/launcher/basic", "hydra/config"):
+        write(tmp_path / "mine", {name: "_target_: subprocess.Popen"})
+        status, output = forked.run(tmp_path, *flags)
+        assert status == 1
+        assert f"{name}.yaml: would replace Hydra's own {name}; give it another name" in output
 
 
 def test_what_stays_free(tmp_path: Path) -> None:

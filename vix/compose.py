@@ -133,8 +133,7 @@ class Loader(ConfigLoaderImpl):
         return job
 
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
-        keys = [override.key_or_group for override in self.overrides]
-        check_permissions(defaults, repo, keys)
+        check_permissions(defaults, repo)
         self.layers = Layers(defaults, repo)
         return super()._compose_config_from_defaults_list(defaults, repo)
 
@@ -308,14 +307,13 @@ def raw(node: Any, key: Any) -> Any:
 
 def expand_homes(node: Any) -> None:
     """Replace a leading ``~`` in every text below a node, but for what is Hydra's."""
-    if node._is_none() or node._is_interpolation() or node._is_missing():
+    if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation() or node._is_missing():
         return
     for key in range(len(node)) if isinstance(node, ListConfig) else [key for key in node if key != "hydra"]:
         value = raw(node, key)
-        if isinstance(value, DictConfig | ListConfig):
-            expand_homes(value)
-        elif isinstance(value, str) and value.startswith("~"):
+        if isinstance(value, str) and value.startswith("~"):
             node[key] = expand_home(value)
+        expand_homes(value)
 
 
 def environment(key: str, *default: Any) -> str | None:

@@ -245,14 +245,10 @@ def check_defaults(repository: Any, config_path: str, defaults: Iterable[InputDe
                     )
 
 
-def check_permissions(defaults: Sequence[ResultDefault], repository: Any, chosen: Iterable[str]) -> None:
-    """Raise ConfigError where a file that is to be merged sets more than it may.
-
-    chosen: keys of the overrides on the command line.
-    """
+def check_permissions(defaults: Sequence[ResultDefault], repository: Any) -> None:
+    """Raise ConfigError where a file that is to be merged sets more than it may."""
     parents = parents_of(defaults)
     primary = {default.config_path for default in defaults if default.primary}
-    by_name = {*chosen, *(name for path in free_files(parents, primary) for name in groups_chosen(repository, path))}
     for default in defaults:
         path = str(default.config_path)
         if not is_free(path, parents, primary):
@@ -261,20 +257,14 @@ def check_permissions(defaults: Sequence[ResultDefault], repository: Any, chosen
             check_defaults(repository.delegate, path, loaded.defaults_list or [])
             check_keys(repository, file or Path(path), embedded(loaded, default.package))
         elif path.startswith("hydra/"):
-            refuse_shadowing(repository, path, parents, by_name)
+            refuse_shadowing(repository.delegate, path)
 
 
-def refuse_shadowing(repository: Any, path: str, parents: Mapping[str, set[str]], by_name: set[str]) -> None:
-    """Raise ConfigError for a file of hydra/ in a user's directory that replaces Hydra's own without being chosen."""
-    source = repository.delegate._find_object_source(config_path=path, object_type=ObjectType.CONFIG)
-    is_default = path == "hydra/config" or parents.get(path) == {"hydra/config"}
-    if source.provider in ("hydra", "main", "schema") or not is_default or path.rpartition("/")[0] in by_name:
-        return
-    group, _, option = path.rpartition("/")
-    raise ConfigError(
-        f"{repository.delegate.file_of(path)}: would replace Hydra's own {path} without being chosen; "
-        f"give it another name, or choose it with {group}={option}"
-    )
+def refuse_shadowing(repository: Repository, path: str) -> None:
+    """Raise ConfigError where a directory of a user's replaces a file of hydra/ that Hydra or a plugin brings along."""
+    first, *others = [source for source in repository.get_sources() if source.is_config(path)]
+    if first.provider not in ("hydra", "main", "schema") and others:
+        raise ConfigError(f"{repository.file_of(path)}: would replace Hydra's own {path}; give it another name")
 
 
 def embedded(loaded: ConfigResult, package: str | None) -> dict[str, Any]:
@@ -362,10 +352,3 @@ def is_free(path: str, parents: Mapping[str, set[str]], primary: set[str | None]
 
 def free_files(parents: Mapping[str, set[str]], primary: set[str | None]) -> list[str]:
     return [path for path in parents if not path.startswith("hydra/") and is_free(path, parents, primary)]
-
-
-def groups_chosen(repository: Any, path: str) -> list[str]:
-    """The groups for which a file's defaults list names an option."""
-    loaded = repository.load_config(config_path=path)
-    defaults = (loaded.defaults_list or []) if loaded else []
-    return [str(default.group).strip("/") for default in defaults if isinstance(default, GroupDefault)]
