@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from vix.checks import UserError
 from vix.config import GROUPS, OVERLAYS, nearest
 from vix.distributed import processes
-from vix.overrides import canonical, override_key, parse
+from vix.overrides import canonical, override_key, parse_or_none
 from vix.results import DEFAULT_RECIPE, MODEL_GROUPS
 from vix.run import NOT_IDENTITY
 
@@ -142,11 +142,8 @@ def valid_keys(arguments: Sequence[str], wrong_key: str, flags: "Flags | None" =
 
     choices = []
     for argument in arguments:
-        try:
-            override = parse(argument)
-        except HydraException:
-            continue
-        if override.key_or_group in (*GROUPS, *OVERLAYS) and not override.is_sweep_override():
+        override = parse_or_none(argument)
+        if override and override.key_or_group in (*GROUPS, *OVERLAYS) and not override.is_sweep_override():
             choices.append((override.key_or_group, argument))
     for overrides in ([argument for key, argument in choices if key != wrong_key], []):
         try:

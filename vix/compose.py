@@ -34,7 +34,7 @@ from vix.command_line import explain, run_name
 from vix.config import GROUPS, OWN_OPTIONS, SETTINGS, resolve
 from vix.config_files import Repository, check_permissions, free_files, is_group_file, parents_of
 from vix.files import expand_home
-from vix.overrides import parse, quote
+from vix.overrides import parse, parse_or_none, quote
 
 CONFIG_DIR = Path(__file__).parents[1].resolve() / "conf"
 CONFIG_NAME = "config"
@@ -122,9 +122,8 @@ class Loader(ConfigLoaderImpl):
             job.hydra.overrides.task = list(overrides)
             job.hydra.runtime.refused = message
             for override in overrides:
-                try:
-                    parsed = parse(override)
-                except HydraException:
+                parsed = parse_or_none(override)
+                if parsed is None:
                     continue
                 if parsed.key_or_group in SETTINGS:
                     job[parsed.key_or_group] = parsed.value()

@@ -17,14 +17,13 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
-from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
 from vix.checks import ConfigError
 from vix.config import GROUPS, SETTINGS, nearest
 from vix.files import expand_home
-from vix.overrides import parse
+from vix.overrides import parse_or_none
 
 # Keys of Hydra that only choose directories and the values of a sweep.
 HARMLESS = ("mode", "run.dir", "sweep.dir", "sweep.subdir", "sweeper.params")
@@ -311,10 +310,7 @@ def check_hydra_keys(repository: Any, file: Path, value: Any, prefix: str = "") 
 
 def check_param(repository: Any, file: Path, key: str, value: Any) -> None:
     """Raise ConfigError where a sweep's parameter, which becomes an override, is none of the program's own keys."""
-    try:
-        override = parse(f"{key}={value}")
-    except HydraException:
-        override = None
+    override = parse_or_none(f"{key}={value}")
     if override and override.package is None:
         name = override.key_or_group
         first = re.match(r"\w*", name)
