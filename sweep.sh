@@ -8,7 +8,9 @@ Train a whole table of the paper, or any sweep, and print the report of all runs
 
   ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
   ./sweep.sh override …              the same as: python train.py -m override …
-  ./sweep.sh --plan …                only tell what that would do: runs, costs, refusals (the same as: python -m vix.plan)
+  ./sweep.sh --plan …                only say what that would do: runs, costs, refusals (the same as: python -m vix.plan)
+
+  ./sweep.sh --config-dir DIR …      with configs of your own, next to those of conf/
 
 Overrides are Hydra's: key=value, or key=a,b,c to sweep over values. Finished runs are not run again, and
 interrupted ones continue, so the same command picks up where it stopped.
@@ -26,19 +28,34 @@ runs; the exit status is then not 0. Make it again, sorted or filtered, with: py
 END
 }
 
+absolute() { # before this script goes to its own directory
+    case "$1" in
+        /* | "~"*) printf '%s\n' "$1" ;;
+        *) printf '%s\n' "$PWD/$1" ;;
+    esac
+}
+
 plan=()
-if [[ ${1:-} == --plan ]]; then
-    plan=(python -m vix.plan)
+flags=()   # Hydra's options that say where configs come from; the program takes them before the overrides
+while [[ ${1:-} == -* ]]; do
+    case "$1" in
+        -h | --help) usage; exit 0 ;;
+        --plan) plan=(python -m vix.plan) ;;
+        --measure) flags+=("$1") ;;
+        -m | --multirun) ;;
+        -cd | -cp | -cn | --config-dir | --config-path | --config-name)
+            [[ $# -ge 2 ]] || { echo "error: $1: a value is needed" >&2; exit 2; }
+            value=$2
+            if [[ $1 == -cd || $1 == --config-dir ]]; then value=$(absolute "$2"); fi
+            flags+=("$1" "$value")
+            shift
+            ;;
+        --config-dir=*) flags+=("--config-dir=$(absolute "${1#*=}")") ;;
+        *) flags+=("$1") ;;
+    esac
     shift
-    if [[ ${1:-} == --measure ]]; then
-        plan+=(--measure)
-        shift
-    fi
-fi
-case "${1:-}" in
-    "") usage >&2; exit 2 ;;
-    -h | --help) usage; exit 0 ;;
-esac
+done
+[[ $# -gt 0 ]] || { usage >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 case "$1" in
@@ -62,18 +79,6 @@ case "$1" in
 esac
 
 if [[ ${#plan[@]} -gt 0 ]]; then
-    exec "${plan[@]}" "$@"
+    exec "${plan[@]}" ${flags[@]+"${flags[@]}"} "$@"
 fi
-
-# Where the report looks for the runs.
-outputs=outputs
-for argument in "$@"; do
-    case "$argument" in
-        hydra.sweep.dir=*) outputs=${argument#hydra.sweep.dir=} ;;
-    esac
-done
-
-status=0
-python train.py -m "$@" || status=$?
-python -m vix.report "$outputs" || { report=$?; [[ $status -ne 0 ]] || status=$report; }
-exit "$status"
+VIX_REPORT=1 exec python train.py -m ${flags[@]+"${flags[@]}"} "$@"

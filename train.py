@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
-from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
+from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name_parts
+from vix.compose import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, expand_arguments, left_out, parse_command, refusal, sweep_outputs
 from vix.config import GROUPS, check
 from vix.distributed import from_first, process_group, processes, rank
 from vix.files import LockedError, only_writer
@@ -29,14 +30,13 @@ from vix.memory import limit_memory, out_of_memory
 from vix.progress import show_results
 from vix.run import Run
 from vix.snapshot import undo_start
-from vix.sweep import Job, Sweep, is_sweep
+from vix.sweep import Job, Sweep
 
-CONFIG_DIR = Path(__file__).parent.resolve() / "conf"
+REPORT = "VIX_REPORT"  # environment variable: after a sweep, print the report of all runs below its directory (sweep.sh)
 log = logging.getLogger("vix")
-OmegaConf.register_new_resolver("run_name", run_name)
 
 
-@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+@hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=VERSION_BASE)
 def main(cfg: DictConfig) -> float:
     """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximise."""
     job = HydraConfig.get()
@@ -49,14 +49,16 @@ def main(cfg: DictConfig) -> float:
         **{group: choices.get(group) for group in GROUPS if group != "trainer"},
         "overrides": list(job.overrides.task),
         "seed": cfg.get("seed"),
-        "command": repeating_command(job.overrides.task),
+        "command": repeating_command(job),
         "git_commit": git_commit(),
         "torch": torch.__version__,
     }
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
         held = only_writer(directory) if rank() == 0 else nullcontext()  # the first of several processes holds it for all
-        with Job(identity["name"], number, cfg.get("fail_fast") is True) as this_job, held, process_group():
+        parts = [*run_name_parts(choices, job.overrides.task, cfg), f"seed={cfg.get('seed')}"]
+        outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
+        with Job(parts, number, cfg.get("fail_fast") is True, outputs) as this_job, held, process_group():
             run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             results = train(cfg, run)
             this_job.finished(results, before=results is run.earlier)
@@ -73,8 +75,13 @@ def main(cfg: DictConfig) -> float:
 
 def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Build what the config says, train it in the run's directory, and return the results."""
+    hydra_config = HydraConfig.get()
     try:
         use_given_cpus()
+        if reason := refusal(hydra_config):
+            raise ConfigError(reason)
+        for note in left_out(hydra_config):
+            log.info(note)
         check(cfg)  # refuses, like the three lines after the next, before any data is read
         torch.manual_seed(cfg.seed)
         model = build_model(cfg)
@@ -91,7 +98,7 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
             finally:
                 limit_memory(trainer.torch_device, None)  # not for telling of a failure, nor for the sweep's next job
     except ConfigError as error:
-        if HydraConfig.get().mode == RunMode.RUN:
+        if hydra_config.mode == RunMode.RUN:
             if rank() == 0 and not run.begun:
                 undo_start()
         elif not run.results_path.exists():
@@ -143,18 +150,27 @@ def run_from_command_line() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Processes that a launcher starts must find vix, wherever this was called from.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
-    if processes() > 1:
-        if is_sweep(sys.argv):
+    sys.argv[1:] = expand_arguments(sys.argv[1:])
+    command = parse_command(sys.argv[1:])
+    sweep: Sweep | None = None
+    unfinished = 0
+    problem: Exception | None = None
+    stopped: SystemExit | KeyboardInterrupt | None = None
+    try:
+        outputs = sweep_outputs(command)
+        if processes() > 1 and outputs:
             print("error: -m: torchrun is for one run over several processes; start a sweep without it", file=sys.stderr)
             return 2
         if rank() > 0:  # the first process writes, and is heard
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
             logging.disable(logging.WARNING)
-    with Sweep(sys.argv, CONFIG_DIR / "config.yaml") if is_sweep(sys.argv) else nullcontext() as sweep:
-        problem: Exception | None = None
-        stopped: SystemExit | KeyboardInterrupt | None = None
+        sweep = Sweep(sys.argv, outputs) if outputs else None
+    except Exception as error:
+        problem = error
+    with sweep or nullcontext():
         try:
-            main()
+            if not problem:
+                main()
         except (SystemExit, KeyboardInterrupt) as error:
             stopped = error
         except Exception as error:
@@ -178,9 +194,21 @@ def run_from_command_line() -> int:
     if unfinished:
         print(f"error: {unfinished} of this sweep's jobs did not finish", file=sys.stderr)
     elif problem:
-        told = explain(problem, CONFIG_DIR, sys.argv[1:])
-        print(f"error: {told}", file=sys.stderr)
-    return 1 if problem or unfinished else 0
+        print(f"error: {explain(problem, command.overrides, command.flags)}", file=sys.stderr)
+    reported = print_report(sweep.outputs) if sweep and os.environ.get(REPORT) else True
+    return 1 if problem or unfinished or not reported else 0
+
+
+def print_report(directories: list[str]) -> bool:
+    """``python -m vix.report`` on the directories of a sweep; False where it fails."""
+    from vix.report import parse, report
+
+    try:
+        report(parse(directories))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from vix.checks import UserError
 from vix.command_line import git_commit
+from vix.files import user_path
 from vix.runtime import resolve_device
 
 RESULTS = Path(__file__).parent.resolve() / "results"
@@ -28,7 +29,7 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.add_argument("--threads", type=int, default=cores, help=f"CPU threads of a process (default: {cores})")
-    options.add_argument("--out", type=Path, help="the JSON file to write (default: one in benchmarks/results/)")
+    options.add_argument("--out", type=user_path, help="the JSON file to write (default: one in benchmarks/results/)")
     options.add_argument(
         "--quick", action="store_true", help="small models and few repeats: shows that it works, measures nothing"
     )

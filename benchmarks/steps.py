@@ -6,23 +6,21 @@ options that ``train.py`` would build from the same overrides.
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from vix.build import build, build_model, optimizer_builder
 from vix.compilation import compile_step
+from vix.compose import compose
 from vix.learner import Learner
 from vix.runtime import resolve_precision
 from vix.schedule import rate_factor
 
-CONFIG_DIR = Path(__file__).parents[1].resolve() / "conf"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -35,8 +33,7 @@ class Training(NamedTuple):
 
 def composed(*overrides: str) -> DictConfig:
     """The config that ``python train.py OVERRIDES`` runs."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose("config", list(overrides))
+    return compose(overrides)
 
 
 def random_batch(device: torch.device, size: int, channels: int, side: int, classes: int = 10) -> Batch:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from forked import PROGRAM, Forked
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+
+from vix.compose import compose
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,8 +39,7 @@ def compose_config() -> Callable[..., DictConfig]:
     """``compose_config(*overrides)``: the config that ``python train.py OVERRIDES`` would run."""
 
     def composed(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose(config_name="config", overrides=list(overrides))
+        return compose(overrides)
 
     return composed
 

@@ -41,16 +41,11 @@ def results_of(directory: Path) -> dict[str, Any]:
     ids=["whole", "micro-batches", "performer"],
 )
 def test_two_processes_train_as_one(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    if overrides and overrides[0].startswith("attention"):
-        # The quickstart's own settings are Nyström's, so its other parts are named one by one.
-        base = ("data=digits", "embedding=linear", "model.dim=16", *(o for o in UNEVEN if not o.startswith("experiment=")))
-    else:
-        base = UNEVEN
-    process = start(tmp_path / "two", *base, *overrides)
+    process = start(tmp_path / "two", *UNEVEN, *overrides)
     output, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert output.count("epoch 3/3") == 1
-    assert run_train(tmp_path, *base, *overrides).returncode == 0
+    assert run_train(tmp_path, *UNEVEN, *overrides).returncode == 0
     one, two = results_of(tmp_path), results_of(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
     assert [row["train_loss"] for row in two["history"]] == pytest.approx(

@@ -56,6 +56,31 @@ def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "plugin", "options"), LAUNCHERS)
+def test_the_launchers_processes_compose_as_the_program_does(
+    tmp_path: Path, launcher: str, plugin: str, options: tuple[str, ...]
+) -> None:
+    """What a file may not set is refused in its job, and another mixer leaves an experiment's options behind."""
+    need(plugin)
+    experiments = tmp_path / "mine" / "experiment"
+    experiments.mkdir(parents=True)
+    header = "# @package _global_\ndefaults:\n  - override /data: digits\n  - override /embedding: linear\n"
+    (experiments / "evil.yaml").write_text(f"{header}hydra: {{job: {{env_set: {{A: b}}}}}}\n")
+    (experiments / "good.yaml").write_text(f"{header}  - override /attention: nystrom\nattention: {{landmarks: 4}}\n")
+    small = [setting for setting in TINY if not setting.startswith("experiment=")]
+    sweep = ("--config-dir=mine", "-m", f"hydra/launcher={launcher}", *options, *small, "experiment=evil,good")
+    done = run_train(tmp_path, *sweep, "attention=performer", RAY_USAGE_STATS_ENABLED="0")
+    assert done.returncode == 1
+    results = {r["experiment"]: r for r in all_results(tmp_path)}
+    assert {name: r["status"] for name, r in results.items()} == {"evil": "refused", "good": "finished"}, (
+        done.stdout + done.stderr
+    )
+    assert "evil.yaml:5: hydra.job.env_set" in results["evil"]["error"]
+    assert "landmarks" not in results["good"]["config"]["attention"]
+    assert f"--config-dir {tmp_path}/mine" in results["good"]["command"]
+
+
 def test_a_missing_plugin_is_told(tmp_path: Path) -> None:
     done = run_train(tmp_path, "-m", "hydra/launcher=nosuch", *TINY)
     assert done.returncode == 1

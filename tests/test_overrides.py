@@ -2,13 +2,11 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +15,7 @@ import vix
 from vix.build import build, optimizer_builder
 from vix.checks import ConfigError
 from vix.command_line import about_the_command, dotted, explain
+from vix.compose import compose
 from vix.config import GROUPS, OVERLAYS, check
 
 OPTIONS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}
@@ -43,8 +42,7 @@ CHOICES = st.fixed_dictionaries({}, optional={group: st.sampled_from(options) fo
 def parts() -> Callable[[dict[str, str]], DictConfig]:
     """The config with the groups' options chosen; composing it anew every time would take most of the test's time."""
     loaded = {(g, o): OmegaConf.load(ROOT / "conf" / g / f"{o}.yaml") for g, options in OPTIONS.items() for o in options}
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        default = compose("config")
+    default = compose()
 
     def chosen(choices: dict[str, str]) -> DictConfig:
         cfg = default.copy()
@@ -115,14 +113,13 @@ def test_any_words(overrides: list[str]) -> None:
     error: Exception | None = None
     message: str | None = None
     try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides)
+        cfg = compose(overrides)
         message = refusal(cfg)
     except Exception as raised:
         error = raised
     if error is not None:
         assert about_the_command(error), repr(error)
-        message = explain(error, Path(ROOT / "conf"), overrides)
+        message = explain(error, overrides)
         assert message
     assert message is None or "\n" not in message
 

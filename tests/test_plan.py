@@ -169,7 +169,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert bad.returncode == 1
     assert "refused: quickstart,attention.heads=3/seed=0: attention.heads=3 does not divide" in bad.stderr
     assert "experiment=nosuch: conf/experiment/ has no such file" in bad.stderr
-    assert "refused: the whole sweep" in bad.stderr
+    assert "1 new" not in bad.stdout
+    assert "2 refused" in bad.stdout
     assert "Traceback" not in bad.stderr
     wrong = run_plan(tmp_path, sys.executable, "-m", "vix.plan", "seed=(")
     assert wrong.returncode == 1

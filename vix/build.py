@@ -13,6 +13,7 @@ from torch import nn
 from vix.attention.heads import head_width
 from vix.checks import ConfigError, DataError
 from vix.config import check, part, plain
+from vix.files import user_path
 from vix.posenc import NoPosition
 from vix.run import read_checkpoint
 from vix.tokens import TokenGrid
@@ -112,7 +113,7 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
 
     Raises DataError where the directory holds no checkpoint, and UserError where it is damaged.
     """
-    path = Path(directory) / "checkpoint.pt"
+    path = user_path(str(directory)) / "checkpoint.pt"
     if not path.is_file():
         if path.with_name("results.json").is_file():
             previous = path.with_name("checkpoint.previous.pt")

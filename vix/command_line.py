@@ -1,26 +1,33 @@
 """The command line's own parts: the name of a run, and Hydra's errors in one line."""
 
 import hashlib
+import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vix.build import build
 from vix.checks import UserError
 from vix.config import GROUPS, OVERLAYS, nearest
-from vix.results import DEFAULT_RECIPE, MODEL_GROUPS, override_key
+from vix.distributed import processes
+from vix.overrides import canonical, override_key, parse_or_none
+from vix.results import DEFAULT_RECIPE, MODEL_GROUPS
 from vix.run import NOT_IDENTITY
 
+if TYPE_CHECKING:
+    from vix.compose import Flags
+
 NOT_THE_RUN = ("rerun", "fail_fast", "trainer.resume")  # how a run is started
+# Hydra's keys that say how the jobs of a sweep are made and started, not what one of them is.
+NOT_ONE_JOB = ("hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra.sweep", "hydra.job.env_set.VIX_SWEEP")
 
 
 def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig | None = None) -> str:
@@ -32,17 +39,19 @@ def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *,
     in it yet, in alphabetical order, so that the same run has the same directory however its command was written. Of an image
     set whose content its root decides a digest is added: other images are another run, wherever they lie.
     """
+    return "/".join(map(file_name, (",".join(run_name_parts(choices, overrides, _root_)), f"seed={seed}")))
+
+
+def run_name_parts(choices: Mapping[str, Any], overrides: Sequence[str], cfg: DictConfig | None = None) -> list[str]:
+    """The label of a run's model, and the overrides that are not in it yet."""
     experiment = choices.get("experiment")
-    label = experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS)
-    told = {"experiment", "seed", *NOT_IDENTITY, *(() if experiment else MODEL_GROUPS)}
-    last = {override_key(override): override for override in overrides}  # of two values for a key the last one counts
-    rest = {override for key, override in last.items() if key not in told and key.partition(".")[0] != "hydra"}
-    images = digest_of_images(_root_)
+    label = str(experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS))
+    in_name = {"experiment", "seed", *NOT_IDENTITY, *(() if experiment else MODEL_GROUPS)}
+    last = {override_key(override): canonical(override) for override in overrides}  # of two values the last one counts
+    rest = {override for key, override in last.items() if key not in in_name and re.split(r"[./]", key)[0] != "hydra"}
+    images = digest_of_images(cfg)
     rest |= {f"images={images}"} if images else set()
-    name = re.sub(r"[^\w.,=+~\[\]-]+", "_", ",".join([label, *sorted(rest - {DEFAULT_RECIPE})]))
-    if len(name) > 180:  # file systems allow 255 bytes
-        name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
-    return f"{name}/seed={seed}"
+    return [label, *sorted(rest - {DEFAULT_RECIPE})]
 
 
 def digest_of_images(cfg: DictConfig | None) -> str:
@@ -54,9 +63,47 @@ def digest_of_images(cfg: DictConfig | None) -> str:
         return ""
 
 
-def repeating_command(overrides: Iterable[str]) -> str:
-    """The command, ready for a shell, that does a run with these overrides again from its start."""
-    return shlex.join(["python", "train.py", *(o for o in overrides if override_key(o) not in NOT_THE_RUN), "rerun=true"])
+def file_name(text: str) -> str:
+    """``text`` as a file name of at most 180 bytes, without what shells and paths give a meaning to."""
+    name = re.sub(r"[^\w.,=+~\[\]-]+", "_", text)
+    if len(name.encode()) > 180:  # file systems allow 255 bytes
+        digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+        name = name.encode()[:160].decode(errors="ignore") + "-" + digest
+    return name
+
+
+def repeating_command(job: Any) -> str:
+    """The command, ready for a shell, that does a run again from its start: its program, flags and overrides.
+
+    job: Hydra's part of the run's config.
+    """
+    from vix.compose import flags_of
+
+    given = {f"--{key.replace('_', '-')}": value for key, value in flags_of(job)._asdict().items() if value is not None}
+    flags = [word for flag in given.items() for word in flag]
+    single = job.mode == RunMode.RUN
+    hydra_overrides = [o for o in job.overrides.hydra if is_part_of_job(override_key(o), single)]
+    overrides = [o for o in job.overrides.task if override_key(o) not in NOT_THE_RUN]
+    return shlex.join([*launch_words(), "train.py", *flags, *hydra_overrides, *overrides, "rerun=true"])
+
+
+def is_part_of_job(key: str, single: bool) -> bool:
+    """Whether a key of Hydra's that the command line sets is repeated; of a sweep's job only where configs are looked for."""
+    if not single:
+        return key == "hydra.searchpath"
+    return not any(key.replace("/", ".") == prefix or key.replace("/", ".").startswith(f"{prefix}.") for prefix in NOT_ONE_JOB)
+
+
+def launch_words() -> list[str]:
+    """What starts the program: Python, or torchrun with its processes."""
+    if processes() == 1:
+        return ["python"]
+    world, local = processes(), int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    if local == world:
+        return ["torchrun", "--standalone", f"--nproc-per-node={local}"]
+    endpoint = f"{os.environ.get('MASTER_ADDR', 'HOST')}:29400"
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    return ["torchrun", f"--nnodes={-(-world // local)}", f"--nproc-per-node={local}", *meeting]
 
 
 def git_commit() -> str | None:
@@ -68,7 +115,7 @@ def git_commit() -> str | None:
         return None
 
 
-def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str:
+def explain(error: Exception, arguments: Sequence[str], flags: "Flags | None" = None) -> str:
     """Hydra's or OmegaConf's error about a command in one line that names the key and the nearest valid ones; the
     program's own as it is."""
     if isinstance(error, UserError):
@@ -86,7 +133,7 @@ def explain(error: Exception, config_dir: Path, arguments: Sequence[str]) -> str
     missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
     if isinstance(error, HydraException) and missing:
         key = missing[1]
-        return f"{key}: there is no such key; {nearest(key, valid_keys(config_dir, arguments, key))}"
+        return f"{key}: there is no such key; {nearest(key, valid_keys(arguments, key, flags))}"
     return one_line(error)
 
 
@@ -105,17 +152,21 @@ def about_the_command(error: BaseException) -> bool:
     return module.partition(".")[0] in ("hydra", "omegaconf", "antlr4")
 
 
-def valid_keys(config_dir: Path, arguments: Sequence[str], wrong_key: str) -> list[str]:
+def valid_keys(arguments: Sequence[str], wrong_key: str, flags: "Flags | None" = None) -> list[str]:
     """Groups and dotted keys of the config that the arguments compose, without the wrong one."""
-    choices = [a for a in arguments if "=" in a and a.split("=")[0] in (*GROUPS, *OVERLAYS) and "," not in a]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        for overrides in ([a for a in choices if a.split("=")[0] != wrong_key], []):
-            try:
-                cfg = compose("config", overrides)
-            except HydraException:
-                continue
-            return sorted({*GROUPS, *OVERLAYS, *dotted(cfg)})
+    from vix.compose import compose
+
+    choices = []
+    for argument in arguments:
+        override = parse_or_none(argument)
+        if override and override.key_or_group in (*GROUPS, *OVERLAYS) and not override.is_sweep_override():
+            choices.append((override.key_or_group, argument))
+    for overrides in ([argument for key, argument in choices if key != wrong_key], []):
+        try:
+            cfg = compose(overrides, flags)
+        except (HydraException, UserError):
+            continue
+        return sorted({*GROUPS, *OVERLAYS, *dotted(cfg)})
     return sorted({*GROUPS, *OVERLAYS})
 
 

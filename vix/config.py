@@ -145,11 +145,23 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         # A union reports each of its members; those that JSON can never hold (a tensor) are no help.
-        problems = [e for e in error.errors() if e["type"] != "is_instance_of"] or error.errors()
+        problems = [e for e in error.errors() if e["type"] not in ("is_instance_of", "needs_python_object")]
+        if not problems:
+            raise ConfigError(f"{key}={json.dumps(value)}: cannot be set in a config") from error
         null = ["null"] if type(None) in typing.get_args(annotation) else []  # Pydantic does not tell of it
         message = " or ".join(dict.fromkeys([*(describe(problem["loc"], problem["msg"]) for problem in problems), *null]))
         shown = json.dumps(value) if not isinstance(value, str) else value
+        if isinstance(value, str) and is_number(value):
+            message += " (this is text: leave out the quotes)"
         raise ConfigError(f"{key}={shown}: {message}") from error
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def describe(location: tuple[int | str, ...], message: str) -> str:

@@ -78,6 +78,16 @@ def flush_to_disk(descriptor: int) -> None:
         warn_once("fsync", "files cannot be flushed to the disk (%s): a power failure may lose the last ones", error.strerror)
 
 
+def expand_home(text: str) -> str:
+    """``text`` with a leading ``~`` or ``~user`` replaced by that home directory, in configs, variables and arguments."""
+    return os.path.expanduser(text)
+
+
+def user_path(text: str) -> Path:
+    """The type of a path that a user writes as an argument."""
+    return Path(expand_home(text))
+
+
 def write_whole(path: Path, contents: bytes | memoryview) -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it over ``path``.
 

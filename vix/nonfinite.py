@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import vix
 from vix.checks import UserError
 from vix.distributed import rank
+from vix.files import user_path
 from vix.learner import Learner
 from vix.run import write_tensors
 from vix.runtime import get_rng_state, set_rng_state
@@ -83,7 +84,7 @@ def describe(model: nn.Module, state: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vix.nonfinite", description=__doc__)
-    parser.add_argument("directory", type=Path, help="directory of a run that stopped because a number was not finite")
+    parser.add_argument("directory", type=user_path, help="directory of a run that stopped because a number was not finite")
     directory = parser.parse_args().directory
     if not (directory / FILE).is_file():
         sys.exit(f"error: {directory} holds no {FILE}: no step of a run there was not finite")

@@ -14,21 +14,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import UserError
-from vix.command_line import about_the_command, explain, run_name
+from vix.command_line import about_the_command, explain
+from vix.compose import Flags, add_flags, compose_with_hydra, expand_arguments, flags_from, left_out, loader
 from vix.config import check
 from vix.estimate import measure, peak_memory
 from vix.files import check_unlocked
@@ -36,7 +36,7 @@ from vix.report import Table
 from vix.results import MODEL_GROUPS, Row, find_runs, flat, image_set
 from vix.run import Run
 from vix.runtime import device_name
-from vix.summary import CONFIG_DIR, Summary, summarise
+from vix.summary import Summary, summarise
 from vix.threads import use_given_cpus
 
 # Keys that change neither the time of an epoch nor the memory: runs that differ in these alone cost the same.
@@ -70,6 +70,7 @@ class Job:
     left: epochs that it would train.   device: the hardware that it would do so on.
     hours, gpu_gb: None where nothing tells. GB are of 10⁹ bytes.
     measured: whether the memory was measured, by an earlier run or now; else it is computed.
+    left_out: options of its experiment or recipe that belong to another choice than the job's, one sentence for each file.
     """
 
     name: str
@@ -84,9 +85,10 @@ class Job:
     hours: float | None = None
     gpu_gb: float | None = None
     measured: bool = False
+    left_out: list[str] = field(default_factory=list)
 
 
-def plan(arguments: Sequence[str], measuring: bool = False) -> list[Job]:
+def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None = None) -> list[Job]:
     """Every job of the sweep, in the order in which ``train.py -m`` runs them.
 
     measuring: train each model for a few steps, where no earlier run tells what it costs.
@@ -94,7 +96,7 @@ def plan(arguments: Sequence[str], measuring: bool = False) -> list[Job]:
     Raises what Hydra raises for arguments that it cannot use, and UserError for a search.
     """
     models: dict[str, Summary] = {}
-    jobs = [plan_job(number, overrides, models) for number, overrides in enumerate(expand(arguments))]
+    jobs = [plan_job(number, overrides, models, flags) for number, overrides in enumerate(expand(arguments, flags))]
     tops = {job.directory.parents[1] for job in jobs if job.directory}
     earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
     for job in jobs:
@@ -103,24 +105,26 @@ def plan(arguments: Sequence[str], measuring: bool = False) -> list[Job]:
     return jobs
 
 
-def expand(arguments: Sequence[str]) -> list[list[str]]:
+def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[str]]:
     """The overrides of each job, as Hydra's own sweeper makes them."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = parser.parse_overrides(list(arguments))
-        for override in overrides:
-            if override.key_or_group == "hydra/sweeper" and override.value() != "basic":
-                raise UserError(f"{override.input_line}: a search chooses its runs as it goes, so they cannot be planned")
-        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    return jobs
+    master = compose_with_hydra(arguments, flags, RunMode.MULTIRUN)
+    sweeper = master.hydra.runtime.choices.get("hydra/sweeper")
+    if sweeper != "basic":
+        raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs as it goes, so they cannot be planned")
+    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=loader(flags or Flags()))
+    parsed = parser.parse_overrides([*params, *master.hydra.overrides.task])
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    hydra_overrides = list(master.hydra.overrides.hydra)
+    return [[*hydra_overrides, *job] for job in jobs]
 
 
-def plan_job(number: int, overrides: list[str], models: dict[str, Summary]) -> Job:
+def plan_job(number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None) -> Job:
     """One job, by the checks that ``train.py`` makes. ``models`` keeps the summaries: counting takes a third of a second."""
     job = Job(" ".join(overrides))
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            cfg = compose("config", overrides, return_hydra_config=True)
+        cfg = compose_with_hydra(overrides, flags)
+        job.left_out = left_out(cfg.hydra)
         job.directory = output_directory(cfg, number)
         job.name = "/".join(job.directory.parts[-2:])
         with open_dict(cfg):
@@ -136,13 +140,12 @@ def plan_job(number: int, overrides: list[str], models: dict[str, Summary]) -> J
         if not (isinstance(error, UserError) or about_the_command(error)):
             raise
         job.state = "refused"
-        job.reason = str(error) if isinstance(error, UserError) else explain(error, CONFIG_DIR, overrides)
+        job.reason = explain(error, overrides, flags)
     return job
 
 
 def output_directory(cfg: DictConfig, number: int) -> Path:
     """The directory of the sweep's job of that number, from a config composed with Hydra's own part."""
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)  # as train.py does
     with open_dict(cfg):
         cfg.hydra.job.num = number
     HydraConfig.instance().set_config(cfg)
@@ -256,11 +259,11 @@ def show(jobs: Sequence[Job]) -> None:
     if to_train:
         unknown = f"; unknown for {len(to_train) - len(hours)} of {len(to_train)} runs" if len(hours) < len(to_train) else ""
         print(f"time, one after another: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
+    for note in dict.fromkeys(note for job in jobs for note in job.left_out):
+        print(note)
     for job in jobs:
         if job.reason:
             print(f"refused: {job.name}: {job.reason}", file=sys.stderr)
-    if any(job.directory is None for job in jobs):
-        print("refused: the whole sweep, as Hydra composes all of its runs before the first one starts", file=sys.stderr)
 
 
 def main() -> None:
@@ -268,20 +271,24 @@ def main() -> None:
         prog="python -m vix.plan", description="What a sweep would do: its runs, their cost, and which would be refused."
     )
     parser.add_argument("overrides", nargs="*", help="what train.py -m takes: experiment=vin,vip seed=0,1 …")
+    parser.add_argument(
+        "--multirun", "-m", action="store_true", help="changes nothing: what would be a sweep is planned as one"
+    )
+    add_flags(parser)
     parser.add_argument("--measure", action="store_true", help="train each model for a few steps to tell time and memory")
-    parsed = parser.parse_args()
-    overrides = parsed.overrides
+    parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
+    overrides, flags = parsed.overrides, flags_from(parsed)
     logging.getLogger("vix").setLevel(logging.ERROR)  # that there is no GPU need not be told once a run
     clock = time.perf_counter()
     try:
         if parsed.measure:
             use_given_cpus()
-        jobs = plan(overrides, parsed.measure)
+        jobs = plan(overrides, parsed.measure, flags)
     except Exception as error:
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
         if wants_traceback or not (isinstance(error, UserError) or about_the_command(error)):
             raise
-        sys.exit(f"error: {error if isinstance(error, UserError) else explain(error, CONFIG_DIR, overrides)}")
+        sys.exit(f"error: {explain(error, overrides, flags)}")
     show(jobs)
     print(f"planned in {time.perf_counter() - clock:.0f} s")
     sys.exit(any(job.state == "refused" for job in jobs))

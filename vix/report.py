@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from vix.checks import UserError
-from vix.files import write_whole
+from vix.files import user_path, write_whole
 from vix.results import Group, Row, Run, find_runs, group_seeds, keep_where, listed, published_rows
 
 
@@ -219,7 +219,8 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vix.report", description="Accuracy, memory and time of runs, as a table.")
-    parser.add_argument("directories", metavar="DIR", nargs="*", type=Path, default=[Path("outputs")], help="default: outputs")
+    outputs = [Path("outputs")]
+    parser.add_argument("directories", metavar="DIR", nargs="*", type=user_path, default=outputs, help="default: outputs")
     parser.add_argument(
         "--where",
         metavar="KEY=VALUE",
@@ -229,7 +230,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--sort", metavar="COLUMN", help=f"-COLUMN descends; default: the paper's order. {', '.join(COLUMNS)}")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="for report.md, report.csv and pictures; default: the first DIR"
+        "--out", metavar="DIR", type=user_path, help="for report.md, report.csv and pictures; default: the first DIR"
     )
     parser.add_argument("--no-files", action="store_true", help="only print")
     # argparse takes -COLUMN for an option of its own, unless it hangs on --sort.

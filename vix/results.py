@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.checks import UserError
+from vix.overrides import canonical, override_key
 
 Row = dict[str, Any]
 
@@ -64,8 +65,8 @@ class Run:
     def changes(self) -> list[str]:
         """The overrides that tell this run from another of its experiment; of several for one key the last, which counts."""
         told = {*NOT_COMPARED, *(() if self.results.get("experiment") else MODEL_GROUPS)}
-        last = {override_key(override): override for override in self.results["overrides"]}
-        changes = {override for key, override in last.items() if key not in told and not key.startswith("hydra.")}
+        last = {override_key(override): canonical(override) for override in self.results["overrides"]}
+        changes = {override for key, override in last.items() if key not in told and not key.startswith(("hydra.", "hydra/"))}
         return sorted(changes - {DEFAULT_RECIPE})
 
     @property
@@ -118,11 +119,6 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Row:
     for key, value in config.items():
         items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return items
-
-
-def override_key(override: str) -> str:
-    """``+model.dim=64`` → ``model.dim``"""
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def published_rows() -> dict[str, dict[str, str]]:

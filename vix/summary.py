@@ -9,23 +9,21 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
 
 from vix.build import build, build_model
 from vix.checks import UserError
 from vix.command_line import about_the_command, explain
+from vix.compose import add_flags, compose_with_hydra, expand_arguments, flags_from, left_out
 from vix.flops import flop_counter, training_flops
 from vix.papersize import Call, Calls, Shape, paper_megabytes
 from vix.report import Table
 from vix.run import parameter_counts, saved_megabytes
 
-CONFIG_DIR = Path(__file__).parents[1].resolve() / "conf"
 NOTE = """\
 A row holds all that is in it. Multiply-adds are those of matrix products and convolutions, and 2.5 n log₂ n for a Fourier
 transform of n values; each is two FLOPs. Training is a forward and a backward pass, without what fused kernels compute twice.
@@ -133,16 +131,19 @@ def main() -> None:
         prog="python -m vix.summary", description="A model as a table of its layers, and its cost."
     )
     parser.add_argument("overrides", nargs="*", help="what train.py takes: experiment=vin, model=pit, model.depth=6, …")
-    overrides = parser.parse_args().overrides
+    add_flags(parser)
+    parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
+    overrides, flags = parsed.overrides, flags_from(parsed)
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            cfg = compose("config", overrides)
+        cfg = compose_with_hydra(overrides, flags)
+        for note in left_out(cfg.hydra):
+            print(note)
         show(summarise(cfg))
     except Exception as error:
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
         if wants_traceback or not (isinstance(error, UserError) or about_the_command(error)):
             raise
-        sys.exit(f"error: {error if isinstance(error, UserError) else explain(error, CONFIG_DIR, overrides)}")
+        sys.exit(f"error: {explain(error, overrides, flags)}")
 
 
 if __name__ == "__main__":

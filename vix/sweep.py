@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import sys
@@ -12,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from vix.checks import ConfigError, UserError
 from vix.files import write_json
+from vix.overrides import quote
 
 FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder in which each notes what becomes of it
 
@@ -25,16 +24,22 @@ FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder
 class Job:
     """Context of one job, which keeps a note of its state for the sweep's table; nothing where there is no sweep.
 
-    name: of the run; number: of the job in its sweep; fail_fast: whether not to begin where an earlier job has failed.
+    parts: of the run's name; number: of the job in its sweep; fail_fast: whether not to begin where an earlier job has failed.
+    outputs: the directory below which the sweep's runs are.
 
     Raises UserError on entry where the sweep is to begin nothing any more.
     """
 
-    def __init__(self, name: str, number: int, fail_fast: bool) -> None:
+    def __init__(self, parts: Sequence[str], number: int, fail_fast: bool, outputs: str = "") -> None:
         self.folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
         self.number, self.fail_fast = number, fail_fast
         self.began = time.time()
-        self.state: dict[str, Any] = {"name": name, "state": "lost", "error": "its process ended without a word"}
+        self.state: dict[str, Any] = {
+            "parts": list(parts),
+            "outputs": outputs,
+            "state": "lost",
+            "error": "its process ended without a word",
+        }
 
     def __enter__(self) -> Self:
         if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read(self.folder)):
@@ -66,17 +71,14 @@ class Sweep:
     """Context of a multirun, in the process that started it: gives its jobs a folder for their notes, and shows them after.
 
     arguments: of the command line; one that hands the folder to every job is added to them.
-    config_path: of the config that says where a sweep's runs go.
+    outputs: the directory below which the sweep's runs are, as far as it is known before the jobs.
     """
 
-    def __init__(self, arguments: list[str], config_path: Path) -> None:
-        # One with an interpolation has its value only in the jobs.
-        given = [a.partition("=")[2] for a in arguments if a.startswith("hydra.sweep.dir=") and "${" not in a]
-        outputs = Path(given[-1] if given else OmegaConf.load(config_path).hydra.sweep.dir)
+    def __init__(self, arguments: list[str], outputs: Path) -> None:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
+        self.outputs = [str(outputs)]
         self.folder = outputs.resolve() / ".sweeps" / name  # seen by every machine that writes its runs into ``outputs``
-        quoted = str(self.folder).replace("'", "\\'")
-        arguments.append(f"++hydra.job.env_set.{FOLDER}='{quoted}'")
+        arguments.append(f"++hydra.job.env_set.{FOLDER}={quote(str(self.folder))}")
 
     def __enter__(self) -> Self:
         try:
@@ -97,10 +99,11 @@ class Sweep:
         jobs = read(self.folder)
         if not jobs:
             return 0
+        self.outputs = list(dict.fromkeys(job["outputs"] for job in jobs))
         table = Table(title="jobs of this sweep")
         for column in ("job", "state", "top-1 %", "minutes", *(("why",) if any(job["error"] for job in jobs) else ())):
             table.add_column(column, justify="right" if column in ("top-1 %", "minutes") else "left", overflow="fold")
-        for job, name in zip(jobs, distinct([job["name"] for job in jobs]), strict=True):
+        for job, name in zip(jobs, distinct([job["parts"] for job in jobs]), strict=True):
             top1, seconds = job.get("top1"), job.get("seconds")
             shown = f"{top1:.2f}" if top1 is not None else "", f"{seconds / 60:.1f}" if seconds is not None else ""
             table.add_row(name, job["state"], *shown, *filter(None, [" ".join(job["error"].split())]))
@@ -108,15 +111,10 @@ class Sweep:
         return sum(not job["state"].startswith("finished") for job in jobs)
 
 
-def is_sweep(arguments: Sequence[str]) -> bool:
-    return any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") for a in arguments)
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """Names of runs without the parts that all of them share."""
-    parts = [re.split(r",(?=[\w.+~]+=)|/(?=seed=)", name) for name in names]
-    shared = set.intersection(*map(set, parts)) if len(names) > 1 else set()
-    return [" ".join(part for part in name if part not in shared) or name[0] for name in parts]
+def distinct(names: Sequence[Sequence[str]]) -> list[str]:
+    """Names of runs, given as their parts, without the parts that all of them share."""
+    shared = set.intersection(*map(set, names)) if len(names) > 1 else set()
+    return [" ".join(part for part in name if part not in shared) or name[0] for name in names]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from vix.checks import UserError
 from vix.data.dataset import Split, scale
 from vix.inspection import class_token_maps, softmax_error
 from vix.metrics import predictions, process_gigabytes
+from vix.overrides import override_key
 from vix.results import flat
 from vix.run import NOT_IDENTITY, Run
 
@@ -134,7 +135,7 @@ def hyperparameters(run: Run) -> dict[str, str | int | float]:
     Keys that are null are left out unless the command set them: most mean "as usual", and a column of numbers stays one.
     """
     columns = {name: run.identity[name] for name in CHOICES if run.identity.get(name)}
-    given = {override.lstrip("+").partition("=")[0] for override in run.identity.get("overrides", ())}
+    given = {override_key(override) for override in run.identity.get("overrides", ())}
     for key, value in flat(run.config).items():
         if key in NOT_IDENTITY or key.endswith("_target_") or (value is None and key not in given):
             continue
