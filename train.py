@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name_parts
+from vix.compilation import release_compiled
 from vix.compose import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, expand_arguments, left_out, parse_command, refusal, sweep_outputs
 from vix.config import GROUPS, check
 from vix.distributed import from_first, process_group, processes, rank
 from vix.files import LockedError, only_writer
-from vix.memory import limit_memory, out_of_memory
+from vix.memory import gpu_out_of_memory, limit_memory, out_of_memory
 from vix.progress import show_results
 from vix.run import Run
 from vix.snapshot import undo_start
@@ -112,6 +113,7 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
         raise
     finally:
         # The next job of a sweep in this process must find the memory free.
+        release_compiled()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -126,7 +128,7 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
 def shortage(cfg: DictConfig, error: Exception) -> UserError:
     """What is told when the memory of the GPU or of the machine does not suffice."""
-    kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+    kind = "GPU memory" if gpu_out_of_memory(error) else "memory"
     limit = cfg.trainer.memory_limit_gb
     under = f" under trainer.memory_limit_gb={limit}" if limit else ""
     at_once, tested = cfg.trainer.micro_batch or cfg.trainer.batch_size, cfg.trainer.eval_batch_size

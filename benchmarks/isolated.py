@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vix.memory import out_of_memory
+from vix.memory import gpu_out_of_memory, out_of_memory
 
 # They come out of a server that has imported everything and touched no device, so that starting one takes no time.
 # torch._dynamo is what an optimizer imports in its first step.
@@ -74,7 +74,7 @@ def child(sender: Connection, threads: int, function: Callable[..., Any], argume
         sender.send(("value", function(*arguments)))
     except Exception as error:
         if out_of_memory(error):
-            where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            where = "GPU memory" if gpu_out_of_memory(error) else "memory"
             sender.send(("refused", f"out of {where}: {str(error).split('. ')[0]}"))
         else:
             sender.send(("error", f"{type(error).__name__}: {error}"))

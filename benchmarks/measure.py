@@ -41,7 +41,7 @@ def measure(
     baseline: bytes that the process had resident before the model was made, from :func:`resident`.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and peaks are the current device's
+        torch.cuda.set_device(device)  # streams and events are the current device's
     step()  # allocates the optimizer's state, and chooses kernels
     synchronize(device)
     clock = time.perf_counter()

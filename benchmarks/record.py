@@ -37,12 +37,20 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def chosen_device(name: str) -> torch.device:
-    """``--device`` as a device, found without starting CUDA where it can be: what is measured runs in other processes."""
+    """``--device`` as a device, a GPU always with its index. CUDA is not started: what is measured runs in other processes."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no CUDA GPU that PyTorch can use; auto and cpu are there")
-    return resolve_device(name) if name == "cpu" or not name.startswith("cuda") else torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return resolve_device(name)
+    try:
+        index = torch.device(name).index or 0
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; auto, cpu and cuda:N are names") from error
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or index >= count:
+        gpus = f"{count} CUDA GPUs" if count else "no CUDA GPU"
+        raise UserError(f"--device {name}: this machine has {gpus} that PyTorch can use; auto and cpu are there")
+    return torch.device("cuda", index)
 
 
 def hardware(device: torch.device) -> str:

@@ -1,7 +1,9 @@
 """torch.compile of a step's forward and backward, where a run is long enough to earn the compilation back."""
 
 import logging
+import sys
 import time
+import warnings
 from typing import Literal
 
 import torch
@@ -43,6 +45,12 @@ def pays(model: nn.Module, images: Tensor, steps: int) -> bool:
     return images.is_cpu and trained >= FEWEST_IMAGES and trained * training_flops(model, images.shape[1:]) >= FLOPS_ON_CPU
 
 
+def release_compiled() -> None:
+    """Forget what runs of this process compiled: it holds their weights, and on a GPU the memory of their CUDA graphs."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def compile_step(learner: Learner, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
     """Compile forward and backward of a micro-batch where ``how`` says so, and return the seconds that it took.
 
@@ -55,13 +63,15 @@ def compile_step(learner: Learner, how: Compile, steps: int, images: Tensor, lab
     """
     if not (pays(learner.model, images, steps) if how == "auto" else how):
         return 0.0
-    torch.compiler.reset()  # what an earlier run of this process compiled holds that run's weights
+    release_compiled()
     clock = time.perf_counter()
     mode = "reduce-overhead" if how == "cuda_graphs" else "default"
     learner.compiled = torch.compile(mean_loss, dynamic=False, mode=mode)
     learner.graphed = how == "cuda_graphs"
     at_once = len(own_share(images, labels)[1])
     learner.compiled_size = min(learner.micro_batch or at_once, at_once)
+    # Float32 is computed in float32 here: vix/runtime.py.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     log.info("Compiling the step: half a minute to a minute, or some seconds if it was compiled before")
     try:
         with without_trace(learner):

@@ -27,13 +27,24 @@ def rank() -> int:
     return int(os.environ["RANK"]) if processes() > 1 else 0
 
 
+def local_processes() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes())) if processes() > 1 else 1
+
+
+def local_rank() -> int:
+    """This process's number among those of this machine."""
+    return int(os.environ["LOCAL_RANK"]) if processes() > 1 else 0
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Context in which the processes of this run can speak to each other: about CUDA tensors by NCCL, about others by gloo."""
     if processes() == 1:
         yield
         return
-    dist.init_process_group()
+    # Both are named: without a name, PyTorch registers the accelerator's backend alone, and no collective on the CPU works.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
     try:
         yield
     finally:

@@ -3,7 +3,6 @@
 import statistics
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,17 +51,25 @@ class Allocations(TorchDispatchMode):
 
 
 class Fused(torch.autograd.Function):
-    """What fused attention keeps for its backward pass, on every device: q, k, v, the output and a number a query."""
+    """What fused attention keeps for its backward pass, on every device: q, k, v, the output and a number a query.
+
+    The gradient of a bias is written for every image before it is summed over the images that share the bias.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, bias_1HNM: Tensor | None) -> Tensor:
         out_BHNE = q_BHNE.new_empty(*q_BHNE.shape[:-1], v_BHME.shape[-1])
+        ctx.bias = bias_1HNM
         ctx.save_for_backward(q_BHNE, k_BHME, v_BHME, out_BHNE, q_BHNE.new_empty(q_BHNE.shape[:-1], dtype=torch.float32))
         return out_BHNE
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHNE, k_BHME, v_BHME = ctx.saved_tensors[:3]
+        bias = None
+        if ctx.needs_input_grad[3]:
+            bias = ctx.bias.new_empty(*q_BHNE.shape[:3], k_BHME.shape[2]).sum_to_size(ctx.bias.shape)
+        return *(torch.empty_like(t) for t in (q_BHNE, k_BHME, v_BHME)), bias
 
 
 def peak_memory(cfg: DictConfig) -> int:
@@ -90,7 +97,7 @@ def peak_memory(cfg: DictConfig) -> int:
         images = torch.empty(size, data.channels, data.image_size, data.image_size, device=device)
         labels = torch.empty(size, dtype=torch.int64, device=device)
         adam = [(torch.empty_like(p), torch.empty_like(p)) for p in model.parameters()]
-        F.scaled_dot_product_attention = lambda q, k, v, **_: Fused.apply(q, k, v)
+        F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, **_: Fused.apply(q, k, v, attn_mask)
         try:
             for _ in range(2):  # in the second step there are gradients from the start where micro-batches add up
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
@@ -122,7 +129,11 @@ def measure(cfg: DictConfig) -> tuple[float, int | None]:
     learner = Learner(model, optimizer, schedule, dtype, micro_batch, *options)
     images = torch.rand(trainer.batch_size, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
     labels = torch.randint(data.classes, (trainer.batch_size,), device=device)
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     seconds = []
     for number in range(WARM_UP + STEPS):
         clock = time.perf_counter()

@@ -1,5 +1,6 @@
 """One training step: gradients in micro-batches under autocast, then the update."""
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vix.distributed import highest, parallel, processes, share, total
+from vix.ema import ModelEMA
 from vix.memory import out_of_memory, release_memory
 from vix.models.recompute import Recompute, recompute_blocks
 from vix.resume import load_optimizer, parameter_names, scheduler_at
@@ -31,8 +32,7 @@ class Learner:
 
     micro_batch: images at a time, whose gradients add up to the whole batch's; None takes the batch at once.
     clip_norm: largest norm of the gradient; None does not clip.
-    ema_decay: share of the old average in the new one when, after each step, the weights enter an exponential moving average
-        (Tarvainen and Valpola, 2017); after n steps at most (1 + n) / (10 + n). None keeps no average.
+    ema_decay: decay of the exponential moving average of the weights (:class:`vix.ema.ModelEMA`). None keeps no average.
     """
 
     model: nn.Module
@@ -45,12 +45,13 @@ class Learner:
     ema_decay: float | None = None
     recompute: Recompute = None  # of the model's blocks
     alone: bool = False  # whether to take no notice of the other processes of this run
-    skipped: int = 0  # steps that float16's scaling skipped because a gradient overflowed
     hooks: list[Callable[[int], None]] = field(init=False)
     autocast: torch.autocast = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     forward: nn.Module = field(init=False)  # the model, among the processes of this run
-    average: AveragedModel | None = field(init=False, default=None)
+    average: ModelEMA | None = field(init=False, default=None)
+    skipped_steps: Tensor = field(init=False)  # on the device: steps that float16's scaling skipped as a gradient overflowed
+    unscheduled: int = field(init=False, default=0)  # of these, the ones for which the schedule did not step
     compiled: Callable[..., Tensor] | None = field(init=False, default=None)  # mean_loss, for micro-batches of one size only
     compiled_size: int = field(init=False, default=0)
     graphed: bool = field(init=False, default=False)  # whether compiled's next call overwrites the gradients of its last
@@ -62,12 +63,15 @@ class Learner:
         self.hooks = [getattr(m, "on_train_step") for m in modules if hasattr(m, "on_train_step")]  # noqa: B009
         device = next(self.model.parameters()).device
         self.broken = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.autocast = torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.scaler = self.new_scaler()
         self.forward = self.model if self.alone else parallel(self.model)
         if self.ema_decay is not None:
-            # Buffers are copied, not averaged: they are statistics with an average of their own, or random features.
-            self.average = AveragedModel(self.model, multi_avg_fn=self.take_into_average)
+            self.average = ModelEMA(self.model, self.ema_decay)
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.autocast.device, enabled=self.dtype is torch.float16)
 
     @property
     def kept(self) -> nn.Module:
@@ -121,40 +125,56 @@ class Learner:
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) and not last else nullcontext()
 
     def update(self) -> None:
-        """Move the parameters along their gradients, forget these, and go on to the next learning rate."""
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.skipped += self.scaler.get_scale() < scale
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        if self.average:
-            self.average.update_parameters(self.model)
+        """Move the parameters along their gradients, forget these, and go on to the next learning rate.
 
-    def take_into_average(self, average: Any, weights: Any, steps: Tensor | int) -> None:
-        """Move the averages towards the weights.
-
-        After few steps the decay is smaller, so that the first weights, which know nothing, do not linger.
+        On a GPU the host does not wait to learn whether float16's scaling skipped the step: ``sync_schedule`` takes the
+        schedule back later. Optimizers without a fused kernel do wait, within ``GradScaler.step``.
         """
-        assert self.average is not None
-        assert self.ema_decay is not None
-        done = int(self.average.n_averaged)  # on the host, unlike ``steps``
-        get_ema_multi_avg_fn(min(self.ema_decay, (1 + done) / (10 + done)))(average, weights, steps)
+        self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled():
+            (found_inf,) = self.scaler._found_inf_per_device(self.optimizer).values()
+            self.skipped_steps += found_inf > 0
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_steps.is_cpu:
+            self.sync_schedule(coming=1)
+        else:
+            self.schedule.step()
+        if self.average:
+            self.average.update(self.model)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that float16's scaling skipped. Waits for the device."""
+        return int(self.skipped_steps)
+
+    def sync_schedule(self, coming: int = 0) -> None:
+        """Let the schedule be as many steps on as the optimizer, which some steps skipped. Waits for the device.
+
+        coming: steps of the schedule that are due besides.
+        """
+        skipped = self.skipped if self.scaler.is_enabled() else self.unscheduled
+        move = coming + self.unscheduled - skipped
+        self.unscheduled = skipped
+        if move:
+            self.schedule.last_epoch += move - 1
+            self.schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint must hold of it; ``model`` is the kept one, and ``trained_model`` that behind an average."""
+        self.sync_schedule()
         parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule", "scaler")}
         state = {"model": self.kept.state_dict(), **parts, "skipped": self.skipped}
         state["optimizer_params"] = parameter_names(self.optimizer, self.model)
         if self.average:
-            state |= {"trained_model": self.model.state_dict(), "averaged_steps": int(self.average.n_averaged)}
+            state |= {"trained_model": self.model.state_dict(), "averaged_steps": self.average.updates}
         return state
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go on from a checkpoint before step number ``step``, with the options that this learner was made with."""
         names = parameter_names(self.optimizer, self.model)
         load_optimizer(self.optimizer, names, state["optimizer"], state["optimizer_params"])
-        self.schedule = scheduler_at(self.schedule, step)
+        self.schedule = scheduler_at(self.schedule, step - state["skipped"])
         if state["scaler"]:  # empty where another precision did without
             self.scaler.load_state_dict(state["scaler"])
         # Without an average any more it is the weights behind it that train on.
@@ -162,8 +182,9 @@ class Learner:
         if self.average:
             # Absent where trainer.resume=force begins to average in the middle of a run.
             self.model.load_state_dict(state.get("trained_model", state["model"]))
-            self.average.n_averaged.fill_(state.get("averaged_steps", 0))
-        self.skipped = state["skipped"]
+            self.average.updates = state.get("averaged_steps", 0)
+        self.skipped_steps.fill_(state["skipped"])
+        self.unscheduled = self.skipped
         self.broken.zero_()
 
 
@@ -180,11 +201,16 @@ def own_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
 
 @contextmanager
 def without_trace(learner: Learner) -> Iterator[None]:
-    """Context for a trial: gradients, buffers and random generators are afterwards as they were."""
+    """Context for a trial: gradients, buffers, gradient scaling and random generators are afterwards as they were."""
     rng, buffers = get_rng_state(), [buffer.clone() for buffer in learner.model.buffers()]
+    scaler, trial_scaler = learner.scaler, learner.new_scaler()
+    if scaler.is_enabled():
+        trial_scaler.load_state_dict(scaler.state_dict())
+    learner.scaler = trial_scaler  # it notes that gradients were unscaled, and does so once for each update
     try:
         yield
     finally:
+        learner.scaler = scaler
         learner.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(learner.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
@@ -199,20 +225,34 @@ def largest_micro_batch(learner: Learner, images: Tensor, labels: Tensor) -> int
     where not even single images fit.
     """
     images, labels, _ = own_share(images, labels)
-    adam_bytes = 2 * sum(p.nbytes for p in learner.model.parameters())
     size = len(labels)
-    while True:
-        try:
-            with without_trace(learner):
-                room = torch.empty(adam_bytes + SPARE_BYTES, dtype=torch.uint8, device=images.device)
-                replace(learner, micro_batch=size, ema_decay=None, alone=True).gradients(0, images, labels)
-                del room
-            size = -highest(-size)  # the lowest
-            log.info("Micro-batch: %d images of %d fit the memory", size, len(labels))
-            return size
-        except Exception as error:
-            if size == 1 or not out_of_memory(error):
-                raise
+    try:
+        while not fits(learner, size, images, labels):
             size = math.ceil(size / 2)
-        finally:
             release_memory(images.device)
+    finally:
+        release_memory(images.device)
+    size = -highest(-size)  # the lowest
+    log.info("Micro-batch: %d images of %d fit the memory", size, len(labels))
+    return size
+
+
+def fits(learner: Learner, size: int, images: Tensor, labels: Tensor) -> bool:
+    """Whether the memory suffices for the gradients of a batch in micro-batches of this size, and what a run needs besides.
+
+    Raises the out-of-memory error where the size is 1. All that a failed trial holds, also by the error's traceback, is
+    released with the frame of this function.
+    """
+    adam_bytes = 2 * sum(p.nbytes for p in learner.model.parameters())
+    try:
+        with without_trace(learner):
+            room = torch.empty(adam_bytes + SPARE_BYTES, dtype=torch.uint8, device=images.device)
+            replace(learner, micro_batch=size, ema_decay=None, alone=True).gradients(0, images, labels)
+            del room
+    except Exception as error:
+        if size == 1 or not out_of_memory(error):
+            raise
+        return False
+    finally:
+        gc.collect()  # frames and errors that refer to one another
+    return True

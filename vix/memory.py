@@ -14,23 +14,32 @@ STARTED_WITH = resource.getrlimit(resource.RLIMIT_DATA)
 SHORTAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "std::bad_alloc",
+    "HOST_ALLOCATION_FAILED",  # cuDNN's
     "could not create a memory",  # oneDNN's, as the next
     "could not execute a primitive",
     "can't start new thread",  # there is no room for its stack
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
 )
+# CUDA's runtime and driver, NCCL, PyTorch's allocator (also behind a compiler's own error) and "Triton Error [CUDA]" write
+# "out of memory"; the status codes are those of the driver, cuBLAS, cuSOLVER, cuSPARSE, cuFFT, and cuDNN.
+GPU_SHORTAGES = ("out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "Failed to CUDA")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the memory of the GPU or of the machine did not suffice."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or gpu_out_of_memory(error):
         return True
     text = str(error)
     # Without more words: with some, oneDNN says that it has no such operation.
     return isinstance(error, RuntimeError) and (
         text == "could not create a primitive" or any(shortage in text for shortage in SHORTAGES)
     )
+
+
+def gpu_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the GPU did not suffice, in whichever library's words."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(shortage in str(error) for shortage in GPU_SHORTAGES)
 
 
 def check_memory_limit(device: torch.device, gigabytes: float | None) -> None:

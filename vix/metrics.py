@@ -14,7 +14,7 @@ from vix.distributed import share, total
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> dict[str, float]:
     """``top1`` and ``top5`` in percent of all images of all processes; each image counts the same, whatever its batch."""
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=autocast.device)
+    counts = torch.zeros(3, dtype=torch.int64, device=autocast.device)  # of GPUs the current one, which is the run's
     for batch, batch_labels in batches:
         images, labels = share(batch), share(batch_labels)
         if len(labels):
@@ -44,10 +44,12 @@ class PeakMemory:
 
     device: all figures are None where it is no CUDA device.
     resident: bytes of the data set that lies on the device, taken off both figures.
+    graphs: whether the steps replay CUDA graphs. A replay allocates nothing that PyTorch counts, so the memory reserved, which
+        holds the graphs' pools, is then both figures.
     """
 
-    def __init__(self, device: torch.device, resident: int) -> None:
-        self.device, self.resident = device, resident
+    def __init__(self, device: torch.device, resident: int, graphs: bool = False) -> None:
+        self.device, self.resident, self.graphs = device, resident, graphs
         self.allocated = self.reserved = 0
 
     def start(self) -> None:
@@ -59,8 +61,10 @@ class PeakMemory:
     def stop(self) -> None:
         """Take the peaks since ``start``: after an epoch's steps, before the evaluation."""
         if self.device.type == "cuda":
-            self.allocated = max(self.allocated, torch.cuda.max_memory_allocated(self.device) - self.resident)
-            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device) - self.resident)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            allocated = reserved if self.graphs else torch.cuda.max_memory_allocated(self.device)
+            self.allocated = max(self.allocated, allocated - self.resident)
+            self.reserved = max(self.reserved, reserved - self.resident)
 
     def state_dict(self) -> dict[str, int]:
         return {"allocated": self.allocated, "reserved": self.reserved}

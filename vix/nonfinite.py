@@ -22,7 +22,7 @@ from vix.distributed import rank
 from vix.files import user_path
 from vix.learner import Learner
 from vix.run import write_tensors
-from vix.runtime import get_rng_state, set_rng_state
+from vix.runtime import get_rng_state, resolve_device, set_rng_state
 from vix.threads import use_given_cpus
 
 FILE = "nonfinite.pt"
@@ -43,7 +43,13 @@ def find(learner: Learner, batches: Iterable[tuple[Tensor, Tensor]], first: int,
         if learner.broken:
             scale, smoothing, rate = learner.scaler.get_scale(), learner.label_smoothing, learner.rate
             state = {"images": images, "labels": labels, "model": model, "rng": rng, "step": number, "config": config}
-            state |= {"lr": rate, "scale": scale, "label_smoothing": smoothing, "dtype": learner.dtype}
+            state |= {
+                "lr": rate,
+                "scale": scale,
+                "label_smoothing": smoothing,
+                "dtype": learner.dtype,
+                "device": str(images.device),
+            }
             if rank() == 0:
                 write_tensors(directory / FILE, state)
             learner.model.load_state_dict(model)
@@ -82,6 +88,14 @@ def describe(model: nn.Module, state: dict[str, Any]) -> str:
     )
 
 
+def saved_device(name: str) -> torch.device:
+    """The device that a step was saved on, or where this machine lacks it another one; set up as for training."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        name = "auto"
+    return resolve_device(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vix.nonfinite", description=__doc__)
     parser.add_argument("directory", type=user_path, help="directory of a run that stopped because a number was not finite")
@@ -89,10 +103,12 @@ def main() -> None:
     if not (directory / FILE).is_file():
         sys.exit(f"error: {directory} holds no {FILE}: no step of a run there was not finite")
     use_given_cpus()
-    state = torch.load(directory / FILE, weights_only=True)
+    state = torch.load(directory / FILE, map_location="cpu", weights_only=True)
+    device = saved_device(state["device"])
+    state |= {"images": state["images"].to(device), "labels": state["labels"].to(device)}
     model = vix.build_model(OmegaConf.create(state["config"]))
     model.load_state_dict(state["model"])
-    print(describe(model.to(state["images"].device), state))
+    print(describe(model.to(device), state))
 
 
 if __name__ == "__main__":

@@ -1,55 +1,111 @@
 """The hardware a run gets: device, precision, and the state of its random generators."""
 
 import logging
-import os
 import random
+import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from vix.checks import ConfigError
-from vix.distributed import processes
-from vix.memory import keep_freed_memory
+from vix.distributed import local_processes, local_rank, processes
+from vix.memory import keep_freed_memory, out_of_memory
 
 log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` or a device's name → the device; of several processes each gets a GPU of its own.
+    """``auto`` or a device's name → the device; a GPU always with its index, which most of ``torch.cuda`` requires.
 
-    Raises ConfigError where this machine has no such device.
+    Of several processes on a machine, each gets a GPU of its own. The GPU becomes the current one.
+
+    Raises ConfigError where this machine has no such device, PyTorch cannot compute on it, or processes would share a GPU.
     """
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
-    elif name == "auto":
-        log.warning("No CUDA GPU was found: training on the CPU, which is slow at full size")
-        name = "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            log.warning("No CUDA GPU was found: training on the CPU, which is slow at full size")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).split(".")[0].split("\n")[0]
-        raise ConfigError(
-            f"trainer.device={name}: this machine has no such device ({reason}); auto, cpu and cuda:N are names"
-        ) from error
+        if device.type == "cuda":
+            device = select_gpu(device)
+        probe(device)
+    except ConfigError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"trainer.device={name}: {unusable(error)}; auto, cpu and cuda:N are names") from error
     if device.type == "meta":
         raise ConfigError("trainer.device=meta: nothing can be trained there; auto, cpu and cuda:N are names")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # random generators, peaks and caches are asked for without a name
     if device.type == "cpu":
         keep_freed_memory()
     choose_float32_products(device)
     return device
 
 
+def select_gpu(device: torch.device) -> torch.device:
+    """The GPU with its index, made the current one: random generators, streams and events belong to the current GPU.
+
+    Raises ConfigError where the processes of this machine would share a GPU.
+    """
+    count = local_processes()
+    if count > 1 and device.index is not None:
+        raise ConfigError(
+            f"trainer.device={device}: {count} processes on this machine would share that GPU; "
+            "trainer.device=auto gives each its own"
+        )
+    with warnings.catch_warnings():
+        # Of GPUs that this build of PyTorch has no kernels for, in several lines and whichever GPU is used: see ``probe``.
+        warnings.filterwarnings("ignore", message=r"\s*(Found GPU|.* with CUDA capability)")
+        first, available = initial_gpu(), torch.cuda.device_count()
+    if count > available:
+        raise ConfigError(
+            f"trainer.device={device}: {count} processes on this machine need a GPU each, and it has {available}; "
+            f"use --nproc-per-node={available}"
+        )
+    if device.index is None:
+        device = torch.device("cuda", local_rank() if count > 1 else first)
+    torch.cuda.set_device(device)
+    return device
+
+
+@cache
+def initial_gpu() -> int:
+    """The GPU that was current when this process first needed one: a sweep's job does not inherit that of the job before."""
+    return torch.cuda.current_device()
+
+
+def probe(device: torch.device) -> None:
+    """Compute on the device. An empty tensor would do for a GPU without kernels, whose first real operation then fails."""
+    if device.type != "meta":
+        torch.ones(2, device=device).sum().item()
+
+
+def unusable(error: Exception) -> str:
+    """Why ``probe`` failed, for an error message."""
+    reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+    if "no kernel image" in str(error):
+        built_for = ", ".join(arch.removeprefix("sm_")[:-1] + "." + arch[-1] for arch in torch.cuda.get_arch_list())
+        return f"this build of PyTorch has no kernels for that GPU, only for compute capability {built_for} and compatible ones"
+    if out_of_memory(error):
+        return f"that GPU has no free memory ({reason}); another process may use it"
+    return f"this machine has no such device, or it cannot be used ({reason})"
+
+
 def choose_float32_products(device: torch.device) -> None:
-    """Multiply float32 matrices in float32, on a CPU by oneDNN where that can: on AMD's it is 2 to 3 times faster than MKL.
+    """Multiply and convolve float32 in float32, never in TF32.
+
+    On a CPU, multiply by oneDNN where that can: on AMD's it is 2 to 3 times faster than MKL.
 
     PyTorch hands a CPU's products over to oneDNN once they may round to bfloat16. It does so only on processors with
     instructions for whole tiles of bfloat16 (AMX), so a product tells whether it does.
     """
     torch.set_float32_matmul_precision("highest")
+    if device.type == "cuda":
+        # True by default. This and the line above are the older of PyTorch's two interfaces; parts of PyTorch still read it,
+        # and raise where convolutions alone were set by the newer one (fp32_precision).
+        torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         torch.set_float32_matmul_precision("medium")
         a = torch.linspace(1, 2, 128**2).view(128, 128)
@@ -63,7 +119,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             # Emulated bfloat16 (before compute capability 8.0) is slower than float16.
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            with torch.cuda.device(device):  # the question is about the current one
+                native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
         # Read off the processor, not timed: a run must repeat to the bit on the same machine. Where the instructions
         # exist they are the faster ones; without them bf16 is emulated, and slower.
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

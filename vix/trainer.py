@@ -102,7 +102,7 @@ class Trainer:
         learner = Learner(model, optimizer, schedule, dtype, None, *options)
         first_batch = next(train.shuffled(self.batch_size, seed, epoch=0))
         learner.micro_batch = largest_micro_batch(learner, *first_batch) if self.micro_batch == "auto" else self.micro_batch
-        memory = PeakMemory(device, train.nbytes + test.nbytes)
+        memory = PeakMemory(device, train.nbytes + test.nbytes, graphs=self.compile == "cuda_graphs")
         at, stop = Position(loss_sum=torch.zeros((), device=device)), StopRequest()
 
         def restore(saved: dict[str, Any]) -> None:
@@ -152,6 +152,7 @@ class Trainer:
         with stop, TensorBoard(run, at.epoch + 1, *shown) if rank() == 0 else nullcontext() as board:
             with stop.at_once(leave):
                 at.seconds += compile_step(learner, self.compile, steps, *first_batch)
+            del first_batch  # the trials' alone
             run.write_results(compiled=learner.compiled is not None)
             while at.epoch < self.epochs:
                 model.train()
@@ -169,6 +170,7 @@ class Trainer:
                         looks = device.type == "cpu" or at.batch % 100 == 0  # on a GPU, looking is waiting
                         if looks:
                             stop_if_broken()
+                            learner.sync_schedule()
                         asked = stop.agreed(looks)
                         wanted = self.checkpoint_every and at.batch % self.checkpoint_every == 0
                         if asked or (wanted and at.batch < steps_per_epoch):

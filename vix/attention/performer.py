@@ -62,7 +62,7 @@ class Performer(nn.Module):
     def on_train_step(self, step: int) -> None:
         """Redraw the features where ``step`` (counted on the host, from 0) is a multiple of ``redraw_every``."""
         if self.redraw_every and step and step % self.redraw_every == 0:
-            self.features_ME.copy_(orthogonal_features(*self.features_ME.shape))
+            self.features_ME.copy_(orthogonal_features(*self.features_ME.shape), non_blocking=True)
 
     def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
