@@ -20,6 +20,7 @@ from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
 from vix.config import GROUPS, check
+from vix.console import protect_output
 from vix.distributed import from_first, process_group, processes, rank
 from vix.files import only_writer
 from vix.memory import limit_memory, out_of_memory
@@ -35,6 +36,7 @@ OmegaConf.register_new_resolver("run_name", run_name)
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float:
     """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximise."""
+    protect_output()  # a launcher may have started this process
     job = HydraConfig.get()
     choices = job.runtime.choices
     directory = Path(job.runtime.output_dir)
@@ -128,6 +130,7 @@ def shortage(cfg: DictConfig, error: Exception) -> UserError:
 
 def run_from_command_line() -> int:
     """Hydra's ``main`` with its errors in one line each, and after a sweep the table of its jobs. Returns the exit status."""
+    protect_output()
     # With this variable set Hydra lets its errors through, and they become one line here.
     wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"

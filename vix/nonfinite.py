@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vix
 from vix.checks import UserError
+from vix.console import protect_output
 from vix.distributed import rank
 from vix.learner import Learner
 from vix.run import write_tensors
@@ -81,6 +82,7 @@ def describe(model: nn.Module, state: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(prog="python -m vix.nonfinite", description=__doc__)
     parser.add_argument("directory", type=Path, help="directory of a run that stopped because a number was not finite")
     directory = parser.parse_args().directory

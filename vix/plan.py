@@ -32,6 +32,7 @@ from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, run_name
 from vix.config import check
+from vix.console import protect_output
 from vix.estimate import measure, peak_memory
 from vix.report import Table
 from vix.results import MODEL_GROUPS, Row, find_runs, flat
@@ -265,6 +266,7 @@ def show(jobs: Sequence[Job]) -> None:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(
         prog="python -m vix.plan", description="What a sweep would do: its runs, their cost, and which would be refused."
     )

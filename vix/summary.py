@@ -20,6 +20,7 @@ from torch import nn
 from vix.build import build, build_model
 from vix.checks import UserError
 from vix.command_line import about_the_command, explain
+from vix.console import protect_output
 from vix.flops import flop_counter, training_flops
 from vix.papersize import Call, Calls, Shape, paper_megabytes
 from vix.report import Table
@@ -129,6 +130,7 @@ def show(summary: Summary) -> None:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(
         prog="python -m vix.summary", description="A model as a table of its layers, and its cost."
     )
