@@ -25,6 +25,7 @@ from vix.command_line import about_the_command, explain, git_commit, one_line, r
 from vix.compilation import release_compiled
 from vix.compose import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, expand_arguments, left_out, parse_command, refusal, sweep_outputs
 from vix.config import GROUPS, check
+from vix.console import protect_output
 from vix.distributed import from_first, process_group, processes, rank
 from vix.files import LockedError, only_writer
 from vix.memory import gpu_out_of_memory, limit_memory, out_of_memory
@@ -40,6 +41,7 @@ log = logging.getLogger("vix")
 @hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=VERSION_BASE)
 def main(cfg: DictConfig) -> float:
     """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximise."""
+    protect_output()  # a launcher may have started this process
     job = HydraConfig.get()
     choices = job.runtime.choices
     directory = Path(job.runtime.output_dir)
@@ -147,6 +149,7 @@ def shortage(cfg: DictConfig, error: Exception) -> UserError:
 
 def run_from_command_line() -> int:
     """Hydra's ``main`` with its errors in one line each, and after a sweep the table of its jobs. Returns the exit status."""
+    protect_output()
     # With this variable set Hydra lets its errors through, and they become one line here.
     wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"

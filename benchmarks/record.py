@@ -16,6 +16,7 @@ import torch
 
 from vix.checks import UserError
 from vix.command_line import git_commit
+from vix.console import protect_output
 from vix.files import user_path
 from vix.runtime import resolve_device
 
@@ -99,6 +100,7 @@ def versions() -> dict[str, str | None]:
 
 def told_in_one_line(main: Callable[[], None]) -> None:
     """A benchmark's command: what its user can mend ends it with one line."""
+    protect_output()
     try:
         main()
     except UserError as error:

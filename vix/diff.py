@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.checks import UserError
+from vix.console import protect_output
 from vix.files import user_path
 from vix.report import Table
 from vix.results import Row, as_text, flat, read_run
@@ -96,6 +97,7 @@ def diff(run_a: Path, run_b: Path) -> None:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(prog="python -m vix.diff", description="What differs between two runs.")
     parser.add_argument("run_a", metavar="RUN_A", type=user_path, help="a run's directory, such as outputs/vin/seed=0")
     parser.add_argument("run_b", metavar="RUN_B", type=user_path)

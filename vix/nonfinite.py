@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vix
 from vix.checks import UserError
+from vix.console import protect_output
 from vix.distributed import rank
 from vix.files import user_path
 from vix.learner import Learner
@@ -97,6 +98,7 @@ def saved_device(name: str) -> torch.device:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(prog="python -m vix.nonfinite", description=__doc__)
     parser.add_argument("directory", type=user_path, help="directory of a run that stopped because a number was not finite")
     directory = parser.parse_args().directory

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+
+from vix.console import encodable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DPI = 100
@@ -21,6 +23,7 @@ CELL, GAP, LINE = 96, 14, 13  # pixels: the side of an image, between images, an
 COLUMNS = 8  # of the worst images
 
 
+@rc_context({"text.parse_math": False})  # dollars in names are text
 def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) -> Array:
     """For each true class (a row) the share taken for each class (a column), from the two classes of every image."""
     classes = len(class_names)
@@ -50,6 +53,7 @@ def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) 
     return rendered(figure)
 
 
+@rc_context({"text.parse_math": False})  # dollars in names are text
 def worst_images(images: Array, true: Array, predicted: Array, losses: Array, class_names: Sequence[str]) -> Array:
     """Images in rows, each with its true and its predicted class, red where these differ, and its loss (nats)."""
     names = [short(name) for name in class_names]
@@ -61,6 +65,7 @@ def worst_images(images: Array, true: Array, predicted: Array, losses: Array, cl
     return grid(title, cells, [captions[row] for row in rows], [colors[row] for row in rows])
 
 
+@rc_context({"text.parse_math": False})  # dollars in names are text
 def attention_maps(images: Array, true: Array, predicted: Array, maps: Sequence[Array], class_names: Sequence[str]) -> Array:
     """A row for each image: itself with its two classes, then the class token's attention in each layer (count, Y, X).
 
@@ -114,8 +119,9 @@ def grid(
 
 
 def short(name: str) -> str:
-    """A class's name, cut where it would run into the next; a pair of dollars would be taken for a formula."""
-    return (name if len(name) <= 12 else f"{name[:11]}…").replace("$", r"\$")
+    """A class's name, cut where it would run into the next."""
+    name = encodable(name)
+    return name if len(name) <= 12 else f"{name[:11]}…"
 
 
 def rendered(figure: Figure) -> Array:

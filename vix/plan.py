@@ -30,6 +30,7 @@ from vix.checks import UserError
 from vix.command_line import about_the_command, explain
 from vix.compose import Flags, add_flags, compose_with_hydra, expand_arguments, flags_from, left_out, loader
 from vix.config import check
+from vix.console import protect_output
 from vix.estimate import measure, peak_memory
 from vix.files import check_unlocked
 from vix.report import Table
@@ -267,6 +268,7 @@ def show(jobs: Sequence[Job]) -> None:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(
         prog="python -m vix.plan", description="What a sweep would do: its runs, their cost, and which would be refused."
     )

@@ -8,11 +8,13 @@ import itertools
 import math
 import statistics
 import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
@@ -22,6 +24,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from vix.console import encodable
 from vix.results import Group, Row
 
 # The paper's colours: ViT red, ViX blue, hybrid ViT orange, hybrid ViX green.
@@ -87,6 +90,7 @@ class Point(NamedTuple):
     first: bool = False
 
 
+@rc_context({"text.parse_math": False})  # dollars in names are text
 def pictures(
     groups: Sequence[Group], rows: Sequence[Row], published: Mapping[str, Mapping[str, str]]
 ) -> dict[str, tuple[str, bytes]]:
@@ -94,15 +98,16 @@ def pictures(
 
     A picture for which no group has figures is left out; figure 4 always shows the published points.
     """
-    labels, common = without_common([group.name for group in groups])
+    labels, common = without_common([encodable(group.name) for group in groups])
     entries = [Entry(*entry) for entry in zip(groups, rows, labels, strict=True)]
     note = f"all: {' '.join(common)}" if common else ""
-    drawn = {
-        "figure4.png": figure_4(entries, note, published),
-        **{f"accuracy_{word}.png": pareto(entries, note, cost) for cost, (word, *_) in COSTS.items()},
-        "learning_curves.png": learning_curves(entries, note),
-    }
-    return {name: (figure.get_suptitle(), png(figure)) for name, figure in drawn.items() if figure is not None}
+    with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
+        drawn = {
+            "figure4.png": figure_4(entries, note, published),
+            **{f"accuracy_{word}.png": pareto(entries, note, cost) for cost, (word, *_) in COSTS.items()},
+            "learning_curves.png": learning_curves(entries, note),
+        }
+        return {name: (figure.get_suptitle(), png(figure)) for name, figure in drawn.items() if figure is not None}
 
 
 def without_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -227,7 +232,9 @@ def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
                 stds = [statistics.stdev(values) for values in seeds]
                 low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
                 axes.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
-        handles.append(Line2D([], [], label=textwrap.fill(label, 36), color=color, ls=line))
+        text = textwrap.fill(label, 36)
+        # matplotlib leaves labels that begin with an underscore out of a legend.
+        handles.append(Line2D([], [], label=f" {text}" if text.startswith("_") else text, color=color, ls=line))
     for axes, quantity in zip(panels, ("training loss, nats", "top-1 test accuracy, %"), strict=True):
         axes.set_xlabel("epoch")
         axes.set_ylabel(quantity)

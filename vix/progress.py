@@ -5,11 +5,11 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from vix.console import console
 from vix.distributed import rank
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,14 @@ class EpochBar:
         self.done = 0
         top1 = f"top-1 {history[-1]['top1']:.2f} %" if history else ""
         columns = (
-            TextColumn("epoch {task.fields[epoch]}"),
+            TextColumn("epoch {task.fields[epoch]}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
         # Transient: the bar gives way to the epoch's line in the log.
-        self.progress = Progress(*columns, transient=True, disable=rank() > 0 or not sys.stdout.isatty())
+        hidden = rank() > 0 or not sys.stdout.isatty()
+        self.progress = Progress(*columns, console=console(), transient=True, disable=hidden)
         self.task = self.progress.add_task("", total=images, epoch=f"{epoch + 1}/{epochs}", note=top1)
         self.top1 = top1
 
@@ -79,7 +80,7 @@ def show_results(results: dict[str, Any]) -> None:
         ("time", f"{results['seconds'] / 60:.1f} min on {results['device']}, {results['precision']}"),
     ):
         table.add_row(label, value)
-    Console().print(table)
+    console().print(table)
 
 
 def tell_epoch(row: dict[str, Any], epochs: int, seconds: float) -> None:

@@ -7,6 +7,7 @@ import argparse
 import csv
 import difflib
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich import box
-from rich.console import Console
 from rich.table import Table as RichTable
 
 from vix.checks import UserError
+from vix.console import console, protect_output
 from vix.files import user_path, write_whole
 from vix.results import Group, Row, Run, find_runs, group_seeds, keep_where, listed, published_rows
 
@@ -165,16 +166,16 @@ class Table(NamedTuple):
             least += width + 3
         for line in self.lines:
             table.add_row(*line)
-        console = Console(markup=False, highlight=False)
+        output = console()
         # In a file or a pipe every line stays whole, for grep and less -S; on a terminal names are folded, figures are not.
-        console.width = max(least, console.width) if console.is_terminal else 10_000
-        with console.capture() as capture:
-            console.print(table)
+        output.width = max(least, output.width) if output.is_terminal else 10_000
+        with output.capture() as capture:
+            output.print(table)
         print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
     def markdown(self) -> str:
         def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
+            return "| " + " | ".join(re.sub(r"[|\\[\]`*<]", r"\\\g<0>", " ".join(c.split())) for c in cells) + " |"
 
         rule = ["---" if i < self.words else "---:" for i in range(len(self.heads))]
         return "\n".join([f"## {self.title}", "", line(self.heads), line(rule), *map(line, self.lines), ""])
@@ -263,7 +264,9 @@ def report(options: argparse.Namespace) -> None:
         images = pictures(groups, rows, published_rows())
         links = [f"![{title}]({name})\n" for name, (title, _) in images.items()]
         text = ["# Report\n", *(table.markdown() for table in shown), *(f"* {note}" for note in footnotes), "", *links]
-        files = {"report.md": "\n".join(text).encode(), "report.csv": as_csv(in_order).encode()}
+        texts = {"report.md": "\n".join(text), "report.csv": as_csv(in_order)}
+        # A directory's name need not be valid UTF-8.
+        files = {name: content.encode(errors="backslashreplace") for name, content in texts.items()}
         files |= {name: png for name, (_, png) in images.items()}
         out = options.out or options.directories[0]
         write_files(out, files)
@@ -271,6 +274,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    protect_output()
     try:
         report(parse(sys.argv[1:]))
     except UserError as error:

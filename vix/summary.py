@@ -19,6 +19,7 @@ from vix.build import build, build_model
 from vix.checks import UserError
 from vix.command_line import about_the_command, explain
 from vix.compose import add_flags, compose_with_hydra, expand_arguments, flags_from, left_out
+from vix.console import protect_output
 from vix.flops import flop_counter, training_flops
 from vix.papersize import Call, Calls, Shape, paper_megabytes
 from vix.report import Table
@@ -127,6 +128,7 @@ def show(summary: Summary) -> None:
 
 
 def main() -> None:
+    protect_output()
     parser = argparse.ArgumentParser(
         prog="python -m vix.summary", description="A model as a table of its layers, and its cost."
     )

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
 from rich.table import Table
 
 from vix.checks import ConfigError, UserError
+from vix.console import console
 from vix.files import write_json
 from vix.overrides import quote
 
@@ -107,7 +107,7 @@ class Sweep:
             top1, seconds = job.get("top1"), job.get("seconds")
             shown = f"{top1:.2f}" if top1 is not None else "", f"{seconds / 60:.1f}" if seconds is not None else ""
             table.add_row(name, job["state"], *shown, *filter(None, [" ".join(job["error"].split())]))
-        Console().print(table)
+        console().print(table)
         return sum(not job["state"].startswith("finished") for job in jobs)
 
 
