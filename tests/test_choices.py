@@ -1,13 +1,12 @@
 """What an experiment or a recipe sets for a group belongs to the option that it chose there."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from forked import Forked
 from test_config_files import SMALL, write
-from test_robustness import Forked
 from test_runner import table_after
 
 import vix
@@ -19,13 +18,6 @@ from vix.plan import plan
 # The experiment's settings are Nyström's landmarks and a model's width.
 TRAINING = ("data.train_size=100", "data.test_size=50", "trainer.batch_size=20", "trainer.epochs=1", "trainer.precision=fp32")
 SMALLER = ("experiment=quickstart", "model.dim=16", "model.depth=1", *TRAINING)
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    forked = Forked()
-    yield forked
-    forked.server.kill()
 
 
 def composed(*overrides: str, directory: Path | None = None) -> tuple[dict[str, dict[str, object]], list[str]]:

@@ -5,15 +5,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, TINY
+from forked import Forked
 from hydra.errors import HydraException
 from test_config_files import SMALL, write
-from test_robustness import Forked
 from test_runner import table_after
 
 from vix.checks import ConfigError
@@ -25,13 +24,6 @@ from vix.plan import plan
 
 QUICK = (*(override for override in TINY if not override.startswith(("experiment=", "trainer.epochs"))), "trainer.epochs=1")
 CHOICES = {"experiment": None, "model": "vit", "attention": "nystrom", "embedding": "linear", "posenc": "learned"}
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    forked = Forked()
-    yield forked
-    forked.server.kill()
 
 
 def results_below(directory: Path) -> list[dict[str, Any]]:

@@ -3,13 +3,12 @@
 import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY, run_train
-from test_robustness import Forked
+from forked import Forked
 from test_runner import table_after
 
 from vix.checks import ConfigError
@@ -17,13 +16,6 @@ from vix.compose import Flags, compose, compose_with_hydra
 
 QUICK = tuple(override for override in TINY if not override.startswith("experiment="))
 SMALL = "# @package _global_\ndefaults:\n  - override /data: digits\n  - override /embedding: linear\n"
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    forked = Forked()
-    yield forked
-    forked.server.kill()
 
 
 def write(directory: Path, files: dict[str, str | bytes]) -> None:
