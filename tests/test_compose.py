@@ -88,6 +88,7 @@ def test_the_command_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -
     assert "torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=node1:" in repeating_command(job)
 
 
+@pytest.mark.slow
 def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
     """vix.plan, vix.summary and sweep.sh find configs where train.py finds them, and name a directory that is not there."""
     write(tmp_path / "mine", {"experiment/tiny": f"{SMALL}model: {{dim: 24, depth: 1}}\nattention: {{heads: 2}}"})
@@ -171,6 +172,7 @@ def test_where_a_sweep_goes(value: str, directory: str | None, monkeypatch: pyte
         assert sweep_outputs(command) == Path(directory)
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_quoted_directory_is_reported(tmp_path: Path) -> None:
     """``./sweep.sh`` makes the report where the runs are, and leaves no other directory."""
     target = tmp_path / "a=1, x"
@@ -205,6 +207,7 @@ def test_a_home_directory_in_any_path(tmp_path: Path, forked: Forked, monkeypatc
     assert sweep_outputs(parse_command(["-m", "seed=1,2", "hydra.sweep.dir='~/sweeps'"])) == home / "sweeps"
 
 
+@pytest.mark.slow
 def test_no_directory_is_named_tilde(tmp_path: Path) -> None:
     """A run and what reads it: none of them makes or looks for a directory with that name."""
     environment = {**os.environ, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}

@@ -11,6 +11,7 @@ from conftest import TINY, run_train
 from forked import Forked
 from test_runner import table_after
 
+import vix
 from vix.checks import ConfigError
 from vix.compose import Flags, compose, compose_with_hydra
 
@@ -120,6 +121,29 @@ def test_an_experiment_names_no_compiler(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
     run_train(tmp_path, *compiled, "experiment=quickstart", f"+hydra.job.env_set.CXX={compiler}", **cache)
     assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{dim_head: {_target_: subprocess.Popen, args: [PROGRAM]}}",
+        "{_target_: subprocess.Popen, args: [PROGRAM]}",
+        "{_args_: [PROGRAM]}",
+        "{_partial_: true}",
+        "{_target_: vix.files.os.system, command: PROGRAM}",
+        "{heads: '${oc.env:NOT_SET}'}",
+    ],
+)
+def test_no_option_is_a_program(tmp_path: Path, options: str) -> None:
+    """``_target_`` and its like inside an option, and what an interpolation cannot find."""
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    program.chmod(0o755)
+    write(tmp_path, {"experiment/mine": global_file(f"attention: {options}".replace("PROGRAM", str(program)))})
+    cfg = compose(["experiment=mine"], Flags(str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"attention"):
+        vix.build_model(cfg)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_files_of_any_group_are_checked(tmp_path: Path, forked: Forked) -> None:

@@ -48,6 +48,8 @@ def test_two_processes_train_as_one(tmp_path: Path, overrides: tuple[str, ...]) 
     assert run_train(tmp_path, *UNEVEN, *overrides).returncode == 0
     one, two = results_of(tmp_path), results_of(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["command"].startswith("python train.py experiment=quickstart ")
+    assert two["command"] == one["command"].replace("python ", "torchrun --standalone --nproc-per-node=2 ", 1)
     assert [row["train_loss"] for row in two["history"]] == pytest.approx(
         [row["train_loss"] for row in one["history"]], abs=1e-4
     )
