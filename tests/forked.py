@@ -172,7 +172,8 @@ def kill_at_change(number: int, half_written: bool = False) -> None:
         left[0] -= 1
         if left[0] < 0:
             temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-            if half_written and temporary.exists():
+            # A hard link shares its contents with the file that it was made from: it is never half-written.
+            if half_written and temporary.exists() and temporary.stat().st_nlink == 1:
                 os.truncate(temporary, temporary.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 

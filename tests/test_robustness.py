@@ -132,9 +132,9 @@ def test_a_stop_that_python_drops_comes_again() -> None:
 
 def stop_in_evaluation(batches: int) -> None:
     """Let this process receive SIGTERM when its first evaluation asks for the batch of that number (from 0)."""
-    from vix import metrics
+    from vix import trainer
 
-    evaluate = metrics.accuracy
+    evaluate = trainer.accuracy
 
     def stopped(model: Any, test_batches: Iterable[Any], *rest: Any) -> Any:
         def counted() -> Iterator[Any]:
@@ -145,7 +145,7 @@ def stop_in_evaluation(batches: int) -> None:
 
         return evaluate(model, counted(), *rest)
 
-    metrics.accuracy = stopped
+    trainer.accuracy = stopped
 
 
 def test_stopped_while_testing(tmp_path: Path, forked: Forked) -> None:

@@ -11,7 +11,3 @@ from conftest import ROOT
 def test_clean(command: str) -> None:
     done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_training_loop_reads_in_one_go() -> None:
-    assert len((ROOT / "vix" / "trainer.py").read_text().splitlines()) <= 200

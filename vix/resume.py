@@ -45,6 +45,19 @@ def refuse_fixed(changed: Changes, epoch: int, batch: int, directory: Path) -> N
             raise refusal(directory, {key: (then, now)}, f"{done} are done already")
 
 
+def refuse_misfit(
+    changed: Changes,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    model: nn.Module,
+    saved: Mapping[str, Any] | None,
+    directory: Path,
+) -> None:
+    """Raises ConfigError where the weights or the optimizer's state of a checkpoint do not fit what is trained now."""
+    if saved:
+        refuse_other_weights(changed, model, saved["model"], directory)
+        refuse_other_state(changed, make_optimizer, model, saved, directory)
+
+
 def refuse_other_weights(changed: Changes, model: nn.Module, saved: Mapping[str, Tensor], directory: Path) -> None:
     """Raises ConfigError where the saved weights and buffers are not those of this model."""
     here = {name: tensor.shape for name, tensor in model.state_dict().items()}

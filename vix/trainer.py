@@ -23,7 +23,7 @@ from vix.metrics import PeakMemory, accuracy
 from vix.models.recompute import Recompute
 from vix.nonfinite import find
 from vix.progress import EpochBar, tell_epoch
-from vix.resume import refuse_other_state, refuse_other_weights
+from vix.resume import refuse_misfit
 from vix.run import Position, Run, StopRequest, parameter_counts, saved_megabytes
 from vix.runtime import get_rng_state, hardware, resolve_device, resolve_precision, set_rng_state
 from vix.schedule import rate_factor
@@ -88,9 +88,7 @@ class Trainer:
         device = self.torch_device
         saved = from_first(lambda: run.load_checkpoint(self.resume))
         changed = run.resume_from(saved)
-        if saved:
-            refuse_other_weights(changed, model, saved["model"], run.directory)
-            refuse_other_state(changed, make_optimizer, model, saved, run.directory)
+        refuse_misfit(changed, make_optimizer, model, saved, run.directory)
         dtype = resolve_precision(run.precision(self.precision, changed), device)
         train, test = data.load(device)
         optimizer = make_optimizer(model := model.to(device))
