@@ -120,7 +120,7 @@ class ImageFolder(ImageData):
             train = root  # its folders are the classes, one of which may be called train
         if test is None and not self.validation_size:
             raise ConfigError(
-                f"data.root={root}: there is no {root}/val or {root}/test; where the folders in {train} are those of the classes, "
+                f"data.root={root}: there is no {root}/val or {root}/test; where the folders in {train} are the classes, "
                 f"data.validation_size=N keeps N of their images for testing; else {belong}"
             )
         return train, test
