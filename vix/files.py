@@ -5,7 +5,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,38 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def walk(top: Path, enters: Callable[[os.DirEntry[str]], bool]) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Every directory below ``top``, itself included, with its entries that are no directories; links are followed.
+
+    Each directory comes once, however many links lead to it and even if they form a circle, and under its own name where it
+    has one below ``top``. Broken links are entries. ``enters``: whether to go into a directory.
+
+    Raises OSError where a directory cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    directories, links = [str(top)], list[str]()
+    while directories or links:
+        directory = directories.pop() if directories else links.pop(0)
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(directory) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        inner = [entry for entry in found if is_directory(entry)]
+        yield directory, [entry for entry in found if not is_directory(entry)]
+        for entry in inner:
+            if enters(entry):
+                (links if entry.is_symlink() else directories).append(entry.path)
+
+
+def is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.checks import UserError
+from vix.files import walk
 
 Row = dict[str, Any]
 
@@ -25,6 +27,7 @@ NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_al
 UNFINISHED = ("running", "failed", "refused", "interrupted")
 # Keys that say where a run happens or which of several equal runs it is: runs that differ in these alone are one group.
 NOT_COMPARED = ("experiment", "seed", "rerun", "fail_fast", "data.root", "trainer.device", "trainer.resume", "trainer.probe")
+RUN_FILES = ("results.json", "checkpoint.pt", ".hydra")  # by which a run's directory is known
 DEFAULT_RECIPE = "recipe=paper"  # says what is so without it
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
 # Within those groups, but it changes what a model costs and not what it computes.
@@ -156,9 +159,9 @@ def wrong_fields(results: Row) -> Iterator[str]:
 
 
 def find_runs(directories: Iterable[Path]) -> list[Run]:
-    """Every ``results.json`` below the directories, but not those of runs that ``rerun=true`` moved aside.
+    """Every ``results.json`` below the directories, links followed, but not those of runs that ``rerun=true`` moved aside.
 
-    Raises UserError for a directory that does not exist.
+    Raises UserError for a directory that does not exist or cannot be read.
     """
     paths: dict[Path, Path] = {}  # by their real path: one directory may lie in another
     for directory in directories:
@@ -166,12 +169,22 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
             near = directory.parent if directory.parent.is_dir() else Path()
             there = sorted(p.name for p in near.iterdir() if p.is_dir() and not p.name.startswith("."))
             raise UserError(f"{directory}: there is no such directory; in {near.resolve()} there are: {listed(there)}")
-        for place, subdirectories, files in os.walk(directory):
-            subdirectories[:] = sorted(d for d in subdirectories if not d.startswith(("previous-", ".")))
-            if "results.json" in files:
+        if not os.access(directory, os.R_OK | os.X_OK):
+            raise UserError(f"{directory}: no permission to read it")
+        for place, files in walk(directory, may_hold_runs):
+            if any(file.name == "results.json" for file in files):
                 path = Path(place, "results.json")
                 paths.setdefault(path.resolve(), path)
     return [read_run(path) for path in paths.values()]
+
+
+def may_hold_runs(entry: os.DirEntry[str]) -> bool:
+    """Whether to look for runs in a directory: it is not hidden, nor an earlier run that is kept inside a run's directory."""
+    if entry.name.startswith("."):
+        return False
+    parent = Path(entry.path).parent
+    moved_aside = re.fullmatch(r"previous-\d+", entry.name) and any((parent / name).exists() for name in RUN_FILES)
+    return not moved_aside and os.access(entry.path, os.R_OK | os.X_OK)
 
 
 def listed(names: Iterable[Any], most: int = 40) -> str:

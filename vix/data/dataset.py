@@ -165,8 +165,8 @@ class ImageData(ImageSet):
     def tested_on(self) -> Literal["test", "validation"]:
         return "validation" if self.validation_size else "test"
 
-    def read(self) -> tuple[Labelled, Labelled]:
-        """Images and labels (count,) of the whole training and of the whole test split.
+    def read(self) -> tuple[Labelled, Labelled | None]:
+        """Images and labels (count,) of the whole training and of the whole test split; None where the set has none to test.
 
         Raises DataError where the files are missing or not what they should be.
         """
@@ -175,19 +175,35 @@ class ImageData(ImageSet):
     def load(self, device: torch.device) -> tuple[Split, Split]:
         """Read what trains and what is tested, and move it to the device. Raises DataError."""
         train, test = self.read()
-        for (_, labels), name in ((train, "training"), (test, "test")):
-            if set(np.unique(labels)) != set(range(self.classes)):
+        for labelled, name in ((train, "training"), (test, "test")):
+            if labelled and set(np.unique(labelled[1])) != set(range(self.classes)):
                 raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not this image set's")
-        training, tested = (np.arange(len(labels)) for _, labels in (train, test))
+        training = np.arange(len(train[1]))
         if self.validation_size:
-            test = train
-            tested = some(train, training, self.validation_size)
+            test, tested = train, self.held_out(train)
             training = np.delete(training, tested)
+        else:
+            assert test is not None  # else refused by the constructor of a set that may lack them
+            tested = np.arange(len(test[1]))
         train_split = move(train, some(train, training, self.train_size), device)
         train_split.flip, train_split.crop_padding = self.flip, self.crop_padding
         train_split.trivial_augment, train_split.erase = self.trivial_augment, self.erase
         train_split.mixup, train_split.cutmix, train_split.classes = self.mixup, self.cutmix, self.classes
         return train_split, move(test, some(test, tested, self.test_size), device)
+
+    def held_out(self, train: Labelled) -> np.ndarray:
+        """Positions of the validation images. Raises DataError where a class would have none left to train on."""
+        assert self.validation_size
+        positions = some(train, np.arange(len(train[1])), self.validation_size)
+        left = np.bincount(np.delete(train[1], positions), minlength=self.classes)
+        if not left.all():
+            name = self.class_names[int(left.argmin())]
+            images = int((train[1] == left.argmin()).sum())
+            raise DataError(
+                f"data.validation_size={self.validation_size}: takes all {images} training images of class {name}; "
+                "take fewer, or give that class more images"
+            )
+        return positions
 
 
 def some(labelled: Labelled, positions: np.ndarray, size: int | None) -> np.ndarray:
