@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from vix.batch_sizes import check_batches
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name
@@ -70,12 +71,13 @@ def main(cfg: DictConfig) -> float:
 def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Build what the config says, train it in the run's directory, and return the results."""
     try:
-        check(cfg)  # refuses, like the three lines after the next, before any data is read
+        check(cfg)  # refuses, like all up to check_batches, before any data is read
         torch.manual_seed(cfg.seed)
         model = build_model(cfg)
         make_optimizer = optimizer_builder(cfg)
         make_optimizer(model)
-        trainer = build(cfg, "trainer")
+        trainer, data = build(cfg, "trainer"), build(cfg, "data")
+        check_batches(lambda: build_model(cfg), data, trainer)
         if cfg.get("rerun") and rank() == 0:
             run.set_aside()
         results = from_first(lambda: run.finished(trainer.resume))
@@ -83,7 +85,7 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
             log.info("Finished before, and not run again: rerun=true starts over")
         else:
             try:
-                results = trainer.fit(model, make_optimizer, build(cfg, "data"), run, cfg.seed)
+                results = trainer.fit(model, make_optimizer, data, run, cfg.seed)
             finally:
                 limit_memory(trainer.torch_device, None)  # not for telling of a failure, nor for the sweep's next job
     except ConfigError as error:

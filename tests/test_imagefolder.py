@@ -11,14 +11,17 @@ from conftest import TINY, run_train
 from omegaconf import DictConfig
 from PIL import Image, features
 from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 
 import vix
 from vix.build import build
 from vix.checks import ConfigError, DataError
 from vix.data import imagefolder
-from vix.data.dataset import balanced_subset
+from vix.data.dataset import Split, balanced_subset
 from vix.data.imagefolder import ImageFolder
+from vix.run import Run
+from vix.tensorboard import METRICS, TensorBoard
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -389,3 +392,32 @@ def test_links_are_followed_once_and_broken_ones_are_named(folder: Path, tmp_pat
     (tmp_path / "elsewhere").rename(tmp_path / "moved")
     with pytest.raises(DataError, match=r"/train/bee: a link to .*/elsewhere, which is not there; "):
         ImageFolder(root=str(folder))
+
+
+@pytest.mark.parametrize(("classes", "images"), [(1, 1), (1, 3), (2, 1), (6, 1)])
+def test_the_end_of_a_small_set(tmp_path: Path, classes: int, images: int) -> None:
+    """One class, or one test image of each, and of one class: confusion matrix, worst images and attention are all there."""
+    names = [f"class {k}" for k in range(classes)]
+    data = Split(torch.zeros(classes * images, 3, 8, 8, dtype=torch.uint8), torch.arange(classes).repeat(images))
+    few = Split(data.images[:1], data.labels[:1])
+    for number, test in enumerate((data, few)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))
+        results = {**dict.fromkeys(METRICS, 1.0), "epochs": 1}
+        with TensorBoard(Run(directory, {}, {}), 1, model, test, names, False) as board:
+            board.finish(results, test.in_order(2), torch.autocast("cpu", enabled=False))
+        events = EventAccumulator(str(directory)).Reload()
+        assert events.Tags()["images"] == ["test/confusion_matrix", "test/worst_images"]
+
+
+@pytest.mark.slow
+def test_a_run_on_one_image_of_one_class(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / "set" / split / "only" / "0.png", picture(0))
+    small = ("data=imagefolder", "data.image_size=8", "embedding.patch_size=2", "trainer.epochs=1")
+    done = run_train(tmp_path, *TINY[:4], *small, "trainer.batch_size=4", "hydra.run.dir=run", VIX_DATA=str(tmp_path / "set"))
+    assert done.returncode == 0, done.stderr
+    assert "TensorBoard lacks" not in done.stdout
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert len(events.Tags()["images"]) == 3

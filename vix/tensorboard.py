@@ -76,11 +76,11 @@ class EventFile:
 class EventWriter(SummaryWriter):
     """PyTorch's writer of events, into an ``EventFile``."""
 
-    def _get_file_writer(self) -> FileWriter:
+    def _get_file_writer(self) -> Any:
         if self.file_writer is None:
             writer = FileWriter.__new__(FileWriter)  # its constructor would make a file with a name from the clock
             writer.event_writer = EventFile(self.log_dir)
-            self.file_writer, self.all_writers = writer, {self.log_dir: writer}
+            vars(self).update(file_writer=writer, all_writers={self.log_dir: writer})
             if self.purge_step is not None:
                 start = SessionLog(status=SessionLog.START)
                 writer.add_event(Event(session_log=start), self.purge_step)
@@ -166,15 +166,15 @@ class TensorBoard:
 
         labels, names = self.test.labels.cpu(), self.class_names
         true, predicted = labels.numpy(), guess.numpy()
-        worst = loss.argsort(descending=True, stable=True)[:WORST]
+        worst = loss.argsort(descending=True, stable=True)[:WORST].numpy()  # an index of one element stays an array
         drawn = {
             "confusion_matrix": pictures.confusion_matrix(true, predicted, names),
             "worst_images": pictures.worst_images(
-                self.pixels(worst), true[worst], predicted[worst], loss[worst].numpy(), names
+                self.pixels(worst), true[worst], predicted[worst], loss.numpy()[worst], names
             ),
         }
         # One image of each of the first classes that are among the test images.
-        some = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]])
+        some = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
         maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, scale(self.test.images[some]))]
         if maps:
             drawn["class_token_attention"] = pictures.attention_maps(
