@@ -183,7 +183,7 @@ class TensorBoard:
         for name, picture in drawn.items():
             self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
 
-    def pixels(self, which: Tensor) -> Any:
+    def pixels(self, which: Any) -> Any:
         """Test images as an array (count, Y, X, C) of uint8."""
         return self.test.images[which].permute(0, 2, 3, 1).cpu().numpy()
 
