@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from vix.batch_sizes import check_batches
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import ConfigError, UserError
 from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name_parts
@@ -85,12 +86,13 @@ def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
             raise ConfigError(reason)
         for note in left_out(hydra_config):
             log.info(note)
-        check(cfg)  # refuses, like the three lines after the next, before any data is read
+        check(cfg)  # refuses, like all up to check_batches, before any data is read
         torch.manual_seed(cfg.seed)
         model = build_model(cfg)
         make_optimizer = optimizer_builder(cfg)
         make_optimizer(model)
         trainer, data = build(cfg, "trainer"), build(cfg, "data")
+        check_batches(lambda: build_model(cfg), data, trainer)
         run.identify(image_set=data.image_set)
         results = from_first(lambda: run.prepare(cfg.get("rerun") is True, trainer.resume))
         if results:

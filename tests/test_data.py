@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import pickle
 import tarfile
 import threading
@@ -175,3 +176,48 @@ def test_damaged_and_unreachable_files_are_named(
         assert "\n" not in message
         for part in (words, str(folder), "data.root", "VIX_DATA", "experiment=quickstart"):
             assert part in message
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_an_archive_is_unpacked(
+    small_cifar100: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    """Offline, whoever compressed it; where the folder is not writable nothing is written there. A damaged one is refused."""
+    server, images = small_cifar100
+    root = tmp_path / "root"
+    root.mkdir()
+    monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/absent")
+    archive = root / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:  # another MD5 checksum than the original's
+        tar.add(server / "cifar-100-python", "cifar-100-python")
+    whole = archive.read_bytes()
+    if not writable:  # the tests may run as root, who may write everywhere
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    (server / "cifar-100-python" / "test").write_bytes(pickle.dumps("another"))
+    with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as tar:
+        tar.add(server / "cifar-100-python", "cifar-100-python")
+    changed = bytearray(whole)
+    changed[len(changed) // 2] ^= 255
+    for damage in (whole[: len(whole) // 2], b"no archive", bytes(changed), b"", (tmp_path / "other.tar.gz").read_bytes()):
+        archive.write_bytes(damage)
+        with pytest.raises(DataError, match=r"root/cifar-100-python\.tar\.gz is damaged.*take it away or replace it") as error:
+            Cifar100(root=str(root)).load(CPU)
+        assert "\n" not in str(error.value)
+        assert not (root / "cifar-100-python").exists()
+    archive.write_bytes(whole)
+    train, test = Cifar100(root=str(root)).load(CPU)
+    assert torch.equal(train.images.flatten(1), torch.from_numpy(images[:200]))
+    assert len(test) == 100
+    assert (root / "cifar-100-python").is_dir() == writable
+    assert {path.name for path in root.iterdir()} - {"cifar-100-python", ".download.lock"} == {archive.name}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cifar10")
+def test_the_real_archive(cifar10_root: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz", compresslevel=1) as tar:
+        tar.add(cifar10_root / "cifar-10-batches-py", "cifar-10-batches-py")
+    _, test = Cifar10(root=str(tmp_path)).load(CPU)
+    _, expected = Cifar10(root=str(cifar10_root)).load(CPU)
+    assert torch.equal(test.images, expected.images)

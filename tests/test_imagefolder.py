@@ -9,16 +9,19 @@ import pytest
 import torch
 from conftest import TINY, run_train
 from omegaconf import DictConfig
-from PIL import Image
+from PIL import Image, features
 from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 
 import vix
 from vix.build import build
 from vix.checks import ConfigError, DataError
 from vix.data import imagefolder
-from vix.data.dataset import balanced_subset
+from vix.data.dataset import Split, balanced_subset
 from vix.data.imagefolder import ImageFolder
+from vix.run import Run
+from vix.tensorboard import METRICS, TensorBoard
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -214,7 +217,7 @@ def test_classes_of_one_split_only_are_named(folder: Path) -> None:
 
 def test_a_class_without_images_is_named(folder: Path) -> None:
     (folder / "train" / "empty").mkdir()
-    with pytest.raises(DataError, match=r"/set/train: Found no valid file for the classes empty\. "):
+    with pytest.raises(DataError, match=r"/set/train: no images in the class folders empty; put some there, or take"):
         ImageFolder(root=str(folder))
 
 
@@ -297,3 +300,124 @@ def test_refused_in_one_line_and_nothing_left_behind(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: data.root={tmp_path}: there is no {tmp_path}/train; ")
     assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_what_systems_leave_behind_is_skipped_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Hidden and system entries are neither classes nor images; other files are counted by their endings."""
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        write(folder / "train" / name / "0.png", picture(0))
+        write(folder / "val" / "ape" / name / "0.png", picture(0))
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):
+        (folder / "train" / name).write_text("x")
+        (folder / "train" / "ape" / name).write_text("x")
+    for name in ("notes.txt", "more.TXT", "labels.csv", "README"):
+        (folder / "train" / "bee" / name).write_text("x")
+    (folder / "val" / "loose.png").write_bytes((folder / "val" / "ape" / "0.png").read_bytes())
+    with caplog.at_level("INFO"):
+        data = ImageFolder(root=str(folder), image_size=8)
+        assert caplog.messages == []  # the model is built more than once; the images are read once
+        train, test = data.load(CPU)
+    assert (data.class_names, len(train), len(test)) == (("ape", "bee", "cow"), 12, 6)
+    skipped, left_out = caplog.messages[:2]
+    assert skipped.startswith("Skipped hidden and system entries in ")
+    for part in (".ipynb_checkpoints (2)", "__MACOSX (2)", "@eaDir (2)", "Thumbs.db (2)", "._* (2)"):
+        assert part in skipped
+    assert left_out.startswith("Left out 5 files in ")
+    assert all(part in left_out for part in (".txt (2)", ".csv (1)", "no ending (1)", "outside of the class folders (1)"))
+
+
+def test_every_image_that_pillow_reads(tmp_path: Path) -> None:
+    endings = ["jfif", "JPG", "Png", "gif", "webp", "bmp", "tif", "ppm", "tga", "jp2"]
+    endings += ["avif"] if features.check("avif") else []
+    for ending in endings:
+        for split in ("train", "val"):
+            path = tmp_path / split / "a" / f"x.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(path, format={"jfif": "JPEG"}.get(ending))
+    (tmp_path / "train" / "a" / "film.mpg").write_bytes(b"\x00\x00\x01\xb3")  # which Pillow knows, but cannot read
+    (tmp_path / "train" / "a" / "paper.pdf").write_text("%PDF")  # which Pillow can only write
+    train, test = ImageFolder(root=str(tmp_path), image_size=8).load(CPU)
+    assert (len(train), len(test)) == (len(endings), len(endings))
+    assert (train.images.float() - 200).abs().max() < 5
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_one_folder_of_classes(folder: Path, tmp_path: Path, below: str) -> None:
+    """Without val/ or test/, images of root/CLASS or root/train/CLASS are kept for testing; one of each class still trains."""
+    root = tmp_path / "one"
+    root.mkdir()
+    (folder / "train").rename(root / below)
+    for options in ({}, {"classes": 3}):
+        with pytest.raises(
+            ConfigError, match=r"^data\.root=.*/one: there is no .*/one/.*data\.validation_size=N, which keeps N"
+        ):
+            ImageFolder(root=str(root), **options).load(CPU)
+        data = ImageFolder(root=str(root), image_size=8, validation_size=6, **options)
+        train, test = data.load(CPU)
+        assert data.class_names == ("ape", "bee", "cow")
+        assert data.tested_on == "validation"
+        assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    class_folder = root / below / "ape"
+    for path in sorted(class_folder.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"^data\.validation_size=3: takes all 1 training images of class ape; "):
+        ImageFolder(root=str(root), image_size=8, validation_size=3).load(CPU)
+
+
+def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
+    for name in ("car", "test", "train"):
+        for i in range(3):
+            write(tmp_path / name / f"{i}.png", picture(i))
+    assert ImageFolder(root=str(tmp_path), validation_size=3).class_names == ("car", "test", "train")
+
+
+def test_links_are_followed_once_and_broken_ones_are_named(folder: Path, tmp_path: Path) -> None:
+    whole = ImageFolder(root=str(folder)).sizes
+    (folder / "train" / "ape" / "round").symlink_to("..")
+    (folder / "train" / "ape" / "itself").symlink_to("itself.png")
+    (folder / "train" / "ape" / "itself.png").symlink_to("itself")
+    with pytest.raises(DataError, match=r"/train/ape/itself: a link to itself\.png, which is not there; "):
+        ImageFolder(root=str(folder))
+    (folder / "train" / "ape" / "itself").unlink()
+    (folder / "train" / "ape" / "itself.png").unlink()
+    (folder / "train" / "ape" / "round").unlink()
+    (folder / "train" / "ape" / "here").symlink_to(".")
+    assert ImageFolder(root=str(folder)).sizes == whole
+    (folder / "train" / "bee").rename(tmp_path / "elsewhere")
+    (folder / "train" / "bee").symlink_to(tmp_path / "elsewhere")
+    assert ImageFolder(root=str(folder)).sizes == whole
+    (tmp_path / "elsewhere" / "x.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"/train/bee/x\.png: cannot be read as an image \(.*No such file"):
+        ImageFolder(root=str(folder)).load(CPU)
+    (tmp_path / "elsewhere").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"/train/bee: a link to .*/elsewhere, which is not there; "):
+        ImageFolder(root=str(folder))
+
+
+@pytest.mark.parametrize(("classes", "images"), [(1, 1), (1, 3), (2, 1), (6, 1)])
+def test_the_end_of_a_small_set(tmp_path: Path, classes: int, images: int) -> None:
+    """One class, or one test image of each, and of one class: confusion matrix, worst images and attention are all there."""
+    names = [f"class {k}" for k in range(classes)]
+    data = Split(torch.zeros(classes * images, 3, 8, 8, dtype=torch.uint8), torch.arange(classes).repeat(images))
+    few = Split(data.images[:1], data.labels[:1])
+    for number, test in enumerate((data, few)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))
+        results = {**dict.fromkeys(METRICS, 1.0), "epochs": 1}
+        with TensorBoard(Run(directory, {}, {}), 1, model, test, names, False) as board:
+            board.finish(results, test.in_order(2), torch.autocast("cpu", enabled=False))
+        events = EventAccumulator(str(directory)).Reload()
+        assert events.Tags()["images"] == ["test/confusion_matrix", "test/worst_images"]
+
+
+@pytest.mark.slow
+def test_a_run_on_one_image_of_one_class(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / "set" / split / "only" / "0.png", picture(0))
+    small = ("data=imagefolder", "data.image_size=8", "embedding.patch_size=2", "trainer.epochs=1")
+    done = run_train(tmp_path, *TINY[:4], *small, "trainer.batch_size=4", "hydra.run.dir=run", VIX_DATA=str(tmp_path / "set"))
+    assert done.returncode == 0, done.stderr
+    assert "TensorBoard lacks" not in done.stdout
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert len(events.Tags()["images"]) == 3

@@ -69,7 +69,7 @@ def test_mean_and_standard_deviation_over_seeds_and_the_best_of_all(real: dict[s
     for seed, (top1, best) in enumerate(zip(top1s, bests, strict=True)):
         fields = {"top1": top1, "top5": 90.0 + seed, "best_top1": best, "best_top5": 95.0 + seed, "seconds": 60.0 * (seed + 1)}
         write(tmp_path / f"vin/seed={seed}/results.json", as_row(real, "vin", seed, **fields))
-    write(tmp_path / "vin/previous-1/results.json", as_row(real, "vin", 7, top1=0.0))
+    write(tmp_path / "vin/seed=0/previous-1/results.json", as_row(real, "vin", 7, top1=0.0))
     (row,) = report_rows(tmp_path)
     assert (row["experiment"], row["seeds"], row["epochs"]) == ("vin", "3", "2")
     assert float(row["top1"]) == pytest.approx(statistics.mean(top1s))
@@ -386,3 +386,20 @@ def test_a_table_is_its_published_rows(copy: Path, tmp_path: Path, table: str) -
     done = sweep(directory, tmp_path, table, "seed=0,1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(["-m", f"experiment={','.join(rows)}", "seed=0,1"])
+
+
+def test_links_are_followed_and_only_runs_that_were_moved_aside_are_left_out(real: dict[str, Any], tmp_path: Path) -> None:
+    """A run is counted once, however many links lead to it and though they form a circle; a user's previous-… is a folder."""
+    for seed, place in enumerate(("elsewhere/run", "outputs/previous-2/run", "outputs/previous-best", "outputs/vin/seed=3")):
+        write(tmp_path / place / "results.json", as_row(real, "vin", seed))
+    write(tmp_path / "outputs/vin/seed=3/previous-1/results.json", as_row(real, "vin", 8))
+    (tmp_path / "outputs/vin/seed=4/.hydra").mkdir(parents=True)  # a run that was killed as it began again
+    write(tmp_path / "outputs/vin/seed=4/previous-10/results.json", as_row(real, "vin", 9))
+    (tmp_path / "outputs/a_link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "outputs/another").symlink_to(tmp_path / "elsewhere/run")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "outputs")
+    (tmp_path / "outputs/itself").symlink_to("itself")
+    (tmp_path / "outputs/gone").symlink_to("absent")
+    (row,) = report_rows(tmp_path / "outputs")
+    assert row["seeds"] == "4"
+    assert "Not in the table" not in (tmp_path / "outputs/report.md").read_text()

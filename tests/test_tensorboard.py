@@ -18,6 +18,7 @@ import torch
 from conftest import HANGS, TINY, run_train
 from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import fit
 
 import vix
@@ -255,3 +256,28 @@ def test_heat_is_black_at_nothing_bright_at_the_most_and_blue_below() -> None:
     assert half[0] > 150 > half[2]
     assert below[2] > 100 > below[0]
     assert not pictures.heat(np.zeros((3, 3))).max() > 10
+
+
+@pytest.mark.slow
+def test_a_continued_run_after_the_clock_went_back(tmp_path: Path) -> None:
+    """With a year and more between: every epoch of the real program is there, once, in TensorBoard's own reader."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nnow = time.time\ntime.time = lambda: now() + float(os.environ['SHIFT'])\n"
+    )
+    run = tmp_path / "run"
+    accuracies: dict[int, float] = {}
+    live = None
+    for epochs, shift in ((1, 0.0), (2, -4e7), (3, -8e7), (4, 0.0)):
+        more = ["trainer.resume=force"] if epochs > 1 else []
+        words = [*TINY, f"trainer.epochs={epochs}", f"hydra.run.dir={run}", *more]
+        done = run_train(tmp_path, *words, SHIFT=str(shift), PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        live = live or EventAccumulator(str(run))
+        history = json.loads((run / "results.json").read_text())["history"]
+        accuracies = {row["epoch"]: row["top1"] for row in history}
+        for events in (live.Reload(), EventAccumulator(str(run)).Reload()):
+            shown = {event.step: event.value for event in events.Scalars("accuracy/top1")}
+            assert shown == pytest.approx(accuracies)
+            assert len(events.Scalars("accuracy/top1")) == epochs
+    assert len(accuracies) == 4
+    assert len(list(run.glob("events.out.tfevents.*"))) == 4

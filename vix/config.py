@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import nn
 
-from vix.checks import ConfigError, NotNegative
+from vix.checks import ConfigError, Seed
 from vix.data.dataset import ImageData
 from vix.trainer import Trainer
 
@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[type, set[str]]] = {
     "data": (ImageData, set()),
     "trainer": (Trainer, set()),
 }
-SETTINGS: dict[str, Any] = {"seed": NotNegative, "rerun": bool, "fail_fast": bool}  # the keys that stand outside the groups
+SETTINGS: dict[str, Any] = {"seed": Seed, "rerun": bool, "fail_fast": bool}  # the keys that stand outside the groups
 # Options of a group that the program reads itself: they stand beside those of the constructor, which does not get them.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {"optimizer": {"decay_only": Literal["matrices"] | None}}
 OVERLAYS = ("recipe", "experiment")  # groups whose files only set keys of the groups above

@@ -25,6 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vix.batch_sizes import check_batches
 from vix.build import build, build_model, optimizer_builder
 from vix.checks import UserError
 from vix.command_line import about_the_command, explain
@@ -160,6 +161,7 @@ def examine(job: Job, cfg: DictConfig, directory: Path) -> None:
         model = build_model(cfg)
         optimizer_builder(cfg)(model)
     trainer = build(cfg, "trainer")
+    check_batches(lambda: build_model(cfg), build(cfg, "data"), trainer)
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
     job.image_set = build(cfg, "data").image_set
     check_unlocked(directory)

@@ -2,13 +2,20 @@
 
 import json
 import logging
+import os
+import re
+import socket
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from vix.checks import UserError
@@ -29,6 +36,58 @@ METRICS = (
 PROBED, SHOWN, WORST = 16, 6, 40  # test images of the probe, of the attention maps, and with the highest loss
 
 
+class EventFile:
+    """A new event file in a directory, which TensorBoard reads after those that are there already.
+
+    It reads a directory's files in the order of their names, and what a later file says of a step replaces what earlier ones
+    do. PyTorch's own names begin with the time, so a clock that went back, or a machine whose clock is behind, would put the
+    continuation of a run before its beginning, and TensorBoard would show a part of the epochs. Here the number in the name
+    is higher than that of every file before it.
+
+    Events are kept until ``flush``, which raises OSError where they cannot be written.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        earlier = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in os.listdir(directory))
+        number = max([int(time.time()), *(int(found[1]) + 1 for found in earlier if found)])
+        path = Path(directory, f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}.0")
+        self.file = open(path, "xb", buffering=0)  # noqa: SIM115  (closed by ``close``)
+        self.records = RecordWriter(self.file)
+        self.pending = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+
+    def get_logdir(self) -> str:
+        return self.directory
+
+    def add_event(self, event: Event) -> None:
+        self.pending.append(event)
+
+    def flush(self) -> None:
+        while self.pending:
+            self.records.write(self.pending[0].SerializeToString())
+            del self.pending[0]
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self.file.close()
+
+
+class EventWriter(SummaryWriter):
+    """PyTorch's writer of events, into an ``EventFile``."""
+
+    def _get_file_writer(self) -> Any:
+        if self.file_writer is None:
+            writer = FileWriter.__new__(FileWriter)  # its constructor would make a file with a name from the clock
+            writer.event_writer = EventFile(self.log_dir)
+            vars(self).update(file_writer=writer, all_writers={self.log_dir: writer})
+            if self.purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                writer.add_event(Event(session_log=start), self.purge_step)
+        return self.file_writer
+
+
 class TensorBoard:
     """Scalars of every epoch, the config as text, a row of the HParams page, and pictures at the end.
 
@@ -44,7 +103,7 @@ class TensorBoard:
 
     def __enter__(self) -> "TensorBoard":
         # Purged: an epoch that an earlier start logged but did not save is done, and logged, again.
-        self.writer = SummaryWriter(str(self.run.directory), purge_step=self.first_epoch)
+        self.writer = EventWriter(str(self.run.directory), purge_step=self.first_epoch)
         self.writer.add_text("config", f"```json\n{json.dumps(self.run.config, indent=2)}\n```")
         # Without PyTorch's list of all columns: TensorBoard takes one run's list for all, though other models have other keys.
         _, start, self.end = hparams(hyperparameters(self.run), {})
@@ -108,14 +167,15 @@ class TensorBoard:
 
         labels, names = self.test.labels.cpu(), self.class_names
         true, predicted = labels.numpy(), guess.numpy()
-        worst = loss.argsort(descending=True, stable=True)[:WORST]
+        worst = loss.argsort(descending=True, stable=True)[:WORST].numpy()  # an index of one element stays an array
         drawn = {
             "confusion_matrix": pictures.confusion_matrix(true, predicted, names),
             "worst_images": pictures.worst_images(
-                self.pixels(worst), true[worst], predicted[worst], loss[worst].numpy(), names
+                self.pixels(worst), true[worst], predicted[worst], loss.numpy()[worst], names
             ),
         }
-        some = torch.stack([(labels == k).nonzero()[0, 0] for k in range(min(SHOWN, len(names)))])
+        # One image of each of the first classes that are among the test images.
+        some = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
         maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, scale(self.test.images[some]))]
         if maps:
             drawn["class_token_attention"] = pictures.attention_maps(
@@ -124,7 +184,7 @@ class TensorBoard:
         for name, picture in drawn.items():
             self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
 
-    def pixels(self, which: Tensor) -> Any:
+    def pixels(self, which: Any) -> Any:
         """Test images as an array (count, Y, X, C) of uint8."""
         return self.test.images[which].permute(0, 2, 3, 1).cpu().numpy()
 

@@ -147,6 +147,8 @@ class ImageData(ImageSet):
 
     def __post_init__(self) -> None:
         self.classes = len(self.class_names)
+        if self.trivial_augment and self.image_size < 3:
+            raise ConfigError(f"data.trivial_augment={self.trivial_augment}: needs images of 3 pixels and more; use null")
         train, test = self.sizes
         held_out = self.validation_size or 0
         for name, size, available in (

@@ -33,9 +33,9 @@ class ImageFolder(ImageData):
     in ``root/<class>/`` or ``root/train/<class>/``, of which ``validation_size`` images are then tested.
 
     The test split is ``val`` where there is one, else ``test`` (Tiny ImageNet's and ImageNet's ``test`` have no labels).
-    Folders below that of a class belong to it. Files are images by the endings of their names, all that Pillow reads; hidden
-    and system entries are skipped, and what is left out is logged. A ``val`` with a flat ``images/`` folder and a
-    ``val_annotations.txt``, which is Tiny ImageNet's, is read by that file.
+    Folders below that of a class belong to it. Which files are images follows from the endings of their names: all that
+    Pillow reads. Hidden and system entries are skipped; what is left out is logged. A ``val`` with a flat ``images/`` folder
+    and a ``val_annotations.txt``, which is Tiny ImageNet's, is read by that file.
 
     All images are held in memory as uint8: count · channels · image_size² bytes (1.35 GB for Tiny ImageNet).
 
@@ -107,23 +107,22 @@ class ImageFolder(ImageData):
         return tuple(classes), train_files, test_files[0] if test_files else None, listing
 
     def split_folders(self) -> tuple[Path, Path | None]:
-        """The folders of the training and of the test split. Raises ConfigError where the layout is another."""
+        """The folders of the training and of the test split (None: there is none). Raises ConfigError for another layout."""
         root, train = Path(self.root), Path(self.root, "train")
-        test = next((root / name for name in ("val", "test") if has_folders(root / name)), None)
-        belong = (
-            f"the images of each class belong in {train}/CLASS/ and {root}/val/CLASS/ (or test/); "
-            "name the folder that holds them with data.root=DIR or VIX_DATA=DIR"
+        # A folder of splits holds folders of classes; a class may itself be called train, val or test, and holds images.
+        test = next((folder for name in ("val", "test") if has_folders(folder := root / name)), None)
+        if has_folders(train):
+            absent = f"{root}/val or {root}/test"
+        else:
+            absent, train = str(train), root
+        works = (test is None and has_folders(root)) if train == root else True
+        if works and (test is not None or self.validation_size):
+            return train, test
+        raise ConfigError(
+            f"data.root={root}: there is no {absent}; the images of each class belong in {root}/train/CLASS/ and "
+            f"{root}/val/CLASS/ (or test/), or all in {root}/train/CLASS/ or {root}/CLASS/ with data.validation_size=N, which "
+            "keeps N of them for testing; name the folder that holds them with data.root=DIR or VIX_DATA=DIR"
         )
-        if not has_folders(train):
-            if test is not None or not has_folders(root):
-                raise ConfigError(f"data.root={root}: there is no {train} with folders of classes; {belong}")
-            train = root  # its folders are the classes, one of which may be called train
-        if test is None and not self.validation_size:
-            raise ConfigError(
-                f"data.root={root}: there is no {root}/val or {root}/test; where the folders in {train} are the classes, "
-                f"data.validation_size=N keeps N of their images for testing; else {belong}"
-            )
-        return train, test
 
 
 @dataclass
@@ -221,12 +220,11 @@ def counts(names: Counter[str]) -> str:
     return ", ".join(there) + (f" and {more} more kinds" if more > 0 else "")
 
 
-def has_folders(folder: Path, but: str = "") -> bool:
-    """Whether a folder holds another that is neither hidden nor a system's, nor called ``but``."""
+def has_folders(folder: Path) -> bool:
+    """Whether a folder holds another that is neither hidden nor a system's."""
     try:
         with os.scandir(folder) as entries:
-            listed = (entry for entry in entries if is_directory(entry) and Listing().is_listed(entry))
-            return any(entry.name != but for entry in listed)
+            return any(is_directory(entry) and Listing().is_listed(entry) for entry in entries)
     except OSError:
         return False
 
