@@ -20,6 +20,7 @@ from benchmarks.crossover import crossover
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
 from benchmarks.scaling import MIXERS, expected
+from benchmarks.waiting import WAYS
 from vix import build_model
 from vix.flops import training_flops
 
@@ -85,6 +86,15 @@ def test_overhead(tmp_path: Path) -> None:
     # The second run finds what the first one compiled.
     assert 0 < record["compile_seconds_again"] < record["compile_seconds"]
     assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 3600 / everything  # several jobs were done
+
+
+@pytest.mark.slow
+def test_waiting(tmp_path: Path) -> None:
+    """Every way of waiting, alone and next to a busy process; what is compared with has the ratio 1."""
+    _, record = measured("benchmarks.waiting", tmp_path / "w.json", "--experiments", "quickstart", "--batch", "2")
+    assert {(row["way"], row["busy"]) for row in record["rows"]} == set(product(WAYS, (0, 1)))
+    assert all(row["images_per_second"] == pytest.approx(2 / row["seconds"][0]) for row in record["rows"])
+    assert [row["speed_over_spinning"] for row in record["rows"] if row["way"] == next(iter(WAYS))] == [1.0, 1.0]
 
 
 def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
