@@ -1,9 +1,9 @@
 """What this program costs beside the packages that one would otherwise take, and where linear attention pays.
 
 ``python -m benchmarks`` compares training steps side by side, ``python -m benchmarks.scaling`` goes through numbers of tokens,
-``python -m benchmarks.overhead`` times what is not a step, ``python -m benchmarks.waiting`` compares how threads wait.
-Each writes JSON into ``benchmarks/results/`` that names the device, the versions and the commit. What they need beyond the
-program: ``pip install -r requirements-benchmarks.txt``.
+``python -m benchmarks.overhead`` times what is not a step, ``python -m benchmarks.waiting`` how threads wait. Each writes JSON
+into ``benchmarks/results/`` that names the device, the versions and the commit.
+What they need beyond the program: ``pip install -r requirements-benchmarks.txt``.
 """
 
 import os

@@ -1,8 +1,8 @@
 """``python -m benchmarks.waiting``: how OpenMP's threads should wait, on a machine of one's own and on a shared one.
 
-Training steps with each way of waiting, alone and next to processes that keep a CPU each busy. Every measurement has a
-process of its own, because OpenMP reads the variables when it is loaded; rounds alternate the order, and a ratio is the median
-over rounds of ratios within one. CPUs only.
+Training steps with each way of waiting, alone and next to processes that keep a CPU each busy. Every measurement has a process
+of its own, because OpenMP reads the variables when it is loaded; rounds alternate the order, and a ratio is the median over
+rounds of ratios within one. CPUs only.
 """
 
 import json

@@ -184,7 +184,7 @@ def cpu_seconds(directory: Path) -> tuple[float, str]:
 
 
 def test_a_thousand_runs_take_little_longer_than_one(real: dict[str, Any], tmp_path: Path) -> None:
-    """Measured: 3 times as long."""
+    """Measured: 2 times as long, which is 3 s."""
     write(tmp_path / "one/seed=0/results.json", as_row(real, "vin", 0))
     one, _ = cpu_seconds(tmp_path / "one")
     history = [{**real["history"][0], "epoch": epoch} for epoch in range(1, 41)]
@@ -192,7 +192,7 @@ def test_a_thousand_runs_take_little_longer_than_one(real: dict[str, Any], tmp_p
         lr, seed = f"optimizer.lr={i // 5 + 1}e-5", i % 5
         write(tmp_path / "all" / lr / f"seed={seed}/results.json", as_row(real, "vin", seed, lr, history=history))
     thousand, output = cpu_seconds(tmp_path / "all")
-    assert thousand < 8 * one
+    assert thousand < 5 * one
     assert sorted(p.name for p in (tmp_path / "all").glob("*.png")) == PICTURES
     assert sum(line.strip().startswith("vin optimizer.lr=") for line in output.splitlines()) == 400  # two tables
 
