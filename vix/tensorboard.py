@@ -52,7 +52,7 @@ class EventFile:
         earlier = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in os.listdir(directory))
         number = max([int(time.time()), *(int(found[1]) + 1 for found in earlier if found)])
         path = Path(directory, f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}.0")
-        self.file = open(path, "xb", buffering=0)  # noqa: SIM115  (closed by ``close``)
+        self.file = open(path, "xb")  # noqa: SIM115  (closed by ``close``)
         self.records = RecordWriter(self.file)
         self.pending = [Event(wall_time=time.time(), file_version="brain.Event:2")]
 
@@ -66,6 +66,7 @@ class EventFile:
         while self.pending:
             self.records.write(self.pending[0].SerializeToString())
             del self.pending[0]
+        self.file.flush()
 
     def close(self) -> None:
         try:
