@@ -253,8 +253,8 @@ def paper(run: Run, published: Mapping[str, Mapping[str, str]]) -> Mapping[str, 
 
 
 def tell_apart(groups: Iterable[Group]) -> None:
-    """Add to the names of groups of one name what distinguishes them: the image set, a config that changed within the run, device
-    and precision; and a number where these do not."""
+    """Add to the names of groups of one name what distinguishes them: the image set, a config that changed within the run,
+    device and precision; and a number where these do not."""
     for distinction in (images_of, changes_of, place_of, None):
         same: defaultdict[str, list[Group]] = defaultdict(list)
         for group in groups:
