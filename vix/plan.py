@@ -64,7 +64,7 @@ HOW_TO_READ = (
 class Job:
     """A run of a sweep: what there is of it, and what it would cost.
 
-    directory: where it would write; None where its config cannot be composed.
+    directory, outputs: where it and all runs of the sweep would write; None where its config cannot be composed.
     state: new, continues, finished, again (rerun=true) or refused; ``reason`` is why it is refused.
     left: epochs that it would train.   device: the hardware that it would do so on.
     hours, gpu_gb: None where nothing tells. GB are of 10⁹ bytes.
@@ -75,6 +75,7 @@ class Job:
     state: str = "refused"
     reason: str = ""
     directory: Path | None = None
+    outputs: Path | None = None
     config: Row | None = None
     image_set: str = ""
     left: int = 0
@@ -94,7 +95,7 @@ def plan(arguments: Sequence[str], measuring: bool = False) -> list[Job]:
     """
     models: dict[str, Summary] = {}
     jobs = [plan_job(number, overrides, models) for number, overrides in enumerate(expand(arguments))]
-    tops = {job.directory.parents[1] for job in jobs if job.directory}
+    tops = {job.outputs for job in jobs if job.outputs}
     earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
     for job in jobs:
         recall(job, earlier)
@@ -121,6 +122,7 @@ def plan_job(number: int, overrides: list[str], models: dict[str, Summary]) -> J
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = compose("config", overrides, return_hydra_config=True)
         job.directory = output_directory(cfg, number)
+        job.outputs = Path(str(cfg.hydra.sweep.dir))
         job.name = "/".join(job.directory.parts[-2:])
         with open_dict(cfg):
             del cfg["hydra"]
