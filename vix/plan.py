@@ -67,7 +67,7 @@ HOW_TO_READ = (
 class Job:
     """A run of a sweep: what there is of it, and what it would cost.
 
-    directory: where it would write; None where its config cannot be composed.
+    directory, outputs: where it and all runs of the sweep would write; None where its config cannot be composed.
     state: new, continues, finished, again (rerun=true) or refused; ``reason`` is why it is refused.
     left: epochs that it would train.   device: the hardware that it would do so on.
     hours, gpu_gb: None where nothing tells. GB are of 10⁹ bytes.
@@ -79,6 +79,7 @@ class Job:
     state: str = "refused"
     reason: str = ""
     directory: Path | None = None
+    outputs: Path | None = None
     config: Row | None = None
     image_set: str = ""
     left: int = 0
@@ -99,7 +100,7 @@ def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None 
     """
     models: dict[str, Summary] = {}
     jobs = [plan_job(number, overrides, models, flags) for number, overrides in enumerate(expand(arguments, flags))]
-    tops = {job.directory.parents[1] for job in jobs if job.directory}
+    tops = {job.outputs for job in jobs if job.outputs}
     earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
     for job in jobs:
         recall(job, earlier)
@@ -128,6 +129,7 @@ def plan_job(number: int, overrides: list[str], models: dict[str, Summary], flag
         cfg = compose_with_hydra(overrides, flags)
         job.left_out = left_out(cfg.hydra)
         job.directory = output_directory(cfg, number)
+        job.outputs = Path(str(cfg.hydra.sweep.dir))
         job.name = "/".join(job.directory.parts[-2:])
         with open_dict(cfg):
             del cfg["hydra"]

@@ -81,6 +81,7 @@ class Sweep:
         arguments.append(f"++hydra.job.env_set.{FOLDER}={quote(str(self.folder))}")
 
     def __enter__(self) -> Self:
+        self.made = [path for path in self.folder.parents if not os.path.lexists(path)]
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
@@ -91,8 +92,8 @@ class Sweep:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # another sweep's folder is there, or runs
-            self.folder.parents[0].rmdir()
-            self.folder.parents[1].rmdir()
+            for path in self.made:
+                path.rmdir()
 
     def show(self) -> int:
         """Print every job with its state, and return how many did not finish."""
