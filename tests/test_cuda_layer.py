@@ -1,0 +1,378 @@
+"""Every call of torch.cuda that a run makes, through PyTorch's own Python on pretended GPUs (tests/pretended_cuda.py).
+
+What no such test can show is listed in docs/reliability.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from omegaconf import DictConfig
+from pretended_cuda import ALLOCATED, RESERVED, Driver, pretended_gpus
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import vix.learner
+from benchmarks.measure import measure
+from benchmarks.record import chosen_device, hardware
+from vix.build import build, build_model
+from vix.checks import ConfigError, UserError
+from vix.ema import ModelEMA
+from vix.estimate import peak_memory
+from vix.learner import Learner, fits, largest_micro_batch, without_trace
+from vix.memory import check_memory_limit, gpu_out_of_memory, limit_memory, out_of_memory
+from vix.metrics import PeakMemory
+from vix.runtime import device_name, get_rng_state, initial_gpu, resolve_device, resolve_precision, set_rng_state
+
+Compose = Callable[..., DictConfig]
+STARTER = ROOT / "tests" / "pretended_cuda.py"
+RUN = (*(o for o in TINY if o != "trainer.precision=fp32"), "recipe=modern", "trainer.epochs=2", "trainer.batch_size=20")
+
+
+@pytest.fixture
+def gpus() -> Iterator[Driver]:
+    """Two of them; what this process has chosen for float32 is restored."""
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    initial_gpu.cache_clear()
+    with pretended_gpus(2) as driver:
+        yield driver
+    initial_gpu.cache_clear()
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def start(directory: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(STARTER), *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=200, env=os.environ, check=False)
+
+
+def results_of(directory: Path) -> dict[str, Any]:
+    (path,) = directory.glob("outputs/*/*/results.json")
+    return json.loads(path.read_text())
+
+
+def test_a_run_from_the_command_line(tmp_path: Path) -> None:
+    """Device, limit, peaks, name, checkpoint: written, and read when the same command continues."""
+    command = ("2", "80", *RUN, "trainer.memory_limit_gb=4", "trainer.micro_batch=auto")
+    done = start(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path)
+    assert (results["status"], results["device"], results["precision"]) == ("finished", "Pretended GPU 0", "bf16")
+    resident = results["resident_data_gb"]
+    assert results["peak_gpu_allocated_gb"] == pytest.approx(ALLOCATED / 1e9 - resident)
+    assert results["peak_gpu_reserved_gb"] == pytest.approx(RESERVED / 1e9 - resident)
+    calls = json.loads((tmp_path / "calls-0.json").read_text())
+    assert calls[0] == ["setDevice", 0]
+    limits = [call[1:] for call in calls if call[0] == "setMemoryFraction"]
+    assert limits[0] == [0.25, 0]
+    assert limits[-1] == [1.0, 0]
+
+    (run,) = tmp_path.glob("outputs/*/*")
+    (run / "results.json").write_text(json.dumps({**results, "status": "interrupted"}))
+    again = start(tmp_path, *command)
+    assert again.returncode == 0, again.stderr
+    assert "Continuing after 2 epochs" in again.stdout
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["rng"]["cuda"].dtype is torch.uint8
+
+
+@pytest.mark.slow
+def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
+    """Each has a GPU of its own, and numbers of the host meet by gloo although NCCL is there."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = start(tmp_path, "2", "80", *RUN, "trainer.micro_batch=auto", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)["processes"] == 2
+    for number in range(2):
+        calls = json.loads((tmp_path / f"calls-{number}.json").read_text())
+        assert calls[0] == ["setDevice", number]
+        assert {call[-1] for call in calls if call[0] in ("memoryStats", "setMemoryFraction")} == {number}
+
+
+def test_a_gpu_without_kernels_is_one_line(tmp_path: Path) -> None:
+    done = start(tmp_path, "1", "60", *RUN)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "error: trainer.device=cuda: this build of PyTorch has no kernels for that GPU, only for compute capability "
+        "7.5, 8.0, 8.6, 9.0, 10.0, 12.0 and compatible ones; auto, cpu and cuda:N are names"
+    ]
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_gpu_has_its_index(gpus: Driver, name: str, index: int) -> None:
+    assert resolve_device(name) == torch.device("cuda", index)
+    assert torch.cuda.current_device() == index
+
+
+def test_a_job_does_not_inherit_the_gpu_of_the_job_before(gpus: Driver) -> None:
+    assert [resolve_device(name).index for name in ("cuda:1", "auto")] == [1, 0]
+
+
+def test_each_process_of_a_machine_has_its_gpu(gpus: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(key, str(value))
+    assert resolve_device("auto") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"^trainer\.device=cuda:0: 2 processes .* share that GPU; .*auto"):
+        resolve_device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"3 processes .* and it has 2; use --nproc-per-node=2$"):
+        resolve_device("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of several machines
+    assert resolve_device("cuda:0").index == 0
+
+
+def test_what_is_refused(gpus: Driver) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.device=cuda:7: this machine has no such device.*invalid device ordinal"):
+        resolve_device("cuda:7")
+    with pytest.raises(UserError, match="has 2 CUDA GPUs"):
+        chosen_device("cuda:7")
+    with pytest.raises(ConfigError, match=r"this GPU has 16\.0 GB"):
+        check_memory_limit(torch.device("cuda", 1), 17.0)
+
+
+def test_functions_of_a_device(gpus: Driver) -> None:
+    """Those that a run calls with the second GPU, which is not the current one."""
+    device = torch.device("cuda", 1)
+    assert device_name(device) == "Pretended GPU 1"
+    assert resolve_precision("auto", device) is torch.bfloat16
+    limit_memory(device, 4.0)
+    limit_memory(device, None)
+    memory = PeakMemory(device, 0)
+    memory.start()
+    memory.stop()
+    graphs = PeakMemory(device, 0, graphs=True)
+    graphs.stop()
+    assert (memory.allocated, memory.reserved, graphs.allocated) == (ALLOCATED, RESERVED, RESERVED)
+    assert {call[-1] for call in gpus.calls if len(call) > 1} == {1}
+    resolve_device("cuda:1")
+    state = get_rng_state()
+    first = torch.rand(3, generator=gpus.generators[1])
+    set_rng_state(state)
+    assert torch.equal(torch.rand(3, generator=gpus.generators[1]), first)
+
+
+def test_benchmarks_measure_on_a_gpu(gpus: Driver) -> None:
+    device = chosen_device("cuda:1")
+    cost = measure(lambda: None, device, 0.001, None)
+    assert (cost.allocated, cost.reserved) == (ALLOCATED, RESERVED)
+    assert cost.seconds == pytest.approx(1e-3)
+    assert (chosen_device("auto"), chosen_device("cuda")) == (torch.device("cuda", 0),) * 2
+    assert hardware(device) == "Pretended GPU 1"
+
+
+def test_the_pretended_functions_are_strict(gpus: Driver) -> None:
+    """As the real ones: this is how a run with an index-less device ended."""
+    with pytest.raises(ValueError, match=r"Expected a torch\.device with a specified index"):
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"Expected a torch\.device with a specified index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    with pytest.raises(TypeError):
+        torch._C._cuda_setDevice(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        torch.cuda.set_device(2)
+
+
+def test_float32_is_not_rounded_to_tf32(gpus: Driver) -> None:
+    resolve_device("cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    for operation in ("conv", "rnn", "matmul"):
+        assert torch._C._get_fp32_precision_getter("cuda", operation) != "tf32"
+
+
+def float16_learner(optimizer: Callable[..., torch.optim.Optimizer], lr: float = 0.1, **options: Any) -> Learner:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
+    made = optimizer(model.parameters(), lr=lr, **options)
+    return Learner(model, made, LambdaLR(made, lambda step: 1 / (1 + step)), torch.float16, None, None, 0.0)
+
+
+BATCH = torch.linspace(-1, 1, 64).view(4, 1, 4, 4), torch.arange(4)
+
+
+def test_a_trial_leaves_no_trace_in_gradient_scaling() -> None:
+    """With a scaler of its own: a second unscaling before the update is an error."""
+    learner = float16_learner(torch.optim.AdamW)
+    for number in range(2):
+        with without_trace(learner):
+            learner.gradients(number, *BATCH)
+        assert largest_micro_batch(learner, *BATCH) == 4
+        learner.gradients(number, *BATCH)
+        learner.update()
+    assert learner.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fused"),
+    [
+        (torch.optim.SGD, None),
+        (torch.optim.SGD, True),
+        (torch.optim.AdamW, None),
+        (torch.optim.AdamW, True),
+        (torch.optim.NAdam, None),  # it has no fused kernel
+    ],
+)
+def test_a_skipped_step_does_not_move_the_schedule(
+    optimizer: Callable[..., torch.optim.Optimizer], fused: bool | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    learner = float16_learner(optimizer, **({"fused": True} if fused else {}))
+    images, labels = BATCH
+    rates = []
+    for number, size in enumerate((1.0, 1e30, 1.0)):
+        learner.gradients(number, images * size, labels)
+        learner.update()
+        rates.append(learner.rate)
+    assert learner.skipped == 1
+    assert rates == pytest.approx([0.1 / 2, 0.1 / 2, 0.1 / 3])
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_a_schedule_that_ran_ahead_is_taken_back() -> None:
+    """As on a GPU, where the host learns of skipped steps later."""
+    learner = float16_learner(torch.optim.SGD)
+    for _ in range(5):
+        learner.optimizer.step()
+        learner.schedule.step()
+    learner.skipped_steps += 2
+    for _ in range(2):
+        learner.sync_schedule()
+        assert learner.rate == pytest.approx(0.1 / 4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, None), (None, True)])
+def test_how_an_optimizer_computes_is_the_configs(before: bool | None, after: bool | None) -> None:
+    """In float16, whose scaler goes by what the optimizer was made with."""
+    first, second = (float16_learner(torch.optim.AdamW, fused=fused) for fused in (before, after))
+    for learner in (first, second):
+        if learner is second:
+            learner.load_state_dict(deepcopy(first.state_dict()))
+        learner.gradients(0, *BATCH)
+        learner.update()
+    assert second.optimizer.param_groups[0]["fused"] is after
+
+
+def test_a_run_of_another_precision_is_continued_in_float16() -> None:
+    """As trainer.precision=auto does on another device."""
+    learner = float16_learner(torch.optim.AdamW)
+    learner.load_state_dict({**learner.state_dict(), "scaler": {}})
+    learner.gradients(0, *BATCH)
+    learner.update()
+
+
+def test_the_average_is_pytorchs() -> None:
+    """Bit for bit, with BatchNorm's buffers copied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    ours = ModelEMA(model, 0.5)
+    theirs = AveragedModel(model)
+    for done in range(12):
+        theirs.multi_avg_fn = get_ema_multi_avg_fn(min(0.5, (1 + done) / (10 + done)))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(4, 8))
+        ours.update(model)
+        theirs.update_parameters(model)
+    for (name, own), other in zip(ours.module.state_dict().items(), theirs.module.state_dict().values(), strict=True):
+        assert torch.equal(own, other), name
+
+
+def test_a_failed_trial_is_released_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = float16_learner(torch.optim.AdamW)
+    rooms: list[weakref.ref[Tensor]] = []
+    empty, gradients = torch.empty, Learner.gradients
+
+    def spy(*arguments: Any, **options: Any) -> Tensor:
+        tensor = empty(*arguments, **options)
+        if options.get("dtype") is torch.uint8:
+            assert all(room() is None for room in rooms), "the room of the trial before is still there"
+            rooms.append(weakref.ref(tensor))
+        return tensor
+
+    def too_much(self: Learner, number: int, images: Tensor, labels: Tensor) -> Tensor:
+        if self.micro_batch != 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return gradients(self, number, images, labels)
+
+    monkeypatch.setattr(vix.learner.torch, "empty", spy)
+    monkeypatch.setattr(Learner, "gradients", too_much)
+    assert largest_micro_batch(learner, *BATCH) == 1
+    assert len(rooms) == 3
+    assert not fits(learner, 2, *BATCH)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 14.56 GiB",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com",
+        "CUDA driver error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "Failed to CUDA calloc async 608 bytes",
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",  # of InductorError
+    ],
+)
+def test_each_librarys_words_for_too_little_gpu_memory(message: str) -> None:
+    assert gpu_out_of_memory(RuntimeError(message))
+    assert out_of_memory(RuntimeError(message))
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA error: device-side assert triggered", "out of resource: shared memory, Required: 1, Hardware limit: 0"]
+)
+def test_other_errors_of_a_gpu_are_no_shortage(message: str) -> None:
+    assert not out_of_memory(RuntimeError(message))
+    assert not gpu_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+
+
+def test_the_gradient_of_a_bias_is_counted_for_every_image(compose_config: Compose) -> None:
+    """Fused attention writes it for the whole batch: 8 images, 4 heads, 1,025² pairs, float32."""
+    common = ("model=vit", "attention=softmax", "embedding=linear", "embedding.patch_size=1", "model.depth=1")
+    trainer = ("trainer.batch_size=8", "trainer.device=cpu", "trainer.precision=fp32")
+    without, biased = (peak_memory(compose_config(*common, *trainer, f"posenc={posenc}")) for posenc in ("none", "relative2d"))
+    assert biased - without > 0.5 * 8 * 4 * 1025**2 * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits of the host are visible on a CUDA GPU only")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("recipe", ["paper", "modern"])
+def test_no_step_waits_for_the_gpu(compose_config: Compose, precision: str, recipe: str) -> None:
+    """Batches, gradients and update, under PyTorch's own check of waits."""
+    cfg = compose_config(*RUN, f"recipe={recipe}", f"trainer.precision={precision}", "trainer.device=cuda")
+    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    device = trainer.torch_device
+    train, _ = data.load(device)
+    model = build_model(cfg).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    schedule = LambdaLR(optimizer, lambda _: 1.0)
+    options = trainer.clip_norm, trainer.label_smoothing, trainer.ema_decay, trainer.recompute
+    learner = Learner(model, optimizer, schedule, resolve_precision(precision, device), 10, *options)
+    batches = train.shuffled(20, 0, 0)
+    for number in range(2):  # allocates the optimizer's state, and moves the epoch's draws to the GPU
+        learner.gradients(number, *next(batches))
+        learner.update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, batch in enumerate(batches, 2):
+            learner.gradients(number, *batch)
+            learner.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
