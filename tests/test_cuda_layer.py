@@ -256,7 +256,7 @@ def test_how_an_optimizer_computes_is_the_configs(before: bool | None, after: bo
     first, second = (float16_learner(torch.optim.AdamW, fused=fused) for fused in (before, after))
     for learner in (first, second):
         if learner is second:
-            learner.load_state_dict(deepcopy(first.state_dict()))
+            learner.load_state_dict(deepcopy(first.state_dict()), 1)
         learner.gradients(0, *BATCH)
         learner.update()
     assert second.optimizer.param_groups[0]["fused"] is after
@@ -265,7 +265,7 @@ def test_how_an_optimizer_computes_is_the_configs(before: bool | None, after: bo
 def test_a_run_of_another_precision_is_continued_in_float16() -> None:
     """As trainer.precision=auto does on another device."""
     learner = float16_learner(torch.optim.AdamW)
-    learner.load_state_dict({**learner.state_dict(), "scaler": {}})
+    learner.load_state_dict({**learner.state_dict(), "scaler": {}}, 0)
     learner.gradients(0, *BATCH)
     learner.update()
 
