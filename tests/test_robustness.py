@@ -331,7 +331,7 @@ class Reader:
             time.sleep(0.01)
         (Path(root) / "cifar-10-batches-py").mkdir()
 (folder / f"ready-{{os.getpid()}}").touch()
-Cifar10(root=str(folder / "data")).download(Reader)
+Cifar10(root=str(folder / "data")).download(Reader, folder / "no-archive")
 assert (folder / "data" / "cifar-10-batches-py").is_dir()
 """
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, run_train
+from forked import Forked
 from PIL import Image
-from test_robustness import Forked
 
 import vix
 from vix.checks import DataError, UserError
@@ -33,13 +32,6 @@ FOLDER = (
     *("trainer.epochs=2", "trainer.batch_size=8", "trainer.precision=fp32"),
 )
 IN_R = (*TINY, "hydra.run.dir=r")
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    forked = Forked()
-    yield forked
-    forked.server.kill()
 
 
 def write_images(root: Path, seed: int, count: int = 8) -> None:
@@ -506,7 +498,7 @@ class Reader:
         other = Path({str(tmp_path / "data" / "cifar-10-batches-py")!r})
         other.mkdir()
         (other / "data_batch_1").write_text("from the other")
-Cifar10(root={str(tmp_path / "data")!r}).download(Reader)
+Cifar10(root={str(tmp_path / "data")!r}).download(Reader, Path("no-archive"))
 """
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_LOCKS.format(name="ENOSYS"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
