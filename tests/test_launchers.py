@@ -87,6 +87,7 @@ def test_a_missing_plugin_is_told(tmp_path: Path) -> None:
     assert "hydra/launcher=nosuch: there is no such option, or its plugin is missing: pip install -r" in done.stderr
 
 
+@pytest.mark.slow
 def test_search(tmp_path: Path) -> None:
     """Five trials; the best of them is told with its settings."""
     need("hydra_optuna_sweeper")

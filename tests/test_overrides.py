@@ -92,6 +92,7 @@ def test_any_values(parts: Callable[[dict[str, str]], DictConfig], choices: dict
         assert message.split("=")[0].split(":")[0].split(".")[0].strip() in (*GROUPS, *changes, "seed", "rerun"), message
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     overrides=st.lists(

@@ -31,6 +31,7 @@ def only(arguments: Sequence[str]) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, refusals and states are those of the real sweep; the time is the measured one, and unknown before."""
     monkeypatch.chdir(tmp_path)

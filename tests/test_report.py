@@ -347,6 +347,7 @@ def test_sweep_help(copy: Path, tmp_path: Path) -> None:
     assert sweep(copy, tmp_path).returncode != 0
 
 
+@pytest.mark.slow
 def test_sweep_runs_and_reports_from_anywhere(copy: Path, tmp_path: Path) -> None:
     done = sweep(copy, tmp_path, *TINY, "seed=0,1")
     assert done.returncode == 0, done.stderr

@@ -281,6 +281,7 @@ def test_a_failed_run_keeps_its_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     """Epoch, loss, accuracy, images/s and time left, on a terminal."""
     import pty
