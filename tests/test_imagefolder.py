@@ -421,3 +421,12 @@ def test_a_run_on_one_image_of_one_class(tmp_path: Path) -> None:
     assert "TensorBoard lacks" not in done.stdout
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert len(events.Tags()["images"]) == 3
+
+
+def test_a_last_batch_that_is_too_small_is_refused_although_the_classes_are_given(tmp_path: Path) -> None:
+    root = digit_folder(tmp_path / "digits", classes=2, side=8)  # 40 training images
+    given = ("experiment=levit_pyramid", "data=imagefolder", "data.image_size=8", "data.classes=2", "trainer.batch_size=39")
+    done = run_train(tmp_path, *given, VIX_DATA=str(root))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: trainer.batch_size=39: of 40 training images some step would compute 1 image at a time" in done.stderr

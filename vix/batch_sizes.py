@@ -1,6 +1,5 @@
 """Refuses batches that a layer cannot train on, such as BatchNorm one value per channel, before anything is read or trained."""
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -17,14 +16,10 @@ LARGEST_TRIED = 8  # a layer that refuses this many images at a time refuses the
 def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer: Trainer) -> None:
     """Run the model's forward in train mode on the meta device, with as few images as will ever be computed at a time.
 
-    Nothing is checked where only the files tell the number of training images (``data.classes`` of an image folder).
-
     Raises ConfigError, which names the nearest batch or micro-batch sizes that work.
     """
     images, batch = data.train_images, trainer.batch_size
     micro_batch = None if trainer.micro_batch == "auto" else trainer.micro_batch
-    if images > sys.maxsize // 2:
-        return
     smallest = smallest_part(images, batch, micro_batch)
     with torch.device("meta"):
         model = make_model().train()
@@ -38,6 +33,8 @@ def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer:
         works = [n for n in range(1, batch + 1) if smallest_part(images, batch, n) >= fewest]
     below, above = [n for n in works if n < size][-1:], [n for n in works if n > size][:1]
     nearest = ", ".join(map(str, below + above)) or "none"
+    if not works and micro_batch:
+        nearest = "none; use trainer.micro_batch=null and a larger trainer.batch_size"
     among = f" of {processes()} processes" if processes() > 1 else ""
     count = f"{smallest} image{'s' * (smallest > 1)}"
     raise ConfigError(

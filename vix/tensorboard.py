@@ -50,8 +50,12 @@ class EventFile:
     def __init__(self, directory: str) -> None:
         self.directory = directory
         earlier = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in os.listdir(directory))
-        number = max([int(time.time()), *(int(found[1]) + 1 for found in earlier if found)])
-        path = Path(directory, f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}.0")
+        # As text, because that is how TensorBoard compares names: a clock that is centuries ahead adds a digit.
+        latest = max((found[1] for found in earlier if found), default="")
+        number = f"{int(time.time()):010d}"
+        if number <= latest:
+            number = f"{int(latest) + 1:0{len(latest)}d}"
+        path = Path(directory, f"events.out.tfevents.{number}.{socket.gethostname()}.{os.getpid()}.0")
         self.file = open(path, "xb")  # noqa: SIM115  (closed by ``close``)
         self.records = RecordWriter(self.file)
         self.pending = [Event(wall_time=time.time(), file_version="brain.Event:2")]

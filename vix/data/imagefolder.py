@@ -62,6 +62,12 @@ class ImageFolder(ImageData):
             self.sizes = sys.maxsize, sys.maxsize
         super().__post_init__()
 
+    @property
+    def train_images(self) -> int:
+        if self.train_size is None and self.sizes[0] == sys.maxsize:  # data.classes: only the files say how many there are
+            return len(self.list_files()[1]) - (self.validation_size or 0)
+        return super().train_images
+
     @functools.cached_property
     def digest(self) -> str:
         names, train, test, _ = self.list_files()
