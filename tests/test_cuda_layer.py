@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY
+from forked import Forked
 from omegaconf import DictConfig
 from pretended_cuda import ALLOCATED, RESERVED, Driver, pretended_gpus
+from test_training import fit
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -27,6 +29,7 @@ from benchmarks.measure import measure
 from benchmarks.record import chosen_device, hardware
 from vix.build import build, build_model
 from vix.checks import ConfigError, UserError
+from vix.data.dataset import Split
 from vix.ema import ModelEMA
 from vix.estimate import peak_memory
 from vix.learner import Learner, fits, largest_micro_batch, without_trace
@@ -310,6 +313,56 @@ def test_a_failed_trial_is_released_before_the_next(monkeypatch: pytest.MonkeyPa
     assert largest_micro_batch(learner, *BATCH) == 1
     assert len(rooms) == 3
     assert not fits(learner, 2, *BATCH)
+
+
+@pytest.mark.parametrize("how", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_the_first_batch_is_released(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It is for trials only: no step of training may find it in memory."""
+    first: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    shuffled, update = Split.shuffled, Learner.update
+
+    def spy(self: Split, *arguments: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in shuffled(self, *arguments, **options):
+            if not first:
+                first.append(weakref.ref(images))
+            yield images, labels
+
+    def watched(self: Learner) -> None:
+        alive.append(first[0]() is not None)
+        update(self)
+
+    monkeypatch.setattr(Split, "shuffled", spy)
+    monkeypatch.setattr(Learner, "update", watched)
+    fit(compose_config(*TINY, f"trainer.compile={how}", "trainer.micro_batch=auto"), tmp_path)
+    assert alive == [False] * 10
+
+
+@pytest.mark.slow
+def test_a_compiled_float16_run_trains(tmp_path: Path, forked: Forked) -> None:
+    """Two trials come before its first step, of the micro-batch and of the compiler: gradient scaling starts as without."""
+    command = (*TINY, "trainer.precision=fp16", "trainer.compile=true", "trainer.micro_batch=auto")
+    status, output = forked.run(tmp_path, *command)
+    assert status == 0, output
+    results = results_of(tmp_path)
+    assert (results["status"], results["compiled"], results["precision"]) == ("finished", True, "fp16")
+    assert results["skipped_steps"] == 0
+    (run,) = tmp_path.glob("outputs/*/*")
+    scaler = torch.load(run / "checkpoint.pt", weights_only=True)["scaler"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**16, 10)
+
+
+def test_fused_is_changed_between_starts(tmp_path: Path, forked: Forked) -> None:
+    command = (*TINY, "trainer.precision=fp16", "hydra.run.dir=run", "trainer.resume=force")
+    for epochs, fused in enumerate(("true", "null", "true", "false"), 1):
+        status, output = forked.run(tmp_path, *command, f"trainer.epochs={epochs}", f"optimizer.fused={fused}")
+        assert status == 0, output
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert (results["status"], results["epochs"], results["skipped_steps"]) == ("finished", epochs, 0)
+        saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        assert saved["optimizer"]["param_groups"][0]["fused"] is json.loads(fused)
 
 
 @pytest.mark.parametrize(

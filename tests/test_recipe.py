@@ -22,6 +22,7 @@ from test_robustness import assert_same, outcome, run_directory
 from test_training import fit
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vix
 from vix.build import build, optimizer_builder
@@ -236,7 +237,10 @@ def test_an_epoch_with_all_parts_continues_in_its_middle(size: int) -> None:
 
 
 def test_the_average_is_the_one_written_out() -> None:
-    """Weights: d·average + (1 − d)·weights, with a smaller d in the first steps; running statistics: the model's."""
+    """Weights: d·average + (1 − d)·weights, with a smaller d in the first steps; running statistics: the model's.
+
+    Bit-identical to PyTorch's AveragedModel, also across a checkpoint.
+    """
 
     def learner() -> Learner:
         torch.manual_seed(0)
@@ -247,6 +251,7 @@ def test_the_average_is_the_one_written_out() -> None:
     torch.manual_seed(1)
     batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(6)]
     ours, by_hand = learner(), None
+    theirs = AveragedModel(ours.model)
     for number, (images, labels) in enumerate(batches):
         if number == 4:  # as if stopped here
             state = ours.state_dict()
@@ -256,10 +261,14 @@ def test_the_average_is_the_one_written_out() -> None:
         ours.update()
         weights = [p.detach().clone() for p in ours.model.parameters()]
         d = min(0.3, (1 + number) / (10 + number))
+        theirs.multi_avg_fn = get_ema_multi_avg_fn(d)
+        theirs.update_parameters(ours.model)
         by_hand = [d * a + (1 - d) * w for a, w in zip(by_hand, weights, strict=True)] if by_hand else weights
     assert by_hand
     for average, expected in zip(ours.kept.parameters(), by_hand, strict=True):
         torch.testing.assert_close(average, expected, atol=1e-6, rtol=1e-5)
+    for average, other in zip(ours.kept.parameters(), theirs.module.parameters(), strict=True):
+        assert torch.equal(average, other)
     for kept, own in zip(ours.kept.buffers(), ours.model.buffers(), strict=True):
         assert torch.equal(kept, own)
     assert not torch.equal(ours.kept[0].weight, ours.model[0].weight)  # type: ignore[index]
