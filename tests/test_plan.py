@@ -96,6 +96,7 @@ MODELS = [
     ("experiment=fnet",),
     ("experiment=levit",),
     ("experiment=cvn", "data=digits"),
+    ("experiment=vit", "posenc=relative2d"),
     ("experiment=vit", "trainer.recompute=everything"),
     ("experiment=vin", "trainer.recompute=everything"),
 ]
