@@ -364,6 +364,36 @@ def test_one_folder_of_classes(folder: Path, tmp_path: Path, below: str) -> None
         ImageFolder(root=str(root), image_size=8, validation_size=3).load(CPU)
 
 
+def test_the_program_on_one_folder_as_it_is(tmp_path: Path) -> None:
+    """Refused without data.validation_size, which the line names; with it the log counts what is skipped and left out."""
+    root = tmp_path / "set"
+    for k, name in enumerate(("ape", "bee")):
+        for i in range(8):
+            write(root / name / f"{i}.PNG", picture(8 * k + i))
+        Image.fromarray(picture(k)).save(root / name / "photo.jfif", format="JPEG")
+        (root / name / "notes.txt").write_text("x")
+        (root / name / "Thumbs.db").write_text("x")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        write(root / name / "0.png", picture(0))
+    (root / ".DS_Store").write_text("x")
+    small = (*TINY[:4], "data=imagefolder", "data.image_size=8", "embedding.patch_size=2", "trainer.batch_size=4")
+    command = (*small, "trainer.epochs=1", "hydra.run.dir=run")
+    done = run_train(tmp_path, *command, VIX_DATA=str(root))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: data.root={root}: there is no {root}/train; ")
+    assert "data.validation_size=N" in done.stderr
+    done = run_train(tmp_path, *command, "data.validation_size=6", VIX_DATA=str(root))
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "train.log").read_text()
+    skipped = next(line for line in log.splitlines() if "Skipped hidden and system entries" in line)
+    for part in (".DS_Store (1)", ".ipynb_checkpoints (1)", "__MACOSX (1)", "Thumbs.db (2)"):
+        assert part in skipped
+    assert "that are no images: .txt (2)" in log
+    for count in (12, 6):  # 9 of each class: 8 .PNG and a .jfif
+        assert f"Reading {count} images" in log
+
+
 def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
     for name in ("car", "test", "train"):
         for i in range(3):
