@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import pickle
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_train
 from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -221,3 +223,44 @@ def test_the_real_archive(cifar10_root: Path, tmp_path: Path) -> None:
     _, test = Cifar10(root=str(tmp_path)).load(CPU)
     _, expected = Cifar10(root=str(cifar10_root)).load(CPU)
     assert torch.equal(test.images, expected.images)
+
+
+ON_CIFAR = ("experiment=quickstart", "data=cifar10", "embedding.patch_size=4", "model.depth=1", "data.train_size=64")
+ON_CIFAR += ("data.test_size=50", "trainer.epochs=1", "trainer.compile=false", "trainer.batch_size=32", "hydra.run.dir=run")
+
+
+def test_the_program_names_what_is_wrong_with_an_archive(tmp_path: Path) -> None:
+    """A damaged archive, a link to one that is absent, and a damaged folder next to an archive: one line, nothing unpacked."""
+    archive = tmp_path / "set" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+
+    def refused(*parts: str) -> None:
+        done = run_train(tmp_path, *ON_CIFAR, VIX_DATA=str(archive.parent))
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        for part in (*parts, "data.root=DIR", "VIX_DATA=DIR"):
+            assert part in done.stderr
+
+    archive.symlink_to(tmp_path / "gone.tar.gz")
+    refused(f"error: {archive} is a link to {tmp_path}/gone.tar.gz, which is not there; ")
+    archive.unlink()
+    archive.write_bytes(b"no archive")
+    refused(f"error: {archive} is damaged (", "take it away or replace it")
+    assert not (archive.parent / "cifar-10-batches-py").exists()
+    (archive.parent / "cifar-10-batches-py").mkdir()
+    refused("cifar-10-batches-py is incomplete or damaged (", f"remove that folder to unpack {archive} again")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cifar10")
+def test_the_program_trains_on_the_real_archive(cifar10_root: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "set" / "cifar-10-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(cifar10_root / "cifar-10-batches-py", "cifar-10-batches-py")
+    done = run_train(tmp_path, *ON_CIFAR, VIX_DATA=str(archive.parent))
+    assert done.returncode == 0, done.stderr
+    assert "Unpacking" in done.stdout
+    assert {path.name for path in archive.parent.iterdir()} == {"cifar-10-batches-py", ".download.lock", archive.name}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["status"], results["data"]) == ("finished", "cifar10")

@@ -49,6 +49,8 @@ class Cifar10(ImageData):
         present = where.is_dir()
         if present and not os.access(where, os.R_OK | os.X_OK):
             raise DataError(f"{where}: no permission to read it; {self.way_out}")
+        if not present and archive.is_symlink() and not archive.exists():
+            raise DataError(f"{archive} is a link to {os.readlink(archive)}, which is not there; {self.way_out}")
         try:
             if not present and archive.is_file() and not os.access(self.root, os.W_OK):
                 log.info("%s is not writable: unpacking %s for this run alone", self.root, archive.name)
@@ -63,7 +65,8 @@ class Cifar10(ImageData):
             raise DataError(f"{error.filename}: no permission for it; {self.way_out}") from error
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
-            raise DataError(f"{where} {what} ({' '.join(str(error).split())}); {self.way_out}") from error
+            unpack = f"remove that folder to unpack {archive} again, or " if present and archive.is_file() else ""
+            raise DataError(f"{where} {what} ({' '.join(str(error).split())}); {unpack}{self.way_out}") from error
         self.class_names = tuple(train.classes)
         return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
 
