@@ -229,6 +229,7 @@ ON_CIFAR = ("experiment=quickstart", "data=cifar10", "embedding.patch_size=4", "
 ON_CIFAR += ("data.test_size=50", "trainer.epochs=1", "trainer.compile=false", "trainer.batch_size=32", "hydra.run.dir=run")
 
 
+@pytest.mark.slow
 def test_the_program_names_what_is_wrong_with_an_archive(tmp_path: Path) -> None:
     """A damaged archive, a link to one that is absent, and a damaged folder next to an archive: one line, nothing unpacked."""
     archive = tmp_path / "set" / "cifar-10-python.tar.gz"
