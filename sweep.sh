@@ -8,7 +8,7 @@ Train a whole table of the paper, or any sweep, and print the report of all runs
 
   ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
   ./sweep.sh override …              the same as: python train.py -m override …
-  ./sweep.sh --plan …                only say what that would do: runs, costs, refusals (the same as: python -m vix.plan)
+  ./sweep.sh --plan …                only say what that would do: runs, costs, refusals (the same as: python -m vix plan)
 
   ./sweep.sh --config-dir DIR …      with configs of your own, next to those of conf/
 
@@ -24,7 +24,7 @@ interrupted ones continue, so the same command picks up where it stopped.
   ./sweep.sh --plan --measure table1                    trains each model for a few steps, to tell hours and memory
 
 The report (a table here; report.md, report.csv and pictures in the sweep's directory) comes also after failed
-runs; the exit status is then not 0. Make it again, sorted or filtered, with: python -m vix.report --help
+runs; the exit status is then not 0. Make it again, sorted or filtered, with: python -m vix report --help
 END
 }
 
@@ -40,7 +40,7 @@ flags=()   # Hydra's options that say where configs come from; the program takes
 while [[ ${1:-} == -* ]]; do
     case "$1" in
         -h | --help) usage; exit 0 ;;
-        --plan) plan=(python -m vix.plan) ;;
+        --plan) plan=(python -m vix plan) ;;
         --measure) flags+=("$1") ;;
         -m | --multirun) ;;
         -cd | -cp | -cn | --config-dir | --config-path | --config-name)
@@ -60,7 +60,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 case "$1" in
     all | table*)
-        rows=$(awk -F, -v table="${1#table}" 'NR > 1 && (table == "all" || $2 == table) { print $1 }' vix/published.csv)
+        rows=$(awk -F, -v table="${1#table}" 'NR > 1 && (table == "all" || $2 == table) { print $1 }' vix/runs/published.csv)
         if [[ -z $rows ]]; then
             echo "error: $1: the paper has table1 to table5; all means every row" >&2
             exit 2

@@ -1,222 +1,26 @@
-"""Train a vision transformer, or sweep over many: ``python train.py [-m] [experiment=ROW] [group=option] [key=value]``"""
+"""Train a vision transformer, or sweep over many: ``python train.py [-m] [experiment=ROW] [group=option] [key=value]``
 
-import gc
-import logging
-import os
-import signal
+Hydra composes conf/ and the command line into a config; :func:`vix.cli.launch.run_job` builds what it says and trains it.
+"""
+
 import sys
-import traceback
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
-from vix.threads import use_given_cpus  # before PyTorch, whose OpenMP reads how its threads wait when it is imported
+import vix.system.threads  # noqa: F401  before PyTorch, whose OpenMP reads how its threads wait when it is imported
 
 # isort: split
 import hydra
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from vix.batch_sizes import check_batches
-from vix.build import build, build_model, optimizer_builder
-from vix.checks import ConfigError, UserError
-from vix.command_line import about_the_command, explain, git_commit, one_line, repeating_command, run_name_parts
-from vix.compilation import release_compiled
-from vix.compose import CONFIG_DIR, CONFIG_NAME, VERSION_BASE, expand_arguments, left_out, parse_command, refusal, sweep_outputs
-from vix.config import GROUPS, check
-from vix.console import protect_output
-from vix.distributed import from_first, process_group, processes, rank
-from vix.files import LockedError, only_writer
-from vix.memory import gpu_out_of_memory, limit_memory, out_of_memory
-from vix.progress import show_results
-from vix.run import Run
-from vix.snapshot import undo_start
-from vix.sweep import Job, Sweep
-
-REPORT = "VIX_REPORT"  # environment variable: after a sweep, print the report of all runs below its directory (sweep.sh)
-log = logging.getLogger("vix")
+from vix.cli.launch import launch, run_job
+from vix.composition.command import CONFIG_DIR, CONFIG_NAME
+from vix.composition.compose import VERSION_BASE
 
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=VERSION_BASE)
 def main(cfg: DictConfig) -> float:
-    """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximise."""
-    protect_output()  # a launcher may have started this process
-    job = HydraConfig.get()
-    choices = job.runtime.choices
-    directory = Path(job.runtime.output_dir)
-    identity = {
-        "name": "/".join(directory.parts[-2:]),
-        "experiment": choices.get("experiment"),
-        "recipe": choices.get("recipe"),
-        **{group: choices.get(group) for group in GROUPS if group != "trainer"},
-        "overrides": list(job.overrides.task),
-        "seed": cfg.get("seed"),
-        "command": repeating_command(job),
-        "git_commit": git_commit(),
-        "torch": torch.__version__,
-    }
-    try:
-        number = job.job.num if job.mode == RunMode.MULTIRUN else 0
-        held = only_writer(directory) if rank() == 0 else nullcontext()  # the first of several processes holds it for all
-        parts = [*run_name_parts(choices, job.overrides.task, cfg), f"seed={cfg.get('seed')}"]
-        outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
-        with Job(parts, number, cfg.get("fail_fast") is True, outputs) as this_job, held, process_group():
-            run = Run(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-            results = train(cfg, run)
-            this_job.finished(results, before=results is run.earlier)
-            return float(results["top1"])
-    except Exception as error:
-        if isinstance(error, LockedError) and job.mode == RunMode.RUN:
-            undo_start(locked=True)
-        if job.mode == RunMode.MULTIRUN:  # the sweep goes on, and its end would tell the first failure only
-            log.error("%s: %s", identity["name"], one_line(error))
-        elif isinstance(error, UserError):
-            sys.exit(f"error: {error}")
-        raise
-
-
-def train(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """Build what the config says, train it in the run's directory, and return the results."""
-    hydra_config = HydraConfig.get()
-    try:
-        use_given_cpus()
-        if reason := refusal(hydra_config):
-            raise ConfigError(reason)
-        for note in left_out(hydra_config):
-            log.info(note)
-        check(cfg)  # refuses, like all up to check_batches, before any data is read
-        torch.manual_seed(cfg.seed)
-        model = build_model(cfg)
-        make_optimizer = optimizer_builder(cfg)
-        make_optimizer(model)
-        trainer, data = build(cfg, "trainer"), build(cfg, "data")
-        check_batches(lambda: build_model(cfg), data, trainer)
-        run.identify(image_set=data.image_set)
-        results = from_first(lambda: run.prepare(cfg.get("rerun") is True, trainer.resume))
-        if results:
-            log.info("Already finished, and not run again: rerun=true starts over")
-        else:
-            try:
-                results = trainer.fit(model, make_optimizer, data, run, cfg.seed)
-            finally:
-                limit_memory(trainer.torch_device, None)  # not for telling of a failure, nor for the sweep's next job
-    except ConfigError as error:
-        if hydra_config.mode == RunMode.RUN:
-            if rank() == 0 and not run.begun:
-                undo_start()
-        elif not run.results_path.exists():
-            run.write_results(status="refused", error=str(error))
-        raise
-    except Exception as error:
-        told = shortage(cfg, error) if out_of_memory(error) else error
-        run.write_failure(status="failed", error=one_line(told), traceback=traceback.format_exc())
-        if told is not error:
-            raise told from error
-        raise
-    finally:
-        # The next job of a sweep in this process must find the memory free.
-        release_compiled()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    if rank() == 0:
-        show_results(results)
-    if results.get("config_changes"):
-        log.info("Continued under another config (config_changes in results.json): no single command reproduces this run")
-    else:
-        log.info("To reproduce: %s", run.identity["command"])
-    return results
-
-
-def shortage(cfg: DictConfig, error: Exception) -> UserError:
-    """What is told when the memory of the GPU or of the machine does not suffice."""
-    kind = "GPU memory" if gpu_out_of_memory(error) else "memory"
-    limit = cfg.trainer.memory_limit_gb
-    under = f" under trainer.memory_limit_gb={limit}" if limit else ""
-    at_once, tested = cfg.trainer.micro_batch or cfg.trainer.batch_size, cfg.trainer.eval_batch_size
-    if at_once == "auto":
-        return UserError(
-            f"out of {kind}{under}, with trainer.micro_batch=auto; unless it happened in a test, of {tested} images at a time "
-            f"(trainer.eval_batch_size), no smaller part of a batch would do: take a smaller model, or more memory"
-        )
-    twice = "" if cfg.trainer.recompute == "everything" else "trainer.recompute=everything keeps less of each, "
-    return UserError(
-        f"out of {kind}{under}, with {at_once} images at a time (trainer.batch_size={cfg.trainer.batch_size}) or {tested} in a "
-        f"test (trainer.eval_batch_size); {twice}trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, "
-        f"trainer.micro_batch=auto finds what fits"
-    )
-
-
-def run_from_command_line() -> int:
-    """Hydra's ``main`` with its errors in one line each, and after a sweep the table of its jobs. Returns the exit status."""
-    protect_output()
-    # With this variable set Hydra lets its errors through, and they become one line here.
-    wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Processes that a launcher starts must find vix, wherever this was called from.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
-    sys.argv[1:] = expand_arguments(sys.argv[1:])
-    command = parse_command(sys.argv[1:])
-    sweep: Sweep | None = None
-    unfinished = 0
-    problem: Exception | None = None
-    stopped: SystemExit | KeyboardInterrupt | None = None
-    try:
-        outputs = sweep_outputs(command)
-        if processes() > 1 and outputs:
-            print("error: -m: torchrun is for one run over several processes; start a sweep without it", file=sys.stderr)
-            return 2
-        if rank() > 0:  # the first process writes, and is heard
-            sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-            logging.disable(logging.WARNING)
-        sweep = Sweep(sys.argv, outputs) if outputs else None
-    except Exception as error:
-        problem = error
-    with sweep or nullcontext():
-        try:
-            if not problem:
-                main()
-        except (SystemExit, KeyboardInterrupt) as error:
-            stopped = error
-        except Exception as error:
-            problem = error
-        unfinished = sweep.show() if sweep else 0
-    if isinstance(stopped, SystemExit):
-        if isinstance(stopped.code, int) and stopped.code > 128:  # by a signal: all is saved and told
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stopped.code)  # Python's own end would wait for the C++ compilers that a compiled step has started
-        raise stopped
-    if stopped:
-        print("error: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 128 + signal.SIGINT
-    tellable = isinstance(problem, UserError | OSError) or (problem and about_the_command(problem))
-    if problem and (wants_tracebacks or not (unfinished or tellable)):
-        raise problem
-    if rank() > 0:
-        return 1 if problem else 0
-    if unfinished:
-        print(f"error: {unfinished} of this sweep's jobs did not finish", file=sys.stderr)
-    elif problem:
-        print(f"error: {explain(problem, command.overrides, command.flags)}", file=sys.stderr)
-    reported = print_report(sweep.outputs) if sweep and os.environ.get(REPORT) else True
-    return 1 if problem or unfinished or not reported else 0
-
-
-def print_report(directories: list[str]) -> bool:
-    """``python -m vix.report`` on the directories of a sweep; False where it fails."""
-    from vix.report import parse, report
-
-    try:
-        report(parse(directories))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return False
-    return True
+    """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximize."""
+    return run_job(cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(run_from_command_line())
+    sys.exit(launch(main))

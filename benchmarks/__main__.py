@@ -12,10 +12,10 @@ from typing import Any
 
 from benchmarks.isolated import Refused, isolated, processes
 from benchmarks.measure import ceilings
-from benchmarks.record import chosen_device, parser, told_in_one_line, write
+from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.variants import KINDS, ON_CPUS, ON_GPUS, OURS, THEIRS, step_cost
-from vix.report import Table
-from vix.runtime import resolve_precision
+from vix.reporting.table import Table
+from vix.system.device import resolve_precision
 
 MODELS = {"vit": "ViT", "vip": "ViP", "vil": "ViL", "vin": "ViN"}
 LIMIT = 900.0  # seconds for one measurement
@@ -33,7 +33,7 @@ def geometric_mean(values: list[float | None]) -> float | None:
     return statistics.geometric_mean(known) if known and len(known) == len(values) else None
 
 
-def summarise(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dict[str, float]) -> dict[str, Any]:
+def summarize(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dict[str, float]) -> dict[str, Any]:
     """One model's figures and ratios from all rounds: how many times the images per second, and what part of the memory."""
     row: dict[str, Any] = {"model": name, "batch": batch_size, "rounds": rounds}
     for kind in KINDS:
@@ -136,7 +136,7 @@ def main() -> None:
             results[key].append(costs)
 
     top = {key: statistics.median(t[key] for t in tops) for key in tops[0]}
-    rows = [summarise(*key, measured_rounds, top) for key, measured_rounds in results.items()]
+    rows = [summarize(*key, measured_rounds, top) for key, measured_rounds in results.items()]
     ratios = [key for key in rows[0] if "_over_" in key]
     means = [
         {
@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told_in_one_line(main)
+    errors_in_one_line(main)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vix.memory import gpu_out_of_memory, out_of_memory
+from vix.system.memory import gpu_out_of_memory, out_of_memory
 
 # They come out of a server that has imported everything and touched no device, so that starting one takes no time.
 # torch._dynamo is what an optimizer imports in its first step.
-PRELOAD = ("torch", "torch._dynamo", "vix.summary", "vix.posenc", "benchmarks.steps", "benchmarks.measure")
+PRELOAD = ("torch", "torch._dynamo", "vix.cli.summary", "vix.layers.posenc", "benchmarks.steps", "benchmarks.measure")
 
 
 class Refused(Exception):

@@ -11,10 +11,10 @@ import tempfile
 from typing import Any
 
 from benchmarks.isolated import isolated, processes
-from benchmarks.record import chosen_device, parser, told_in_one_line, write
+from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.runs import Job, run_together
 from benchmarks.variants import bare_step
-from vix.report import Table
+from vix.reporting.table import Table
 
 
 def first_step(job: Job, images: int) -> float:
@@ -121,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told_in_one_line(main)
+    errors_in_one_line(main)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vix.checks import UserError
+from vix.errors import UserError
 
 try:
     from linformer import LinformerSelfAttention

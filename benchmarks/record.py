@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from vix.checks import UserError
-from vix.command_line import git_commit
-from vix.console import protect_output
-from vix.files import user_path
-from vix.runtime import resolve_device
+from vix.errors import UserError
+from vix.reporting.console import protect_output
+from vix.runs.identity import git_commit
+from vix.system.device import resolve_device
+from vix.system.files import user_path
 
 RESULTS = Path(__file__).parent.resolve() / "results"
 PACKAGES = ("vit-pytorch", "performer-pytorch", "linformer", "nystrom-attention")
@@ -98,7 +98,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def told_in_one_line(main: Callable[[], None]) -> None:
+def errors_in_one_line(main: Callable[[], None]) -> None:
     """A benchmark's command: what its user can mend ends it with one line."""
     protect_output()
     try:

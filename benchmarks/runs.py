@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vix.checks import UserError
+from vix.errors import UserError
 
 PROGRAM = Path(__file__).parents[1].resolve() / "train.py"
 

@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.crossover import growth, sentence
 from benchmarks.isolated import Refused, isolated, processes
-from benchmarks.record import chosen_device, parser, told_in_one_line, write
+from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.scaling_plot import draw
 from benchmarks.variants import mixer_cost
-from vix.checks import UserError
-from vix.report import Table
+from vix.errors import UserError
+from vix.reporting.table import Table
 
 # What is measured → the overrides that choose it. The first is what the others are compared with.
 MIXERS: dict[str, tuple[str, ...]] = {
@@ -136,4 +136,4 @@ def memory_of(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    told_in_one_line(main)
+    errors_in_one_line(main)

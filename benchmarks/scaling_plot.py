@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.crossover import curve
-from vix.plots import COLORS
+from vix.reporting.plots import COLORS
 
 PANELS = (("forward", "seconds"), ("training", "seconds"), ("forward", "bytes"), ("training", "bytes"))
 AXES = {"seconds": ("milliseconds", 1e3), "bytes": ("peak memory, MB", 1e-6)}

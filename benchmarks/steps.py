@@ -1,6 +1,6 @@
 """Training steps to be timed: ours, a package's with correct autocast, and the paper's own way.
 
-A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.learner.Learner`'s, with the model, optimizer and
+A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.training.train_step.TrainStep`'s, with the model, optimizer and
 options that ``train.py`` would build from the same overrides.
 """
 
@@ -14,12 +14,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vix.build import build, build_model, optimizer_builder
-from vix.compilation import compile_step
-from vix.compose import compose
-from vix.learner import Learner
-from vix.runtime import resolve_precision
-from vix.schedule import rate_factor
+from vix.build import parse
+from vix.composition.compose import compose
+from vix.system.device import resolve_precision
+from vix.training.compile import compile_step
+from vix.training.lr_schedule import lr_lambda
+from vix.training.state import TrainState
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,26 +45,20 @@ def random_batch(device: torch.device, size: int, channels: int, side: int, clas
 def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> Training:
     """What ``python train.py OVERRIDES`` does in a step; under ``trainer.compile=auto`` as in a run on 50,000 images."""
     cfg = composed(*overrides, f"trainer.device={device}")
-    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    experiment = parse(cfg)
+    trainer, data = experiment.trainer, experiment.data
     dtype = resolve_precision(trainer.precision, device)
-    model = build_model(cfg).to(device).train()
-    learner = Learner(
-        model,
-        optimizer := optimizer_builder(cfg)(model),
-        LambdaLR(optimizer, rate_factor(trainer.schedule, 0, 1)),
-        dtype,
-        trainer.micro_batch,
-        trainer.clip_norm,
-        trainer.label_smoothing,
-        recompute=trainer.recompute,
-    )
+    model = experiment.build_model().to(device).train()
+    optimizer = experiment.build_optimizer(model)
+    lr_scheduler = LambdaLR(optimizer, lr_lambda(trainer.schedule, 0, 1))
+    train_step = trainer.build_step(TrainState(model, optimizer, lr_scheduler, dtype))
     images, labels = random_batch(device, batch_size, data.channels, data.image_size, data.classes)
     steps = trainer.epochs * math.ceil(50_000 / batch_size)
-    compile_step(learner, trainer.compile, steps, images, labels)
+    compile_step(train_step, trainer.compile, steps, images, labels)
 
     def step() -> None:
-        learner.gradients(0, images, labels)
-        learner.update()
+        train_step.forward_backward(0, images, labels)
+        train_step.optimizer_step()
 
     return Training(model, step)
 

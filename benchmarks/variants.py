@@ -7,22 +7,22 @@ import torch
 from benchmarks.measure import measure, resident, traffic
 from benchmarks.steps import composed, ours, package, papers_way, random_batch
 from vix.build import build_model
-from vix.flops import training_flops
-from vix.runtime import resolve_device, resolve_precision
+from vix.models.counts import training_flops
+from vix.system.device import resolve_device, resolve_precision
 
-# ours is compiled, as train.py does in runs of the paper's length; cheap and everything save memory by trainer.recompute; eager
+# ours is compiled, as train.py does in runs of the paper's length; selective and full save memory by trainer.activation_checkpointing; eager
 # is not compiled, and the two graphs use CUDA graphs as well.
 OURS = {
     "ours": ("trainer.compile=true",),
-    "cheap": ("trainer.compile=true", "trainer.recompute=cheap"),
-    "everything": ("trainer.compile=true", "trainer.recompute=everything"),
+    "selective": ("trainer.compile=true", "trainer.activation_checkpointing=selective"),
+    "full": ("trainer.compile=true", "trainer.activation_checkpointing=full"),
     "eager": ("trainer.compile=false",),
     "graphs": ("trainer.compile=cuda_graphs",),
-    "graphs_cheap": ("trainer.compile=cuda_graphs", "trainer.recompute=cheap"),
+    "graphs_selective": ("trainer.compile=cuda_graphs", "trainer.activation_checkpointing=selective"),
 }
-# settings is the package in a process that is set up for a CPU as ours are (vix/runtime.py): what they do for its speed.
+# settings is the package in a process that is set up for a CPU as ours are (vix/system/device.py): what they do for its speed.
 THEIRS = ("package", "settings", "paper")
-ON_GPUS, ON_CPUS = {"graphs", "graphs_cheap"}, {"settings"}
+ON_GPUS, ON_CPUS = {"graphs", "graphs_selective"}, {"settings"}
 KINDS = (*OURS, *THEIRS)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import parser, told_in_one_line, write
+from benchmarks.record import errors_in_one_line, parser, write
 from benchmarks.variants import bare_step
-from vix.checks import UserError
-from vix.report import Table
-from vix.threads import WAIT_VARIABLES
+from vix.errors import UserError
+from vix.reporting.table import Table
+from vix.system.threads import WAIT_VARIABLES
 
 # Variables of each way; the first is what others are compared with. GOMP_SPINCOUNT is of GNU's OpenMP, which PyTorch brings on
 # Linux: how often a thread looks before it sleeps.
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told_in_one_line(main)
+    errors_in_one_line(main)

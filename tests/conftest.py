@@ -16,7 +16,7 @@ import pytest
 from forked import PROGRAM, Forked
 from omegaconf import DictConfig
 
-from vix.compose import compose
+from vix.composition.compose import compose
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,18 +6,17 @@ import pytest
 from conftest import run_train
 from omegaconf import DictConfig
 
-from vix.batch_sizes import check_batches, smallest_part
-from vix.build import build, build_model
-from vix.checks import ConfigError
-from vix.config import check
-from vix.plan import plan
+from vix.build import build_model, parse
+from vix.cli.plan import plan
+from vix.errors import ConfigError
+from vix.training.batch_sizes import check_batches, smallest_part
 
 Compose = Callable[..., DictConfig]
 LEVIT = ("experiment=levit_pyramid", "data=digits")
 
 
 def refuse(cfg: DictConfig) -> None:
-    check_batches(lambda: build_model(cfg), build(cfg, "data"), build(cfg, "trainer"))
+    check_batches(lambda: build_model(cfg), parse(cfg).data, parse(cfg).trainer)
 
 
 @pytest.mark.parametrize(
@@ -64,20 +63,20 @@ def test_the_plan_and_the_program_say_it(tmp_path: pytest.TempPathFactory, monke
     "override",
     [
         *("seed=18446744073709551616", f"seed={10**400}", f"trainer.epochs={10**400}", f"trainer.batch_size={10**30}"),
-        *(f"trainer.eval_batch_size={2**63}", f"data.crop_padding={2**62}", f"data.train_size={10**30}"),
+        *(f"trainer.eval_batch_size={2**63}", f"augment.crop_padding={2**62}", f"data.train_size={10**30}"),
     ],
 )
 def test_numbers_that_overflow(compose_config: Compose, override: str) -> None:
     with pytest.raises(ConfigError, match=f"^{override.partition('=')[0]}=") as error:
-        check(compose_config("experiment=quickstart", override))
+        parse(compose_config("experiment=quickstart", override))
     assert "\n" not in str(error.value)
 
 
 def test_the_largest_seed(compose_config: Compose) -> None:
-    check(compose_config("experiment=quickstart", f"seed={2**64 - 1}"))
+    parse(compose_config("experiment=quickstart", f"seed={2**64 - 1}"))
 
 
 def test_augmentation_of_images_that_are_too_small(compose_config: Compose) -> None:
-    cfg = compose_config("data=imagefolder", "data.classes=2", "data.image_size=2", "data.trivial_augment=1.0")
+    cfg = compose_config("data=imagefolder", "data.classes=2", "data.image_size=2", "augment.trivial_augment=1.0")
     with pytest.raises(ConfigError, match=r"^data\.trivial_augment=1\.0: needs images of 3 pixels"):
-        build(cfg, "data")
+        assert parse(cfg).data

@@ -22,7 +22,7 @@ from benchmarks.packages import package_model
 from benchmarks.scaling import MIXERS, expected
 from benchmarks.waiting import WAYS
 from vix import build_model
-from vix.flops import training_flops
+from vix.models.counts import training_flops
 
 
 def run_benchmark(module: str, out: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -52,9 +52,9 @@ def test_side_by_side(tmp_path: Path) -> None:
         (costs,) = row["rounds"]
         for kind in ("package", "paper"):
             assert row[f"ours_speed_over_{kind}"] == pytest.approx(costs[kind]["seconds"] / costs["ours"]["seconds"])
-            for own in ("ours", "everything"):
+            for own in ("ours", "full"):
                 assert row[f"{own}_memory_over_{kind}"] == costs[own]["allocated"] / costs[kind]["allocated"]
-        assert costs["everything"]["allocated"] < costs["ours"]["allocated"]
+        assert costs["full"]["allocated"] < costs["ours"]["allocated"]
         assert all(0 < row[kind]["of_matmul_ceiling"] < 1 for kind in ("ours", "package", "paper"))
     (mean,) = record["means"]
     first, second = (row["ours_speed_over_package"] for row in record["rows"])

@@ -8,12 +8,14 @@ from conftest import TINY
 from forked import Forked
 from test_config_files import SMALL, write
 from test_runner import table_after
+from torch import nn
 
 import vix
-from vix.build import optimizer_builder
-from vix.checks import ConfigError
-from vix.compose import Flags, compose, compose_with_hydra, left_out
-from vix.plan import plan
+from vix.build import parse
+from vix.cli.plan import plan
+from vix.composition.command import Flags
+from vix.composition.compose import compose, compose_with_hydra, left_out
+from vix.errors import ConfigError
 
 # The experiment's settings are Nyström's landmarks and a model's width.
 TRAINING = ("data.train_size=100", "data.test_size=50", "trainer.batch_size=20", "trainer.epochs=1", "trainer.precision=fp32")
@@ -64,9 +66,9 @@ def test_what_the_user_sets_is_refused(tmp_path: Path, forked: Forked) -> None:
         (("embedding=conv",), {"embedding.patch_size": 1, "attention.landmarks": 16}),
         (("attention=performer", "posenc=none"), {"model.dim": 64}),
         (("data=cifar100",), {"model.dim": 64, "trainer.epochs": 10}),
-        (("recipe=modern", "optimizer=sgd"), {"optimizer.lr": 0.1, "data.flip": True, "trainer.clip_norm": 1.0}),
-        (("recipe=modern",), {"optimizer.lr": 2.0e-3, "optimizer.decay_only": "matrices", "data.cutmix": 1.0}),
-        (("recipe=modern", "data=cifar10"), {"data.flip": True}),
+        (("recipe=modern", "optimizer=sgd"), {"optimizer.lr": 0.1, "augment.flip": True, "trainer.clip_norm": 1.0}),
+        (("recipe=modern",), {"optimizer.lr": 2.0e-3, "optimizer.no_decay_on_norm_and_bias": True, "augment.cutmix": 1.0}),
+        (("recipe=modern", "data=cifar10"), {"augment.flip": True}),
         (("experiment=cvn", "embedding=linear"), {"model.depth": [1, 1, 2]}),
         (("attention=nystrom", "attention.landmarks=4"), {"attention.landmarks": 4}),
     ],
@@ -94,9 +96,9 @@ def test_optimizers(tmp_path: Path) -> None:
     assert (cfg["optimizer"]["betas"], "fused" in cfg["optimizer"]) == ([0.8, 0.9], False)
     assert notes == ["optimizer: left out what optimizer/adamw sets and NAdam lacks: fused=True"]
     model = vix.build_model(compose([*nadam, "experiment=quickstart"]))
-    assert type(optimizer_builder(compose([*nadam, "experiment=quickstart"]))(model)).__name__ == "NAdam"
+    assert type(parse(compose([*nadam, "experiment=quickstart"])).build_optimizer(model)).__name__ == "NAdam"
     with pytest.raises(ConfigError, match=r"optimizer\.fused: NAdam has no such option"):
-        optimizer_builder(compose([*nadam, "optimizer.fused=true"]))
+        parse(compose([*nadam, "optimizer.fused=true"])).build_optimizer(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"attention\.landmark: Nystrom has no such option"):
         vix.build_model(compose(["experiment=typo"], Flags(str(tmp_path))))
 
@@ -115,7 +117,7 @@ def test_a_file_that_names_a_class(tmp_path: Path) -> None:
     assert cfg["optimizer"] == composed("optimizer=sgd")[0]["optimizer"]
     assert "momentum_decay=0.01" in notes[0]
     with pytest.raises(ConfigError, match=r"optimizer\.momentum: NAdam has no such option"):
-        optimizer_builder(compose(["experiment=typo"], Flags(str(tmp_path))))
+        parse(compose(["experiment=typo"], Flags(str(tmp_path)))).build_optimizer(nn.Linear(2, 2))
 
 
 def test_later_overlays_and_included_ones(tmp_path: Path) -> None:

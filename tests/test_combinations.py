@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vix.attention import softmax
 from vix.build import build_model
-from vix.checks import ConfigError
-from vix.tokens import TokenGrid
+from vix.errors import ConfigError
+from vix.layers.tokens import TokenGrid
 
 GROUPS = ("model", "attention", "embedding", "posenc")
 OPTIONS = {g: sorted(p.stem for p in (Path(__file__).parents[1] / "conf" / g).glob("*.yaml")) for g in GROUPS}

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
 from vix import build_model
-from vix.compilation import pays
-from vix.learner import Learner, mean_loss
+from vix.training.compile import worth_compiling
+from vix.training.state import TrainState
+from vix.training.train_step import TrainStep, mean_loss
 
 # Steps of 20 images and a last one of 10, which is not compiled.
 UNEVEN = (*TINY, "data.train_size=110", "model.dropout=0.1", "trainer.compile=true", "trainer.checkpoint_every=2")
@@ -71,9 +72,9 @@ def test_graphs_gradients_add_up(compose_config: Compose) -> None:
     torch.manual_seed(0)
     model = build_model(compose_config("experiment=quickstart", "model.dim=16"))
     optimizer = torch.optim.AdamW(model.parameters())
-    learner = Learner(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), torch.float32, 2, None, 0.0)
+    step = TrainStep(TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0)), micro_batch=2)
     batch = torch.rand(6, 1, 8, 8), torch.arange(6)
-    learner.gradients(0, *batch)
+    step.forward_backward(0, *batch)
     expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     optimizer.zero_grad(set_to_none=True)
     memory = {key: torch.empty_like(p) for key, p in model.named_parameters()}
@@ -83,8 +84,8 @@ def test_graphs_gradients_add_up(compose_config: Compose) -> None:
         logits = torch.func.functional_call(forward, weights, (images,))
         return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
 
-    learner.compiled, learner.compiled_size, learner.graphed = graph, 2, True
-    learner.gradients(0, *batch)
+    step.compiled, step.compiled_size, step.uses_cuda_graphs = graph, 2, True
+    step.forward_backward(0, *batch)
     for key, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[key], msg=key)
 
@@ -144,7 +145,7 @@ def test_without_a_compiler(tmp_path: Path, compose_config: Compose, monkeypatch
     """``auto`` trains all the same, and exactly as without compiling; ``true`` ends in one line."""
     monkeypatch.setenv("CXX", "no-such-compiler")  # for the program; in this process it has been read
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("vix.compilation.pays", lambda *_: True)
+    monkeypatch.setattr("vix.training.compile.pays", lambda *_: True)
     plain, _ = fit(compose_config(*UNEVEN, "trainer.compile=false"), tmp_path / "plain")
     with inductor.patch("cpp.cxx", ("no-such-compiler",)):  # pytest's own way would leave it deleted for later tests
         auto, _ = fit(compose_config(*UNEVEN, "trainer.compile=auto"), tmp_path / "auto")
@@ -166,7 +167,7 @@ def test_when_it_pays(compose_config: Compose) -> None:
         steps = cfg.trainer.epochs * images // cfg.trainer.batch_size
         with FakeTensorMode():
             batch = torch.empty(cfg.trainer.batch_size, *shape, device=device)
-        return pays(model, batch, steps)
+        return worth_compiling(model, batch, steps)
 
     for row in ROWS:
         assert decided(f"experiment={row}", images=50_000)

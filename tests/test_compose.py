@@ -15,12 +15,13 @@ from hydra.errors import HydraException
 from test_config_files import SMALL, write
 from test_runner import table_after
 
-from vix.checks import ConfigError
-from vix.command_line import repeating_command, run_name
-from vix.compose import Flags, compose, compose_with_hydra, flags_of, parse_command, sweep_outputs
-from vix.config import check
+from vix.build import parse
+from vix.cli.plan import plan
+from vix.composition.command import Flags, flags_of, parse_command, reproduce_command
+from vix.composition.compose import compose, compose_with_hydra, sweep_outputs
+from vix.errors import ConfigError
 from vix.overrides import canonical, override_key
-from vix.plan import plan
+from vix.runs.identity import run_name
 
 QUICK = (*(override for override in TINY if not override.startswith(("experiment=", "trainer.epochs"))), "trainer.epochs=1")
 CHOICES = {"experiment": None, "model": "vit", "attention": "nystrom", "embedding": "linear", "posenc": "learned"}
@@ -78,19 +79,19 @@ def test_the_command_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -
     """torchrun with its processes, on one machine or several; flags that the program has by itself are left out."""
     job = compose_with_hydra(["experiment=vin", "trainer.resume=force"]).hydra
     job.mode = "RUN"
-    assert repeating_command(job) == "python train.py experiment=vin rerun=true"
+    assert reproduce_command(job) == "python train.py experiment=vin rerun=true"
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert repeating_command(job) == "torchrun --standalone --nproc-per-node=4 train.py experiment=vin rerun=true"
+    assert reproduce_command(job) == "torchrun --standalone --nproc-per-node=4 train.py experiment=vin rerun=true"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=node1:" in repeating_command(job)
+    assert "torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=node1:" in reproduce_command(job)
 
 
 @pytest.mark.slow
 def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
-    """vix.plan, vix.summary and sweep.sh find configs where train.py finds them, and name a directory that is not there."""
+    """vix.cli.plan, vix.cli.summary and sweep.sh find configs where train.py finds them, and name a directory that is not there."""
     write(tmp_path / "mine", {"experiment/tiny": f"{SMALL}model: {{dim: 24, depth: 1}}\nattention: {{heads: 2}}"})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
@@ -98,16 +99,24 @@ def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
     for command in (
-        (sys.executable, "-m", "vix.plan", "--config-dir=mine", "experiment=tiny,quickstart", f"hydra.sweep.dir={tmp_path}/x"),
+        (
+            sys.executable,
+            "-m",
+            "vix",
+            "plan",
+            "--config-dir=mine",
+            "experiment=tiny,quickstart",
+            f"hydra.sweep.dir={tmp_path}/x",
+        ),
         (str(ROOT / "sweep.sh"), "--plan", "-cd", "mine", "-m", "experiment=tiny,quickstart", f"hydra.sweep.dir={tmp_path}/x"),
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr
         assert "tiny/seed=0" in done.stdout
         assert "2 new" in done.stdout
-    done = run(sys.executable, "-m", "vix.summary", "experiment=tiny", "--config-dir", "mine")
+    done = run(sys.executable, "-m", "vix", "summary", "experiment=tiny", "--config-dir", "mine")
     assert "1×24" in done.stdout, done.stderr
-    done = run(sys.executable, "-m", "vix.summary", "experiment=tiny", "--config-dir", "nowhere")
+    done = run(sys.executable, "-m", "vix", "summary", "experiment=tiny", "--config-dir", "nowhere")
     assert done.stderr == "error: --config-dir nowhere: there is no such directory\n"
 
 
@@ -220,13 +229,13 @@ def test_no_directory_is_named_tilde(tmp_path: Path) -> None:
     done = run(str(ROOT / "train.py"), *TINY, "trainer.epochs=1", "hydra.run.dir=~/run")
     assert done.returncode == 0, done.stderr
     for command in (
-        ("-m", "vix.report", "~/run", "--out=~/report"),
-        ("-m", "vix.diff", "~/run", "~/run"),
+        ("-m", "vix", "report", "~/run", "--out=~/report"),
+        ("-m", "vix", "diff", "~/run", "~/run"),
         ("-c", "import vix; print(vix.load_model('~/run'))"),
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr
-    assert "home/run holds no nonfinite.pt" in run("-m", "vix.nonfinite", "~/run").stderr
+    assert "home/run holds no nonfinite.pt" in run("-m", "vix", "replay", "~/run").stderr
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
     assert {path.name for path in (tmp_path / "home").iterdir()} >= {"run", "report"}
 
@@ -291,5 +300,5 @@ def test_names_are_short_enough_for_any_file_system(tmp_path: Path, forked: Fork
 def test_a_text_where_a_number_belongs() -> None:
     """In words for users, also where the constructor takes a tensor, too."""
     with pytest.raises(ConfigError) as refused:
-        check(compose(["optimizer.lr='1e-3'"]))
+        parse(compose(["optimizer.lr='1e-3'"]))
     assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text: leave out the quotes)"

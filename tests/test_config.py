@@ -12,14 +12,14 @@ from conftest import ROOT, TINY, run_train
 from omegaconf import DictConfig, OmegaConf
 
 import vix
-from vix.build import build, optimizer_builder
-from vix.checks import ConfigError
-from vix.command_line import run_name
-from vix.config import GROUPS, check, part
-from vix.run import parameter_counts
+from vix.build import GROUPS, parse
+from vix.config import validated_partial
+from vix.errors import ConfigError
+from vix.models.counts import parameter_counts
+from vix.runs.identity import run_name
 
 Compose = Callable[..., DictConfig]
-ROWS = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "published.csv").open())}
+ROWS = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "runs" / "published.csv").open())}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 OPTIONS = sorted(f"{p.parent.name}={p.stem}" for p in (ROOT / "conf").glob("*/*.yaml") if p.parent.name in GROUPS)
 
@@ -54,7 +54,7 @@ def test_the_default_is_hybrid_vin(compose_config: Compose) -> None:
 def test_every_key_reaches_a_constructor(compose_config: Compose, option: str) -> None:
     """Each file's keys are parameters of its class, have the types it declares, and are all of them."""
     group = option.split("=")[0]
-    make = part(compose_config(option), group)
+    make = validated_partial(compose_config(option), group)
     accepted = set(inspect.signature(make.func).parameters) - GROUPS[group][1]
     if group == "optimizer":  # PyTorch's have many more
         assert set(make.keywords) <= accepted
@@ -64,7 +64,7 @@ def test_every_key_reaches_a_constructor(compose_config: Compose, option: str) -
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(compose_config: Compose, experiment: str) -> None:
-    check(compose_config(f"experiment={experiment}"))
+    parse(compose_config(f"experiment={experiment}"))
 
 
 # Refused: what the line must name.
@@ -97,7 +97,7 @@ REFUSED = {
     "data.test_size=10001": ["data.test_size=10001", "10000"],
     "seed=-1": ["seed=-1"],
     "seed=abc": ["seed=abc", "integer"],
-    "trainer.recompute=cheep": ["trainer.recompute=cheep", "'cheap'", "'everything'", "null"],
+    "trainer.activation_checkpointing=selectiv": ["trainer.activation_checkpointing=selectiv", "'selective'", "'full'", "null"],
     "+foo=1": ["foo", "nothing reads"],
     "+trainer.epoch=1": ["trainer.epoch", "trainer.epochs"],
     "+attention.dim=64": ["attention.dim", "no such option"],
@@ -108,7 +108,7 @@ REFUSED = {
     "attention._target_=os.system": ["attention._target_=os.system", "VIX_PACKAGES"],
     "attention._target_=torch.load": ["attention._target_", "VIX_PACKAGES"],
     "attention._target_=vix.build.build": ["attention._target_", "Module"],
-    "attention._target_=vix.files.os.system": ["attention._target_"],
+    "attention._target_=vix.system.files.os.system": ["attention._target_"],
     "attention._target_=vix.attention.nowhere.Mixer": ["cannot be imported"],
     "attention._target_=torch.optim.AdamW": ["attention._target_", "Module"],
 }
@@ -120,10 +120,10 @@ def test_refused(compose_config: Compose, overrides: str, named: list[str]) -> N
 
     def prepare() -> None:  # what train.py does before it reads data
         cfg = compose_config(*overrides.split(" "))
-        check(cfg)
+        parse(cfg)
         model = vix.build_model(cfg)
-        optimizer_builder(cfg)(model)
-        build(cfg, "trainer")
+        parse(cfg).build_optimizer(model)
+        assert parse(cfg).trainer
 
     with pytest.raises(ConfigError) as refused:
         prepare()
@@ -182,7 +182,7 @@ def test_packages_named_in_the_environment_may_be_used(
 OWN_MIXER = '''
 from torch import Tensor, nn
 
-from vix.tokens import TokenGrid
+from vix.layers.tokens import TokenGrid
 
 
 class MeanMixer(nn.Module):
@@ -223,7 +223,10 @@ def test_a_runs_name_follows_from_what_it_is() -> None:
     other = run_name(choices, ["optimizer.lr=0.1", "trainer.device=cpu", "trainer.epochs=3", "experiment=vin"], 0)
     assert one == other == "vin,optimizer.lr=0.1,trainer.epochs=3/seed=0"
     assert run_name(choices, ["experiment=vin", "trainer.epochs=2", "trainer.epochs=3"], 0) == "vin,trainer.epochs=3/seed=0"
-    costs = {run_name(choices, [f"trainer.{cost}"], 0) for cost in ("compile=true", "recompute=cheap", "recompute=everything")}
+    costs = {
+        run_name(choices, [f"trainer.{cost}"], 0)
+        for cost in ("compile=true", "activation_checkpointing=selective", "activation_checkpointing=full")
+    }
     assert len(costs) == 3  # or a sweep over them would find the second run finished
     parts = {**choices, "experiment": None}
     assert run_name(parts, ["attention=nystrom", "data=digits"], 0) == "vit-nystrom-linear-learned,data=digits/seed=0"

@@ -12,8 +12,9 @@ from forked import Forked
 from test_runner import table_after
 
 import vix
-from vix.checks import ConfigError
-from vix.compose import Flags, compose, compose_with_hydra
+from vix.composition.command import Flags
+from vix.composition.compose import compose, compose_with_hydra
+from vix.errors import ConfigError
 
 QUICK = tuple(override for override in TINY if not override.startswith("experiment="))
 SMALL = "# @package _global_\ndefaults:\n  - override /data: digits\n  - override /embedding: linear\n"
@@ -130,7 +131,7 @@ def test_an_experiment_names_no_compiler(tmp_path: Path) -> None:
         "{_target_: subprocess.Popen, args: [PROGRAM]}",
         "{_args_: [PROGRAM]}",
         "{_partial_: true}",
-        "{_target_: vix.files.os.system, command: PROGRAM}",
+        "{_target_: vix.system.files.os.system, command: PROGRAM}",
         "{heads: '${oc.env:NOT_SET}'}",
     ],
 )

@@ -25,18 +25,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import vix.learner
+import vix.training.train_step
 from benchmarks.measure import measure
 from benchmarks.record import chosen_device, hardware
-from vix.build import build, build_model
-from vix.checks import ConfigError, UserError
-from vix.data.dataset import Split
-from vix.ema import ModelEMA
-from vix.estimate import Allocations, Fused
-from vix.learner import Learner, fits, largest_micro_batch, without_trace
-from vix.memory import check_memory_limit, gpu_out_of_memory, limit_memory, out_of_memory
-from vix.metrics import PeakMemory
-from vix.runtime import device_name, get_rng_state, initial_gpu, resolve_device, resolve_precision, set_rng_state
+from vix.analysis.cost import Allocations, Fused
+from vix.build import build_model, parse
+from vix.data.loader import Split
+from vix.errors import ConfigError, UserError
+from vix.system.device import device_name, initial_gpu, resolve_device, resolve_precision
+from vix.system.memory import PeakMemory, check_memory_limit, gpu_out_of_memory, limit_memory, out_of_memory
+from vix.system.rng import get_rng_state, set_rng_state
+from vix.training.ema import ModelEMA
+from vix.training.micro_batch import dry_run, fits, largest_micro_batch
+from vix.training.state import TrainState
+from vix.training.train_step import TrainStep
 
 Compose = Callable[..., DictConfig]
 STARTER = ROOT / "tests" / "pretended_cuda.py"
@@ -195,11 +197,11 @@ def test_float32_is_not_rounded_to_tf32(gpus: Driver) -> None:
         assert torch._C._get_fp32_precision_getter("cuda", operation) != "tf32"
 
 
-def float16_learner(optimizer: Callable[..., torch.optim.Optimizer], lr: float = 0.1, **options: Any) -> Learner:
+def float16_step(optimizer: Callable[..., torch.optim.Optimizer], lr: float = 0.1, **options: Any) -> TrainStep:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
     made = optimizer(model.parameters(), lr=lr, **options)
-    return Learner(model, made, LambdaLR(made, lambda step: 1 / (1 + step)), torch.float16, None, None, 0.0)
+    return TrainStep(TrainState(model, made, LambdaLR(made, lambda step: 1 / (1 + step)), torch.float16))
 
 
 BATCH = torch.linspace(-1, 1, 64).view(4, 1, 4, 4), torch.arange(4)
@@ -207,14 +209,14 @@ BATCH = torch.linspace(-1, 1, 64).view(4, 1, 4, 4), torch.arange(4)
 
 def test_a_trial_leaves_no_trace_in_gradient_scaling() -> None:
     """With a scaler of its own: a second unscaling before the update is an error."""
-    learner = float16_learner(torch.optim.AdamW)
+    step = float16_step(torch.optim.AdamW)
     for number in range(2):
-        with without_trace(learner):
-            learner.gradients(number, *BATCH)
-        assert largest_micro_batch(learner, *BATCH) == 4
-        learner.gradients(number, *BATCH)
-        learner.update()
-    assert learner.skipped == 0
+        with dry_run(step):
+            step.forward_backward(number, *BATCH)
+        assert largest_micro_batch(step, *BATCH) == 4
+        step.forward_backward(number, *BATCH)
+        step.optimizer_step()
+    assert step.state.skipped_steps == 0
 
 
 @pytest.mark.parametrize(
@@ -230,48 +232,48 @@ def test_a_trial_leaves_no_trace_in_gradient_scaling() -> None:
 def test_a_skipped_step_does_not_move_the_schedule(
     optimizer: Callable[..., torch.optim.Optimizer], fused: bool | None, recwarn: pytest.WarningsRecorder
 ) -> None:
-    learner = float16_learner(optimizer, **({"fused": True} if fused else {}))
+    step = float16_step(optimizer, **({"fused": True} if fused else {}))
     images, labels = BATCH
     rates = []
     for number, size in enumerate((1.0, 1e30, 1.0)):
-        learner.gradients(number, images * size, labels)
-        learner.update()
-        rates.append(learner.rate)
-    assert learner.skipped == 1
+        step.forward_backward(number, images * size, labels)
+        step.optimizer_step()
+        rates.append(step.state.lr)
+    assert step.state.skipped_steps == 1
     assert rates == pytest.approx([0.1 / 2, 0.1 / 2, 0.1 / 3])
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
 
 def test_a_schedule_that_ran_ahead_is_taken_back() -> None:
     """As on a GPU, where the host learns of skipped steps later."""
-    learner = float16_learner(torch.optim.SGD)
+    step = float16_step(torch.optim.SGD)
     for _ in range(5):
-        learner.optimizer.step()
-        learner.schedule.step()
-    learner.skipped_steps += 2
+        step.state.optimizer.step()
+        step.state.lr_scheduler.step()
+    step.state.skipped_steps += 2
     for _ in range(2):
-        learner.sync_schedule()
-        assert learner.rate == pytest.approx(0.1 / 4)
+        step.state.sync_lr_scheduler()
+        assert step.state.lr == pytest.approx(0.1 / 4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True), (True, None), (None, True)])
 def test_how_an_optimizer_computes_is_the_configs(before: bool | None, after: bool | None) -> None:
     """In float16, whose scaler goes by what the optimizer was made with."""
-    first, second = (float16_learner(torch.optim.AdamW, fused=fused) for fused in (before, after))
-    for learner in (first, second):
-        if learner is second:
-            learner.load_state_dict(deepcopy(first.state_dict()), 1)
-        learner.gradients(0, *BATCH)
-        learner.update()
-    assert second.optimizer.param_groups[0]["fused"] is after
+    first, second = (float16_step(torch.optim.AdamW, fused=fused) for fused in (before, after))
+    for step in (first, second):
+        if step is second:
+            step.state.load_state_dict(deepcopy(first.state.state_dict()), 1)
+        step.forward_backward(0, *BATCH)
+        step.optimizer_step()
+    assert second.state.optimizer.param_groups[0]["fused"] is after
 
 
 def test_a_run_of_another_precision_is_continued_in_float16() -> None:
     """As trainer.precision=auto does on another device."""
-    learner = float16_learner(torch.optim.AdamW)
-    learner.load_state_dict({**learner.state_dict(), "scaler": {}}, 0)
-    learner.gradients(0, *BATCH)
-    learner.update()
+    step = float16_step(torch.optim.AdamW)
+    step.state.load_state_dict({**step.state.state_dict(), "scaler": {}}, 1)
+    step.forward_backward(0, *BATCH)
+    step.optimizer_step()
 
 
 def test_the_average_is_pytorchs() -> None:
@@ -293,9 +295,9 @@ def test_the_average_is_pytorchs() -> None:
 
 
 def test_a_failed_trial_is_released_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = float16_learner(torch.optim.AdamW)
+    step = float16_step(torch.optim.AdamW)
     rooms: list[weakref.ref[Tensor]] = []
-    empty, gradients = torch.empty, Learner.gradients
+    empty, gradients = torch.empty, TrainStep.forward_backward
 
     def spy(*arguments: Any, **options: Any) -> Tensor:
         tensor = empty(*arguments, **options)
@@ -304,16 +306,16 @@ def test_a_failed_trial_is_released_before_the_next(monkeypatch: pytest.MonkeyPa
             rooms.append(weakref.ref(tensor))
         return tensor
 
-    def too_much(self: Learner, number: int, images: Tensor, labels: Tensor) -> Tensor:
+    def too_much(self: TrainStep, number: int, images: Tensor, labels: Tensor) -> Tensor:
         if self.micro_batch != 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return gradients(self, number, images, labels)
 
-    monkeypatch.setattr(vix.learner.torch, "empty", spy)
-    monkeypatch.setattr(Learner, "gradients", too_much)
-    assert largest_micro_batch(learner, *BATCH) == 1
+    monkeypatch.setattr(vix.training.micro_batch.torch, "empty", spy)
+    monkeypatch.setattr(TrainStep, "forward_backward", too_much)
+    assert largest_micro_batch(step, *BATCH) == 1
     assert len(rooms) == 3
-    assert not fits(learner, 2, *BATCH)
+    assert not fits(step, 2, *BATCH)
 
 
 @pytest.mark.parametrize("how", ["false", pytest.param("true", marks=pytest.mark.slow)])
@@ -323,7 +325,7 @@ def test_the_first_batch_is_released(
     """It is for trials only: no step of training may find it in memory."""
     first: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
-    shuffled, update = Split.shuffled, Learner.update
+    shuffled, update = Split.train_batches, TrainStep.optimizer_step
 
     def spy(self: Split, *arguments: Any, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in shuffled(self, *arguments, **options):
@@ -331,12 +333,12 @@ def test_the_first_batch_is_released(
                 first.append(weakref.ref(images))
             yield images, labels
 
-    def watched(self: Learner) -> None:
+    def watched(self: TrainStep) -> None:
         alive.append(first[0]() is not None)
         update(self)
 
-    monkeypatch.setattr(Split, "shuffled", spy)
-    monkeypatch.setattr(Learner, "update", watched)
+    monkeypatch.setattr(Split, "train_batches", spy)
+    monkeypatch.setattr(TrainStep, "optimizer_step", watched)
     fit(compose_config(*TINY, f"trainer.compile={how}", "trainer.micro_batch=auto"), tmp_path)
     assert alive == [False] * 10
 
@@ -416,22 +418,22 @@ def test_the_gradient_of_a_bias_is_counted_for_every_image() -> None:
 def test_no_step_waits_for_the_gpu(compose_config: Compose, precision: str, recipe: str) -> None:
     """Batches, gradients and update, under PyTorch's own check of waits."""
     cfg = compose_config(*RUN, f"recipe={recipe}", f"trainer.precision={precision}", "trainer.device=cuda")
-    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    trainer, data = parse(cfg).trainer, parse(cfg).data
     device = trainer.torch_device
     train, _ = data.load(device)
     model = build_model(cfg).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     schedule = LambdaLR(optimizer, lambda _: 1.0)
-    options = trainer.clip_norm, trainer.label_smoothing, trainer.ema_decay, trainer.recompute
-    learner = Learner(model, optimizer, schedule, resolve_precision(precision, device), 10, *options)
-    batches = train.shuffled(20, 0, 0)
+    trainer.micro_batch = 10
+    step = trainer.build_step(TrainState(model, optimizer, schedule, resolve_precision(precision, device), trainer.ema_decay))
+    batches = train.train_batches(20, 0, 0, augmentation=parse(cfg).augmentation)
     for number in range(2):  # allocates the optimizer's state, and moves the epoch's draws to the GPU
-        learner.gradients(number, *next(batches))
-        learner.update()
+        step.forward_backward(number, *next(batches))
+        step.optimizer_step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number, batch in enumerate(batches, 2):
-            learner.gradients(number, *batch)
-            learner.update()
+            step.forward_backward(number, *batch)
+            step.optimizer_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -19,10 +19,12 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from vix.checks import DataError
+from vix.data.augment import Augmentation, crop
 from vix.data.cifar import Cifar10, Cifar100
-from vix.data.dataset import Split, balanced_subset, crop, scale
+from vix.data.dataset import balanced_subset
 from vix.data.digits import Digits
+from vix.data.loader import Split, normalize
+from vix.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -34,8 +36,8 @@ def test_real_cifar10(cifar10_root: Path) -> None:
     assert (len(train), len(test)) == (50_000, 10_000)
     assert train.images.nbytes + test.images.nbytes == 184_320_000
     reference = datasets.CIFAR10(str(cifar10_root), train=False)
-    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
-    images, labels = next(test.in_order(8))
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, normalize=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    images, labels = next(test.eval_batches(8))
     expected = torch.stack([to_tensor(reference[i][0]) for i in range(8)])
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
     assert labels.tolist() == [reference[i][1] for i in range(8)]
@@ -79,10 +81,10 @@ def test_an_epoch_is_a_permutation(split: Split) -> None:
     """Every image once, with its label; a new order every epoch and seed, and the same for the same."""
 
     def order(seed: int, epoch: int) -> list[int]:
-        batches = list(split.shuffled(8, seed, epoch))
+        batches = list(split.train_batches(8, seed, epoch))
         assert [len(labels) for _, labels in batches] == [8] * 6 + [2]
         for images, labels in batches:
-            assert torch.equal(images, scale(split.images[labels]))
+            assert torch.equal(images, normalize(split.images[labels]))
         return torch.cat([labels for _, labels in batches]).tolist()
 
     assert sorted(order(0, 0)) == list(range(50))
@@ -92,10 +94,10 @@ def test_an_epoch_is_a_permutation(split: Split) -> None:
 
 def test_an_epoch_continues_in_its_middle(split: Split) -> None:
     """From any batch on, images and augmentation are those of the whole epoch."""
-    split.flip, split.crop_padding = True, 2
-    whole = list(split.shuffled(8, seed=3, epoch=5))
+    augmentation = Augmentation(flip=True, crop_padding=2)
+    whole = list(split.train_batches(8, seed=3, epoch=5, augmentation=augmentation))
     for first in range(8):
-        rest = list(split.shuffled(8, seed=3, epoch=5, first_batch=first))
+        rest = list(split.train_batches(8, seed=3, epoch=5, first_batch=first, augmentation=augmentation))
         assert len(rest) == 7 - min(first, 7)
         for (images, labels), (expected_images, expected_labels) in zip(rest, whole[first:], strict=True):
             assert torch.equal(images, expected_images)
@@ -111,11 +113,11 @@ def test_crop_is_torchvisions_with_black_borders(split: Split) -> None:
 
 
 def test_half_of_the_images_are_flipped() -> None:
-    split = Split(torch.arange(6, dtype=torch.uint8).expand(2000, 1, 6, 6).contiguous(), torch.zeros(2000).long(), flip=True)
-    batch = torch.cat([images for images, _ in split.shuffled(64, seed=0, epoch=0)])
+    split = Split(torch.arange(6, dtype=torch.uint8).expand(2000, 1, 6, 6).contiguous(), torch.zeros(2000).long())
+    batch = torch.cat([images for images, _ in split.train_batches(64, seed=0, epoch=0, augmentation=Augmentation(flip=True))])
     flipped = batch[:, 0, 0, 0] > batch[:, 0, 0, 5]
     assert 0.45 < flipped.float().mean() < 0.55
-    plain = scale(split.images[0])
+    plain = normalize(split.images[0])
     assert torch.equal(batch[~flipped][0], plain)
     assert torch.equal(batch[flipped][0], plain.flip(-1))
 

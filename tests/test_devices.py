@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
-from vix.build import build, build_model, optimizer_builder
-from vix.data.augment import TrivialAugment
-from vix.data.dataset import Split
-from vix.data.mix import Mix
-from vix.learner import Learner
+from vix.build import build_model, parse
+from vix.data.augment import Augmentation, Mix
+from vix.data.loader import Split
+from vix.data.trivial_augment import TrivialAugment
+from vix.training.state import TrainState
 
 Compose = Callable[..., DictConfig]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -116,7 +116,7 @@ def assert_a_step_is_on_the_gpu(model: nn.Module, *shape: int) -> None:
 def test_a_step_stays_on_the_gpu(compose_config: Compose, experiment: str) -> None:
     """Forward under autocast, loss and backward of every model, with whatever it does otherwise on a CPU."""
     cfg = compose_config(f"experiment={experiment}")
-    data = build(cfg, "data")
+    data = parse(cfg).data
     assert_a_step_is_on_the_gpu(build_model(cfg), data.channels, data.image_size, data.image_size)
 
 
@@ -141,8 +141,9 @@ def test_batches_stay_on_the_gpu() -> None:
     with pretended_gpu():
         images = torch.empty(3 * BATCH + 1, 3, 32, 32, dtype=torch.uint8, device=GPU)
         labels = torch.zeros(len(images), dtype=torch.int64, device=GPU)
-        split = Split(images, labels, flip=True, crop_padding=4, erase=0.5)
-        batches = [*split.shuffled(BATCH, seed=0, epoch=0), *split.in_order(BATCH)]
+        split = Split(images, labels)
+        augmentation = Augmentation(flip=True, crop_padding=4, random_erasing=0.5)
+        batches = [*split.train_batches(BATCH, seed=0, epoch=0, augmentation=augmentation), *split.eval_batches(BATCH)]
     assert len(batches) == 8
     for some_images, some_labels in batches:
         assert (some_images.device, some_labels.device, some_images.dtype) == (GPU, GPU, torch.float32)
@@ -161,13 +162,13 @@ def test_trivial_augment_stays_on_the_gpu() -> None:
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, None), (None, 1.0)])
 def test_mixed_images_stay_on_the_gpu(mixup: float | None, cutmix: float | None) -> None:
-    mix = Mix(mixup, cutmix, classes=10, batches=1, seed=0)
+    mix = Mix(mixup, cutmix, 10, 1, torch.Generator().manual_seed(0))
     with pretended_gpu():
         images, labels = mix(torch.empty(BATCH, 3, 32, 32, device=GPU), torch.zeros(BATCH, dtype=torch.int64, device=GPU), 0)
     assert (images.device, labels.device, labels.shape) == (GPU, GPU, (BATCH, 10))
 
 
-ALL_AT_ONCE = ("micro_batch=2", "clip_norm=1.0", "ema_decay=0.9", "label_smoothing=0.1", "recompute=everything")
+ALL_AT_ONCE = ("micro_batch=2", "clip_norm=1.0", "ema_decay=0.9", "label_smoothing=0.1", "activation_checkpointing=full")
 
 
 @pytest.mark.parametrize("options", [(), ALL_AT_ONCE], ids=["plain", "all options"])
@@ -175,19 +176,18 @@ ALL_AT_ONCE = ("micro_batch=2", "clip_norm=1.0", "ema_decay=0.9", "label_smoothi
 def test_a_step_waits_for_no_number(compose_config: Compose, experiment: str, options: tuple[str, ...]) -> None:
     """Gradients and update ask for the value of no tensor, so that the host runs ahead of a GPU."""
     cfg = compose_config(f"experiment={experiment}", "trainer.device=cpu", *(f"trainer.{option}" for option in options))
-    trainer, data = build(cfg, "trainer"), build(cfg, "data")
+    trainer, data = parse(cfg).trainer, parse(cfg).data
     model = build_model(cfg).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         without_numbers(model, CPU)
         assert_a_number_is_refused(next(model.parameters()))
-        optimizer = optimizer_builder(cfg)(model)
+        optimizer = parse(cfg).build_optimizer(model)
         schedule = LambdaLR(optimizer, lambda _: 1.0)
-        settings = trainer.micro_batch, trainer.clip_norm, trainer.label_smoothing, trainer.ema_decay, trainer.recompute
-        learner = Learner(model, optimizer, schedule, torch.bfloat16, *settings)
+        step = trainer.build_step(TrainState(model, optimizer, schedule, torch.bfloat16, trainer.ema_decay))
         images = torch.empty(5, data.channels, data.image_size, data.image_size)
         for number in range(2):
-            learner.gradients(number, images, torch.empty(5, dtype=torch.int64))
-            learner.update()
+            step.forward_backward(number, images, torch.empty(5, dtype=torch.int64))
+            step.optimizer_step()
 
 
 def assert_a_number_is_refused(tensor: Tensor) -> None:

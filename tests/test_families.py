@@ -14,16 +14,16 @@ from vit_pytorch import pit as reference_pit
 from vix.attention.cvt import CvTAttention
 from vix.attention.softmax import Softmax
 from vix.build import build_model
-from vix.checks import ConfigError
 from vix.data.digits import Digits
-from vix.models.blocks import ChannelNorm, StochasticDepth
+from vix.errors import ConfigError
+from vix.layers.blocks import ChannelNorm, StochasticDepth
+from vix.layers.posenc import PositionEncoding, Relative2d, Rotary2d, SinCos
+from vix.layers.tokens import TokenGrid, join
 from vix.models.cct import CCTBlock
-from vix.models.levit import Shrink
-from vix.posenc import NoPosition, Relative2d, Rotary2d, SinCos
-from vix.run import parameter_counts
-from vix.tokens import TokenGrid, join
+from vix.models.counts import parameter_counts
+from vix.models.levit import Downsample
 
-PUBLISHED = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "published.csv").open())}
+PUBLISHED = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "runs" / "published.csv").open())}
 ROWS = [name for name, row in PUBLISHED.items() if row["table"] in "34"]
 FAMILIES = ("levit", "cct", "cvt", "pit")
 ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
@@ -195,7 +195,7 @@ def test_cct_is_vit_pytorchs(model_of, overrides):
         (reference.tokenizer, ours.embedding),
         (theirs.positional_emb, ours.posenc.table_ND),
         (theirs.norm, ours.norm),
-        (theirs.attention_pool, ours.importance),
+        (theirs.attention_pool, ours.attention_pool),
         (theirs.fc, ours.head),
     ]
     for layer, block in zip(theirs.blocks, ours.blocks, strict=True):
@@ -229,7 +229,7 @@ def test_cvt_is_vit_pytorchs(model_of, monkeypatch, overrides, stride, kv_stride
     ours = randomise(model_of(*overrides))
     stages = [[ours.embedding.layers[0], ours.norm]]
     for block in ours.blocks:
-        if hasattr(block, "tokens_after"):
+        if hasattr(block, "out_tokens"):
             stages.append([block.conv, block.norm])
         else:
             stages[-1].append(block)
@@ -278,7 +278,7 @@ def test_pit_is_vit_pytorchs(model_of, overrides, heads):
     first_mlp = ours.blocks[0].mlp[0]
     stages = [[]]
     for block in ours.blocks:
-        stages.append([]) if hasattr(block, "tokens_after") else stages[-1].append(block)
+        stages.append([]) if hasattr(block, "out_tokens") else stages[-1].append(block)
     reference = reference_pit.PiT(
         image_size=4,
         patch_size=2,
@@ -298,9 +298,9 @@ def test_pit_is_vit_pytorchs(model_of, overrides, heads):
         (reference.mlp_head[0], ours.norm),
         (reference.mlp_head[1], ours.head),
     ]
-    pools = [block for block in ours.blocks if hasattr(block, "tokens_after")]
+    pools = [block for block in ours.blocks if hasattr(block, "out_tokens")]
     for theirs, pool in zip(reference.layers[1::2], pools, strict=True):
-        pairs += [(theirs.downsample.net, pool.pool), (theirs.cls_ff, pool.widen)]
+        pairs += [(theirs.downsample.net, pool.pool), (theirs.cls_ff, pool.proj)]
     for transformer, blocks in zip(reference.layers[::2], stages, strict=True):
         for (attention, feed_forward), block in zip(transformer.layers, blocks, strict=True):
             pairs += [(attention.norm, block.norm1), (feed_forward.net[0], block.norm2)]
@@ -338,14 +338,14 @@ def test_levits_step_to_the_next_stage_is_attention_asked_by_the_remaining_token
     """To mix all and keep every second row and column computes what LeViT's shrinking attention does."""
     tokens = TokenGrid(6, 5)
     mixer = Softmax(16, tokens)
-    shrink = Shrink(16, 24, tokens, 2, mixer, 2.0, 0.0)
-    assert shrink.tokens_after == TokenGrid(3, 3)
+    shrink = Downsample(16, 24, tokens, 2, mixer, 2.0, 0.0)
+    assert shrink.out_tokens == TokenGrid(3, 3)
     x_BND = torch.randn(2, 30, 16)
     kept = [6 * 0 + 5 * y + x for y in (0, 2, 4) for x in (0, 2, 4)]
     q_BHNE, k_BHNE, v_BHNE = mixer.to_qkv(x_BND).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
     weights = (q_BHNE[:, :, kept] @ k_BHNE.mT / 2).softmax(dim=-1)
     mixed = mixer.to_out((weights @ v_BHNE).transpose(1, 2).flatten(2))
-    expected = shrink.widen(x_BND[:, kept] + mixed)
+    expected = shrink.proj(x_BND[:, kept] + mixed)
     torch.testing.assert_close(shrink(x_BND), expected + shrink.mlp(expected))
 
 
@@ -378,7 +378,7 @@ def test_ccts_sequence_pooling(model_of):
     model.norm.register_forward_hook(lambda module, inputs, output: seen.update(x_BND=output))
     logits = model(torch.randn(2, 1, 8, 8))
     for x_ND, logits_K in zip(seen["x_BND"], logits, strict=True):
-        score_N = x_ND @ model.importance.weight[0] + model.importance.bias
+        score_N = x_ND @ model.attention_pool.weight[0] + model.attention_pool.bias
         share_N = score_N.exp() / score_N.exp().sum()
         pooled_D = sum(share * token for share, token in zip(share_N, x_ND, strict=True))
         torch.testing.assert_close(logits_K, model.head(pooled_D))
@@ -455,7 +455,7 @@ def test_sincos_is_ccts():
 
 def test_relative_bias_is_looked_up_by_distance_in_rows_and_columns():
     tokens = TokenGrid(3, 4, prefix=1)
-    offers = Relative2d(16, tokens, std=1.0).offers(tokens)
+    offers = Relative2d(16, tokens, std=1.0).attention_kwargs(tokens)
     bias = offers["position_bias"](2)
     bias_HNN = bias()
     places = [(y, x) for y in range(3) for x in range(4)]
@@ -487,7 +487,7 @@ def test_the_relative_bias_moves_attention_the_same_in_both_implementations(mode
 def test_axial_rotation_tells_rows_and_columns_apart():
     """A query and a key meet at an angle that depends on Δrow (in the first half of the head) and Δcolumn alone."""
     tokens = TokenGrid(5, 6, prefix=1)
-    rotate = Rotary2d(16, tokens).offers(tokens)["rotary"](8)
+    rotate = Rotary2d(16, tokens).attention_kwargs(tokens)["rotary"](8)
     q_E, k_E = torch.randn(2, 8)
     everywhere = torch.ones(1, 1, 31, 1)
     logits_NN = (rotate(everywhere * q_E) @ rotate(everywhere * k_E).mT)[0, 0]
@@ -509,7 +509,7 @@ def test_axial_rotation_tells_rows_and_columns_apart():
 @pytest.mark.parametrize("experiment", ["cvt_pyramid", "levit_pyramid"])
 def test_pyramids_have_256_then_64_then_16_tokens(model_of, experiment):
     model = model_of(f"experiment={experiment}")
-    grids = [(b.tokens.count, b.tokens_after.count) for b in model.blocks if hasattr(b, "tokens_after")]
+    grids = [(b.tokens.count, b.out_tokens.count) for b in model.blocks if hasattr(b, "out_tokens")]
     assert grids == [(256, 64), (64, 16)]
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -594,4 +594,4 @@ def test_a_grid_splits_into_class_token_and_map_and_joins_again():
     assert (map_BDYX[0, :, 2, 1] == x_BND[0, 1 + 4 * 2 + 1]).all()
     assert (join(prefix_BPD, map_BDYX) == x_BND).all()
     assert tokens.strided(2) == TokenGrid(2, 2, prefix=1)
-    assert NoPosition(5, tokens).offers(tokens) == {}
+    assert PositionEncoding(5, tokens).attention_kwargs(tokens) == {}

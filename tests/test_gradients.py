@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from vix.build import build, build_model, optimizer_builder
-from vix.compilation import compile_step
-from vix.learner import Learner
+from vix.build import build_model, parse
+from vix.training.compile import compile_step
+from vix.training.state import TrainState
+from vix.training.train_step import TrainStep
 
 Compose = Callable[..., DictConfig]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -31,17 +32,18 @@ ZERO, ZERO_IN_BF16 = 5e-7, 1e-4
 
 def gradients(cfg: DictConfig, dtype: torch.dtype, compiled: bool, batch_size: int) -> dict[str, Tensor]:
     """Gradients of one training step of a fresh model on random images."""
-    data, trainer = build(cfg, "data"), build(cfg, "trainer")
+    data, trainer = parse(cfg).data, parse(cfg).trainer
     torch.manual_seed(0)
     model = build_model(cfg).train()
-    optimizer = optimizer_builder(cfg)(model)
-    learner = Learner(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), dtype, None, None, 0.0, None, trainer.recompute)
+    optimizer = parse(cfg).build_optimizer(model)
+    state = TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), dtype)
+    step = TrainStep(state, activation_checkpointing=trainer.activation_checkpointing)
     images = torch.rand(batch_size, data.channels, data.image_size, data.image_size) * 2 - 1
     labels = torch.randint(data.classes, (batch_size,))
     if compiled:
-        compile_step(learner, True, 1, images, labels)
+        compile_step(step, True, 1, images, labels)
     torch.manual_seed(1)  # of dropout and stochastic depth
-    learner.gradients(0, images, labels)
+    step.forward_backward(0, images, labels)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -87,7 +89,7 @@ OPTIONS = [
     ("posenc=none", "attention=softmax"),
     ("posenc=relative2d", "attention=softmax"),
     ("posenc=none", "attention=linformer", "attention.share_kv=false", "model.pool=mean"),
-    ("posenc=rotary", "attention=nystrom", "trainer.recompute=everything"),
+    ("posenc=rotary", "attention=nystrom", "trainer.activation_checkpointing=full"),
 ]
 
 
@@ -100,7 +102,7 @@ def test_bf16_gradients_of_options_without_a_row(compose_config: Compose, extra:
 def test_the_residual_stream_is_float32(compose_config: Compose, experiment: str) -> None:
     """What every block passes on, under autocast, and float64 in a float64 model."""
     cfg = compose_config(f"experiment={experiment}")
-    data = build(cfg, "data")
+    data = parse(cfg).data
     model = build_model(cfg).train()
     images = torch.rand(2, data.channels, data.image_size, data.image_size)
     seen: list[torch.dtype] = []

@@ -15,13 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms import v2
 
 import vix
-from vix.build import build
-from vix.checks import ConfigError, DataError
-from vix.data import imagefolder
-from vix.data.dataset import Split, balanced_subset
-from vix.data.imagefolder import ImageFolder
-from vix.run import Run
-from vix.tensorboard import METRICS, TensorBoard
+from vix.build import parse
+from vix.data import image_folder
+from vix.data.dataset import balanced_subset
+from vix.data.image_folder import ImageFolder
+from vix.data.loader import Split
+from vix.errors import ConfigError, DataError
+from vix.reporting.tensorboard import METRICS, TensorBoard
+from vix.runs.run import RunDirectory
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -150,8 +151,8 @@ def test_grey_and_coloured_files_mix(folder: Path) -> None:
 def test_a_subset_is_what_the_whole_would_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only its files are read, and they are those that every other image set would take."""
     opened = []
-    read_image = imagefolder.read_image
-    monkeypatch.setattr(imagefolder, "read_image", lambda path, *shape: (opened.append(path), read_image(path, *shape))[1])
+    read_image = image_folder.read_image
+    monkeypatch.setattr(image_folder, "read_image", lambda path, *shape: (opened.append(path), read_image(path, *shape))[1])
     train, test = ImageFolder(root=str(folder), image_size=8, train_size=6, test_size=3).load(CPU)
     assert len(opened) == 9
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -263,8 +264,8 @@ def test_every_family_takes_a_users_images(
             vix.build_model(cfg)
         return
     built = vix.build_model(cfg).eval()
-    train, _ = build(cfg, "data").load(CPU)
-    images, _ = next(train.in_order(7))
+    train, _ = parse(cfg).data.load(CPU)
+    images, _ = next(train.eval_batches(7))
     assert images.shape == (7, channels, 20, 20)
     logits = built(images)
     assert logits.shape == (7, 7)
@@ -355,7 +356,7 @@ def test_one_folder_of_classes(folder: Path, tmp_path: Path, below: str) -> None
         data = ImageFolder(root=str(root), image_size=8, validation_size=6, **options)
         train, test = data.load(CPU)
         assert data.class_names == ("ape", "bee", "cow")
-        assert data.tested_on == "validation"
+        assert data.eval_split == "validation"
         assert train.labels.tolist() == test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     class_folder = root / below / "ape"
     for path in sorted(class_folder.iterdir())[1:]:
@@ -435,8 +436,8 @@ def test_the_end_of_a_small_set(tmp_path: Path, classes: int, images: int) -> No
         directory.mkdir()
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))
         results = {**dict.fromkeys(METRICS, 1.0), "epochs": 1}
-        with TensorBoard(Run(directory, {}, {}), 1, model, test, names, False) as board:
-            board.finish(results, test.in_order(2), torch.autocast("cpu", enabled=False))
+        with TensorBoard(RunDirectory(directory, {}, {}), 1, model, test, names, False) as board:
+            board.finish(results, test.eval_batches(2), torch.autocast("cpu", enabled=False))
         events = EventAccumulator(str(directory)).Reload()
         assert events.Tags()["images"] == ["test/confusion_matrix", "test/worst_images"]
 

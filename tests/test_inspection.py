@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from vix import build_model
 from vix.attention.cvt import CvTAttention
+from vix.attention.inspection import attention_weights, class_token_maps, class_token_weights, softmax_error
 from vix.attention.levit import LeViTAttention
 from vix.attention.linear import LinearAttention
 from vix.attention.linformer import Linformer
 from vix.attention.nystrom import Nystrom
 from vix.attention.performer import Performer
 from vix.attention.softmax import Softmax
-from vix.inspection import attention_weights, class_token_maps, class_token_weights, softmax_error
-from vix.posenc import Rotary
-from vix.tokens import TokenGrid
+from vix.layers.posenc import Rotary
+from vix.layers.tokens import TokenGrid
 
 Compose = Callable[..., DictConfig]
 GRID = TokenGrid(6, 7, prefix=1)
@@ -45,7 +45,7 @@ def make(name: str, rotary: bool = False) -> tuple[Any, Tensor]:
     """A mixer of 43 tokens of width 32, and such tokens, sharp enough for weights that differ."""
     torch.manual_seed(0)
     kind, options = MIXERS[name]
-    positions = {"rotary": Rotary(32, GRID).offers(GRID)["rotary"]} if rotary else {}
+    positions = {"rotary": Rotary(32, GRID).attention_kwargs(GRID)["rotary"]} if rotary else {}
     return kind(32, GRID, **positions, heads=4, **options), 2 * torch.randn(3, GRID.count, 32)
 
 

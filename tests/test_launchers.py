@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, run_train
 from omegaconf import OmegaConf
 
-from vix.run import StopRequest
+from vix.system.signals import SignalHandler
 
 # Option of hydra/launcher, its plugin, and what it needs on a machine with two cores and no GPU.
 LAUNCHERS = [
@@ -124,7 +124,7 @@ def test_search_for_a_recipe(tmp_path: Path) -> None:
         assert len({trial["config"]["optimizer"][key] for trial in trials}) == 3
     best: Any = OmegaConf.load(tmp_path / "outputs" / "optimization_results.yaml")
     assert best.best_value == max(trial["top1"] for trial in trials)
-    assert {"optimizer.lr", "data.trivial_augment", "data.cutmix"} <= set(best.best_params)
+    assert {"optimizer.lr", "augment.trivial_augment", "augment.cutmix"} <= set(best.best_params)
 
 
 def test_a_thread_may_ask_for_stops() -> None:
@@ -132,7 +132,7 @@ def test_a_thread_may_ask_for_stops() -> None:
     reached = []
 
     def enter() -> None:
-        with StopRequest() as stop:
+        with SignalHandler() as stop:
             reached.append(stop.signal)
 
     thread = threading.Thread(target=enter)

@@ -12,9 +12,10 @@ import torch
 from conftest import run_train
 from omegaconf import DictConfig
 
-from vix.checks import ConfigError
-from vix.estimate import peak_memory
-from vix.memory import check_memory_limit, limit_memory, out_of_memory
+from vix.analysis.cost import peak_memory
+from vix.build import parse
+from vix.errors import ConfigError
+from vix.system.memory import check_memory_limit, limit_memory, out_of_memory
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ RUN = (
 def half_of_it(compose_config: Compose, device: str) -> tuple[str, ...]:
     """Overrides that give this run half of the memory that its steps allocate."""
     run = (*RUN, f"trainer.device={device}")
-    return (*run, f"trainer.memory_limit_gb={peak_memory(compose_config(*run)) / 2e9:.3f}")
+    return (*run, f"trainer.memory_limit_gb={peak_memory(parse(compose_config(*run))) / 2e9:.3f}")
 
 
 def results(directory: Path, *overrides: str) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def test_too_little_memory_is_one_line(compose_config: Compose, tmp_path: Path, 
     assert line.startswith(f"error: out of {'GPU ' if device == 'cuda' else ''}memory under {arguments[-1]}, with 800 images")
     assert "trainer.micro_batch=400" in line
     assert "trainer.micro_batch=auto" in line
-    assert "trainer.recompute=everything" in line
+    assert "trainer.activation_checkpointing=full" in line
     assert "Traceback" not in done.stderr
     failed = results(tmp_path, arguments[-1])
     assert failed["status"] == "failed"

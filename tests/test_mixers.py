@@ -25,7 +25,6 @@ from torch.func import functional_call
 from vix import build_model
 from vix.attention.cvt import CvTAttention
 from vix.attention.fourier import Fourier
-from vix.attention.heads import FEW, softmax_attention, split_heads
 from vix.attention.levit import LeViTAttention
 from vix.attention.linear import LinearAttention
 from vix.attention.linformer import Linformer
@@ -33,8 +32,10 @@ from vix.attention.nystrom import Nystrom, pseudo_inverse, segment_means
 from vix.attention.performer import Performer, orthogonal_features, window_attention
 from vix.attention.softmax import Softmax
 from vix.attention.token_mlp import TokenMLP
-from vix.posenc import Relative2d, Rotary, Rotary2d, Rotation, SinCos, position_angles
-from vix.tokens import TokenGrid
+from vix.layers.attend import EXPLICIT_MAX_LEN, softmax_attention
+from vix.layers.heads import split_heads
+from vix.layers.posenc import Relative2d, Rotary, Rotary2d, Rotation, SinCos, position_angles
+from vix.layers.tokens import TokenGrid
 
 PAPER = TokenGrid(32, 32, prefix=1)  # 1,025 tokens
 PAPER_MEAN = TokenGrid(32, 32)  # 1,024 tokens, a multiple of 64 landmarks
@@ -97,7 +98,7 @@ def make(name: str, dim: int, tokens: TokenGrid, *, rotary: bool = False, tiny: 
     mixer, options, tiny_options = MIXERS[name]
     options = {**options, **(tiny_options if tiny else {}), **changes}
     if rotary:
-        options["rotary"] = Rotary(dim, tokens).offers(tokens)["rotary"]
+        options["rotary"] = Rotary(dim, tokens).attention_kwargs(tokens)["rotary"]
     return wake(mixer(dim, tokens, **options))
 
 
@@ -375,7 +376,7 @@ def test_few_and_many_tokens_are_attended_alike(
     queries: int, keys: int, biased: bool, dtype: torch.dtype, bound: float
 ) -> None:
     """Outputs and all gradients, by the written-out matrix up to FEW tokens and by the fused kernel from there on."""
-    assert 43 <= FEW < 145
+    assert 43 <= EXPLICIT_MAX_LEN < 145
     shapes = {"q": (2, 3, queries, 8), "k": (2, 3, keys, 8), "v": (2, 3, keys, 8), "bias": (1, 3, queries, keys)}
     names = [name for name in shapes if biased or name != "bias"]
     given = [torch.randn(shapes[name]).to(dtype).requires_grad_() for name in names]
@@ -398,7 +399,7 @@ def test_few_and_many_tokens_are_attended_alike(
 @pytest.mark.parametrize("grid", [ODD, TokenGrid(6, 7)], ids=["43", "42"])
 def test_relative_bias_is_a_loop_over_pairs(grid: TokenGrid, implementation: str) -> None:
     """relative2d adds each pair's own number: by |Δrow| and |Δcolumn|, and three more for pairs with a class token."""
-    position_bias = Relative2d(32, grid, std=1.0).offers(grid)["position_bias"]
+    position_bias = Relative2d(32, grid, std=1.0).attention_kwargs(grid)["position_bias"]
     ours = Softmax(32, grid, position_bias=position_bias, implementation=implementation)
     table_HYX = ours.attend.position_bias.table_HYX.detach().numpy()
     bias_HNN = np.zeros((4, grid.count, grid.count))
@@ -499,7 +500,7 @@ def test_pseudo_inverse_is_linalgs(size: int) -> None:
 def test_rotary_is_a_complex_multiplication() -> None:
     """Pairs of the head width turn by position · 10000^(−2i/E), also at position 1,024, and keep their length."""
     t_BHNE = torch.randn(2, 3, PAPER.count, 32)
-    actual = Rotary(96, PAPER).offers(PAPER)["rotary"](32)(t_BHNE)
+    actual = Rotary(96, PAPER).attention_kwargs(PAPER)["rotary"](32)(t_BHNE)
     assert_close(actual, turned(t_BHNE.double().numpy()), 1e-6)  # measured: 3.5e-7
     pairs, before = (t.unflatten(-1, (-1, 2)).norm(dim=-1) for t in (actual, t_BHNE))
     assert_close(pairs, before, 1e-6)
@@ -516,7 +517,7 @@ def test_rotary_scores_know_relative_positions_only(shift: int) -> None:
 def test_rotary2d_turns_by_row_and_by_column() -> None:
     """Half of the head width turns by the row, half by the column; the class token stands at 0 and the grid starts at 1."""
     t_BHNE = torch.randn(2, 3, ODD.count, 16)
-    actual = Rotary2d(48, ODD).offers(ODD)["rotary"](16)(t_BHNE)
+    actual = Rotary2d(48, ODD).attention_kwargs(ODD)["rotary"](16)(t_BHNE)
     rows, columns = zip((0, 0), *((1 + y, 1 + x) for y in range(6) for x in range(7)), strict=True)
     by_row, by_column = np.split(t_BHNE.double().numpy(), 2, axis=-1)
     expected = np.concatenate([turned(by_row, rows, 100.0), turned(by_column, columns, 100.0)], axis=-1)

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TINY, run_train
 from matplotlib.image import imread
 
-from vix.console import ERRORS, LossyFile, protected
+from vix.reporting.console import ERRORS, LossyFile, protected
 
 NAME = "a[bold]b[/] :car: $x^{2$ _猫"  # markup, an emoji code, a formula that is none, and a letter that most fonts lack
 
@@ -40,7 +40,7 @@ def runs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
     """What can be printed is, with names as they are; typographic signs become plain ones."""
-    done = shell("$PYTHON -m vix.report --no-files", runs, PYTHONIOENCODING=encoding)
+    done = shell("$PYTHON -m vix.cli.report --no-files", runs, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
     text = done.stdout.decode(encoding)
     name = NAME if encoding == "utf-8" else NAME.replace("猫", "\\u732b")
@@ -51,7 +51,7 @@ def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("way", ["| head -1", "| true", ">&-", ">/dev/full", ">&- 2>&-"])
 def test_the_report_writes_its_files_whatever_happens_to_its_output(runs: Path, way: str) -> None:
-    done = shell(f"$PYTHON -m vix.report {way}", runs)
+    done = shell(f"$PYTHON -m vix.cli.report {way}", runs)
     assert done.returncode == 0
     lost = b"warning: standard output is lost from here on (No space left on device)\n"
     assert done.stderr == (lost if "full" in way else b"")
@@ -81,12 +81,12 @@ def test_a_run_finishes_without_its_output(tmp_path: Path, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["plan", "summary", "diff", "nonfinite"])
+@pytest.mark.parametrize("command", ["plan", "summary", "diff", "replay"])
 def test_every_command_prints_in_ascii_and_to_nobody(command: str, tmp_path: Path) -> None:
     run = ROOT / "results/cpu/cpu_vit"
-    arguments = {"diff": f"{run}/seed=0 {run}/seed=1", "nonfinite": "."}.get(command, "experiment=quickstart")
+    arguments = {"diff": f"{run}/seed=0 {run}/seed=1", "replay": "."}.get(command, "experiment=quickstart")
     program = f"$PYTHON -m vix.{command} {arguments}"
-    status = 1 if command == "nonfinite" else 0  # it is told that there is no such run
+    status = 1 if command == "replay" else 0  # it is told that there is no such run
     for way in ("| true", ">&-"):
         done = shell(f"{program} {way}", tmp_path, PYTHONIOENCODING="ascii")
         assert done.returncode == status, done.stderr

@@ -10,13 +10,12 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from vix.composition.messages import dotted
 
 import vix
-from vix.build import build, optimizer_builder
-from vix.checks import ConfigError
-from vix.command_line import about_the_command, dotted, explain
-from vix.compose import compose
-from vix.config import GROUPS, OVERLAYS, check
+from vix.build import GROUPS, OVERLAYS, parse
+from vix.composition.compose import compose, format_error, is_hydra_error
+from vix.errors import ConfigError
 
 OPTIONS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}
 KEYS = sorted(
@@ -64,11 +63,11 @@ def quiet() -> Iterator[None]:
 def refusal(cfg: DictConfig) -> str | None:
     """What train.py says of a config before it reads data, without memory for the model; None where it would train."""
     try:
-        check(cfg)
+        parse(cfg)
         with torch.device("meta"):
             model = vix.build_model(cfg)
-        optimizer_builder(cfg)(model)
-        build(cfg, "trainer")
+        parse(cfg).build_optimizer(model)
+        assert parse(cfg).trainer
     except ConfigError as refused:
         return str(refused)
     assert sum(p.numel() for p in model.parameters()) > 0
@@ -119,8 +118,8 @@ def test_any_words(overrides: list[str]) -> None:
     except Exception as raised:
         error = raised
     if error is not None:
-        assert about_the_command(error), repr(error)
-        message = explain(error, overrides)
+        assert is_hydra_error(error), repr(error)
+        message = format_error(error, overrides)
         assert message
     assert message is None or "\n" not in message
 

@@ -1,4 +1,4 @@
-"""python -m vix.plan tells what a sweep then does, and starts nothing."""
+"""python -m vix plan tells what a sweep then does, and starts nothing."""
 
 import fcntl
 import itertools
@@ -14,19 +14,19 @@ import torch
 from conftest import HANGS, ROOT, TINY, run_train
 from omegaconf import DictConfig
 
-from vix import plan as planning
-from vix.build import build, build_model
-from vix.checks import UserError
-from vix.estimate import peak_memory
-from vix.models.recompute import recompute_blocks
-from vix.plan import Job, expand, plan
-from vix.results import published_rows
+from vix.analysis.cost import peak_memory
+from vix.build import build_model, parse
+from vix.cli import plan as planning
+from vix.cli.plan import PlannedRun, expand, plan
+from vix.errors import UserError
+from vix.layers.checkpointing import set_activation_checkpointing
+from vix.runs.results import published_rows
 
 Compose = Callable[..., DictConfig]
 SWEEP = (*TINY, "attention.landmarks=8,1000", "seed=0,1")
 
 
-def only(arguments: Sequence[str]) -> Job:
+def only(arguments: Sequence[str]) -> PlannedRun:
     (job,) = plan(arguments)
     return job
 
@@ -66,7 +66,7 @@ def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert "is being written by process" in only(good).reason
 
     checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
-    checkpoint["position"]["epoch"] = 1
+    checkpoint["progress"]["epoch"] = 1
     torch.save(checkpoint, directory / "checkpoint.pt")
     finished = json.loads((directory / "results.json").read_text())
     (directory / "results.json").write_text(json.dumps(finished | {"status": "interrupted"}))
@@ -81,8 +81,8 @@ def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_each_model_is_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     counted = []
-    real = planning.summarise
-    monkeypatch.setattr(planning, "summarise", lambda cfg: counted.append(cfg) or real(cfg))
+    real = planning.summarize
+    monkeypatch.setattr(planning, "summarize", lambda cfg: counted.append(cfg) or real(cfg))
     assert len(plan([*TINY, "seed=0,1,2", "optimizer.lr=0.1,0.2", "model.depth=1,2"])) == 12
     assert len(counted) == 2
 
@@ -97,8 +97,8 @@ MODELS = [
     ("experiment=levit",),
     ("experiment=cvn", "data=digits"),
     ("experiment=vit", "posenc=relative2d"),
-    ("experiment=vit", "trainer.recompute=everything"),
-    ("experiment=vin", "trainer.recompute=everything"),
+    ("experiment=vit", "trainer.activation_checkpointing=full"),
+    ("experiment=vin", "trainer.activation_checkpointing=full"),
 ]
 
 
@@ -108,9 +108,9 @@ def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...],
     """Within a tenth of what PyTorch's profiler sees a real step allocate."""
     smaller = ("embedding.patch_size=2",) if model[0] != "experiment=cvn" else ()
     cfg = compose_config(*model, *smaller, "trainer.batch_size=4", f"trainer.precision={precision}", "trainer.device=cpu")
-    data = build(cfg, "data")
+    data = parse(cfg).data
     net = build_model(cfg)
-    recompute_blocks(net, cfg.trainer.recompute)
+    set_activation_checkpointing(net, cfg.trainer.activation_checkpointing)
     optimizer = torch.optim.AdamW(net.parameters())
     images, labels = torch.rand(4, data.channels, data.image_size, data.image_size), torch.randint(10, (4,))
 
@@ -127,14 +127,20 @@ def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...],
         step()
     changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = before + max(itertools.accumulate(changes))
-    assert peak_memory(cfg) == pytest.approx(peak, rel=0.1)
+    assert peak_memory(parse(cfg)) == pytest.approx(peak, rel=0.1)
 
 
 def test_what_is_computed_twice_is_not_kept(compose_config: Compose) -> None:
     """A compiled step computes less twice, and so keeps more, where only what is cheap is."""
     peaks = [
-        peak_memory(compose_config("experiment=vip", "trainer.batch_size=4", "trainer.device=cpu", f"trainer.recompute={what}"))
-        for what in ("everything", "cheap", "null")
+        peak_memory(
+            parse(
+                compose_config(
+                    "experiment=vip", "trainer.batch_size=4", "trainer.device=cpu", f"trainer.activation_checkpointing={what}"
+                )
+            )
+        )
+        for what in ("full", "selective", "null")
     ]
     assert peaks == sorted(set(peaks))
 
@@ -167,14 +173,14 @@ def test_the_command(tmp_path: Path) -> None:
     assert "unknown" in good.stdout
     assert not any(tmp_path.iterdir())
 
-    bad = run_plan(tmp_path, sys.executable, "-m", "vix.plan", "experiment=quickstart,nosuch", "attention.heads=3")
+    bad = run_plan(tmp_path, sys.executable, "-m", "vix", "plan", "experiment=quickstart,nosuch", "attention.heads=3")
     assert bad.returncode == 1
     assert "refused: quickstart,attention.heads=3/seed=0: attention.heads=3 does not divide" in bad.stderr
     assert "experiment=nosuch: conf/experiment/ has no such file" in bad.stderr
     assert "1 new" not in bad.stdout
     assert "2 refused" in bad.stdout
     assert "Traceback" not in bad.stderr
-    wrong = run_plan(tmp_path, sys.executable, "-m", "vix.plan", "seed=(")
+    wrong = run_plan(tmp_path, sys.executable, "-m", "vix", "plan", "seed=(")
     assert wrong.returncode == 1
     assert wrong.stderr.startswith("error: ")
     assert len(wrong.stderr.splitlines()) == 1

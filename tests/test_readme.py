@@ -24,7 +24,7 @@ def test_published_rows() -> None:
             *(row[key] for key in ("experiment", "table", "name", "published_top1", "published_top5", "published_gpu_gb")),
             *(f"{int(row[key]):,}" for key in ("weight_bias_params", "trainable_params")),
         ]
-        for row in csv.DictReader((ROOT / "vix" / "published.csv").open())
+        for row in csv.DictReader((ROOT / "vix" / "runs" / "published.csv").open())
     ]
     assert table("`experiment=`") == expected
     assert len(expected) == 38
@@ -69,7 +69,7 @@ def test_cpu_results(experiment: str) -> None:
 def test_speed_and_memory() -> None:
     """The table of the benchmark is the kept measurement's."""
     record = json.loads((ROOT / "benchmarks/results/side-by-side-amd-epyc-2-threads.json").read_text())
-    pairs = (("ours", "package"), ("cheap", "package"), ("everything", "package"), ("ours", "paper"))
+    pairs = (("ours", "package"), ("selective", "package"), ("full", "package"), ("ours", "paper"))
     measured = [
         [
             *(f"{line[f'{own}_speed_over_{other}']:.2f}, {line[f'{own}_memory_over_{other}']:.2f}" for own, other in pairs),

@@ -1,4 +1,4 @@
-"""trainer.recompute: the same gradients, random numbers and statistics, in less memory."""
+"""trainer.activation_checkpointing: the same gradients, random numbers and statistics, in less memory."""
 
 import copy
 import json
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure import most_allocated
 from vix import build_model
-from vix.learner import mean_loss
-from vix.models.recompute import Block, recompute_blocks
+from vix.layers.checkpointing import Block, set_activation_checkpointing
+from vix.training.train_step import mean_loss
 
 Compose = Callable[..., DictConfig]
-TWICE = ("cheap", "everything")
+TWICE = ("selective", "full")
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # On 8 × 8 pixels, with whatever draws random numbers in training.
 SMALL = ("data=digits", "model.dropout=0.2")
@@ -54,7 +54,7 @@ def test_a_step_is_the_same_to_the_bit(compose_config: Compose, experiment: str,
     loss, gradients, generator = step(expected, dtype)
     for what in TWICE:
         ours = copy.deepcopy(model)
-        recompute_blocks(ours, what)  # type: ignore[arg-type]
+        set_activation_checkpointing(ours, what)  # type: ignore[arg-type]
         our_loss, our_gradients, our_generator = step(ours, dtype)
         assert torch.equal(our_loss, loss)
         assert torch.equal(our_generator, generator)
@@ -70,12 +70,12 @@ def test_every_family_has_blocks(compose_config: Compose) -> None:
     """And only those with a BatchNorm are left out."""
     for experiment in EXPERIMENTS:
         model = small_model(compose_config, experiment)
-        recompute_blocks(model, "cheap")
+        set_activation_checkpointing(model, "selective")
         blocks = [block for block in model.modules() if isinstance(block, Block)]
         assert blocks, experiment
-        assert {block.recompute for block in blocks} == {None if experiment in ("levit", "cvt") else "cheap"} or (
-            "pyramid" in experiment
-        ), experiment
+        assert {block.activation_checkpointing for block in blocks} == {
+            None if experiment in ("levit", "cvt") else "selective"
+        } or ("pyramid" in experiment), experiment
 
 
 def allocated(model: nn.Module) -> int:
@@ -98,7 +98,7 @@ def allocated(model: nn.Module) -> int:
 def test_less_memory(compose_config: Compose, experiment: str, bound: float) -> None:
     model = build_model(compose_config(f"experiment={experiment}", "embedding.patch_size=2"))
     before = allocated(model)
-    recompute_blocks(model, "everything")
+    set_activation_checkpointing(model, "full")
     assert allocated(model) < bound * before
 
 
@@ -125,7 +125,7 @@ def test_compiled_gradients_of_a_model_that_draws(compose_config: Compose) -> No
     value(mean_loss)
     sizes = [sum(kept.values())]
     for what in TWICE:
-        recompute_blocks(model, what)  # type: ignore[arg-type]
+        set_activation_checkpointing(model, what)  # type: ignore[arg-type]
         torch.compiler.reset()
         compiled = torch.compile(mean_loss, dynamic=False)
         model.zero_grad()
@@ -152,7 +152,7 @@ def test_compiled_gradients_where_what_is_kept_is_changed_in_place(compose_confi
     mean_loss(model, images, labels, 0.1).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    recompute_blocks(model, "cheap")
+    set_activation_checkpointing(model, "selective")
     torch.compiler.reset()
     torch.compile(mean_loss, dynamic=False)(model, images, labels, 0.1).backward()
     for name, p in model.named_parameters():
@@ -165,20 +165,27 @@ def test_a_run_is_the_same_and_may_be_continued(compose_config: Compose, tmp_pat
     common = (*TINY, "model.dropout=0.1", "trainer.micro_batch=7", "trainer.ema_decay=0.9", "trainer.clip_norm=1.0")
     expected, model = fit(compose_config(*common), tmp_path / "nothing")
     for what in TWICE:
-        found, ours = fit(compose_config(*common, f"trainer.recompute={what}"), tmp_path / what)
+        found, ours = fit(compose_config(*common, f"trainer.activation_checkpointing={what}"), tmp_path / what)
         assert [row["train_loss"] for row in found["history"]] == [row["train_loss"] for row in expected["history"]]
         for a, b in zip(ours.parameters(), model.parameters(), strict=True):
             assert torch.equal(a, b)
-    assert run_train(tmp_path, *TINY, "trainer.epochs=1", "trainer.recompute=cheap", "hydra.run.dir=run").returncode == 0
-    done = run_train(tmp_path, *TINY, "trainer.epochs=1", "trainer.recompute=everything", "hydra.run.dir=run")
+    assert (
+        run_train(
+            tmp_path, *TINY, "trainer.epochs=1", "trainer.activation_checkpointing=selective", "hydra.run.dir=run"
+        ).returncode
+        == 0
+    )
+    done = run_train(tmp_path, *TINY, "trainer.epochs=1", "trainer.activation_checkpointing=full", "hydra.run.dir=run")
     assert done.returncode == 0
     assert "Already finished" in done.stdout + done.stderr
 
 
 def test_a_sweep_compares_them(tmp_path: Path) -> None:
     """Each is a run of its own, and the results say which."""
-    done = run_train(tmp_path, "-m", *TINY, "trainer.epochs=1", "trainer.recompute=null,everything", "hydra.sweep.dir=sweep")
+    done = run_train(
+        tmp_path, "-m", *TINY, "trainer.epochs=1", "trainer.activation_checkpointing=null,full", "hydra.sweep.dir=sweep"
+    )
     assert done.returncode == 0, done.stderr
     runs = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/*/results.json")]
-    assert sorted(str(run["config"]["trainer"]["recompute"]) for run in runs) == ["None", "everything"]
+    assert sorted(str(run["config"]["trainer"]["activation_checkpointing"]) for run in runs) == ["None", "full"]
     assert len({run["train_loss"] for run in runs}) == 1

@@ -55,7 +55,7 @@ def report_rows(directory: Path, *arguments: str | Path) -> list[dict[str, str]]
         return list(csv.DictReader(file))
 
 
-def one_line(done: subprocess.CompletedProcess[str]) -> str:
+def first_paragraph(done: subprocess.CompletedProcess[str]) -> str:
     """The message of a refused command: one line, no traceback, no result."""
     assert done.returncode != 0
     assert done.stdout == ""
@@ -198,7 +198,7 @@ def test_a_thousand_runs_take_little_longer_than_one(real: dict[str, Any], tmp_p
 
 
 def test_nothing_here_imports_torch() -> None:
-    code = "import sys, vix.report, vix.plots, vix.diff; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+    code = "import sys, vix.cli.report, vix.reporting.plots, vix.cli.diff; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -225,13 +225,13 @@ def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
 def test_wrong_arguments_are_told_in_one_line(real: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "outputs/vin/results.json", as_row(real, "vin", 0))
     outputs = tmp_path / "outputs"
-    line = one_line(module("report", outputs, "--sort", "top55"))
+    line = first_paragraph(module("report", outputs, "--sort", "top55"))
     assert "top5?" in line
     assert "images_per_second" in line
-    assert "outputs" in one_line(module("report", tmp_path / "outptus"))
-    assert "trainer.epochs" in one_line(module("report", outputs, "--where", "epochz=3"))
-    assert "nystrom" in one_line(module("report", outputs, "--where", "attention=softmax"))
-    assert "KEY=VALUE" in one_line(module("report", outputs, "--where", "attention"))
+    assert "outputs" in first_paragraph(module("report", tmp_path / "outptus"))
+    assert "trainer.epochs" in first_paragraph(module("report", outputs, "--where", "epochz=3"))
+    assert "nystrom" in first_paragraph(module("report", outputs, "--where", "attention=softmax"))
+    assert "KEY=VALUE" in first_paragraph(module("report", outputs, "--where", "attention"))
     (tmp_path / "file").touch()
     done = module("report", outputs, "--out", tmp_path / "file")
     assert done.returncode != 0
@@ -287,7 +287,7 @@ def test_memory_pictures_show_runs_on_a_gpu(real: dict[str, Any], tmp_path: Path
 
 
 def test_pareto_front() -> None:
-    from vix.plots import pareto_front
+    from vix.reporting.plots import pareto_front
 
     assert pareto_front([(2, 50), (1, 40), (1, 30), (3, 45), (4, 60), (2, 50)]) == [(1, 40), (2, 50), (4, 60)]
 
@@ -317,9 +317,9 @@ def test_diff_of_what_is_no_run(real: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     (tmp_path / "half/results.json").write_text(json.dumps(real)[:100])
     run = tmp_path / "vin/seed=0"
-    assert "no such directory" in one_line(module("diff", run, tmp_path / "vim"))
-    assert "seed=0" in one_line(module("diff", tmp_path / "vin", run))
-    assert "unreadable" in one_line(module("diff", run, tmp_path / "half"))
+    assert "no such directory" in first_paragraph(module("diff", run, tmp_path / "vim"))
+    assert "seed=0" in first_paragraph(module("diff", tmp_path / "vin", run))
+    assert "unreadable" in first_paragraph(module("diff", run, tmp_path / "half"))
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_a_table_is_its_published_rows(copy: Path, tmp_path: Path, table: str) -
     directory = shutil.copytree(copy, tmp_path / "copy", ignore=shutil.ignore_patterns("outputs"))
     (directory / "train.py").write_text("import sys; print(sys.argv[1:])")
     (directory / "outputs").mkdir()
-    with open(ROOT / "vix" / "published.csv", newline="") as file:
+    with open(ROOT / "vix" / "runs" / "published.csv", newline="") as file:
         rows = [row["experiment"] for row in csv.DictReader(file) if table in ("all", f"table{row['table']}")]
     done = sweep(directory, tmp_path, table, "seed=0,1")
     assert done.returncode == 0, done.stderr

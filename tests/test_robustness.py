@@ -18,10 +18,11 @@ import torch
 from conftest import HANGS, ROOT, TINY, run_train
 from forked import Forked, before_each_change, kill_at_change, log_changes, signal_at_file
 
-from vix.checks import UserError
-from vix.run import Run, read_checkpoint
+from vix.errors import UserError
+from vix.runs.checkpoint import read_checkpoint
+from vix.runs.run import RunDirectory
 
-SMALL = (*TINY, "trainer.epochs=3", "data.flip=true", "model.dropout=0.1", "trainer.checkpoint_every=2")
+SMALL = (*TINY, "trainer.epochs=3", "augment.flip=true", "model.dropout=0.1", "trainer.checkpoint_every=2")
 
 
 def run_directory(directory: Path) -> Path:
@@ -97,7 +98,7 @@ def test_stopped_at_an_epochs_end_and_continued(tmp_path: Path, forked: Forked, 
     # The 7th checkpoint (of the start, of two steps and the end of each epoch) is that of the second epoch's end.
     kill = partial(signal_at_file, signal.SIGKILL, "checkpoint.pt", 8)
     assert forked.wait(forked.start(tmp_path, *SMALL, before=kill)) == -signal.SIGKILL
-    position = read_checkpoint(run_directory(tmp_path) / "checkpoint.pt")["position"]
+    position = read_checkpoint(run_directory(tmp_path) / "checkpoint.pt")["progress"]
     assert (position["epoch"], position["batch"]) == (2, 0)
     status, output = forked.run(tmp_path, *SMALL)
     assert status == 0, output
@@ -107,14 +108,14 @@ def test_stopped_at_an_epochs_end_and_continued(tmp_path: Path, forked: Forked, 
 
 DROPPED = """
 import os, signal, time
-from vix.run import StopRequest
+from vix.system.signals import SignalHandler
 
 class Freed:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
 
-with StopRequest() as stop, stop.at_once(lambda: print("left once")):
+with SignalHandler() as stop, stop.interruptible(lambda: print("left once")):
     Freed()
     print("goes on")
     time.sleep(600)  # is broken off
@@ -132,7 +133,7 @@ def test_a_stop_that_python_drops_comes_again() -> None:
 
 def stop_in_evaluation(batches: int) -> None:
     """Let this process receive SIGTERM when its first evaluation asks for the batch of that number (from 0)."""
-    from vix import trainer
+    from vix.training import trainer
 
     evaluate = trainer.accuracy
 
@@ -155,7 +156,7 @@ def test_stopped_while_testing(tmp_path: Path, forked: Forked) -> None:
     directory = tmp_path / "stopped"
     status = forked.wait(forked.start(directory, *small, before=partial(stop_in_evaluation, 20)))
     assert status == 128 + signal.SIGTERM
-    position = read_checkpoint(run_directory(directory) / "checkpoint.pt")["position"]
+    position = read_checkpoint(run_directory(directory) / "checkpoint.pt")["progress"]
     assert (position["epoch"], position["batch"]) == (0, 5)
     status, output = forked.run(directory, *small)
     assert status == 0, output
@@ -258,7 +259,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tupl
     assert "the output of blocks.0" in line
     assert all(t.isfinite().all() for t in saved["model"].values())  # the weights from before the step broke them
     command = line.split("`")[1].split(" ")
-    assert command[:3] == ["python", "-m", "vix.nonfinite"]
+    assert command[:3] == ["python", "-m", "vix", "replay"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     again = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, env=environment, check=True)
     assert again.stdout.strip() == line.removeprefix("error: ").split(";")[0]
@@ -269,7 +270,7 @@ def test_float16_skips_steps_and_counts_them(tmp_path: Path, forked: Forked) -> 
     status, output = forked.run(tmp_path, *TINY, "trainer.precision=fp16", "trainer.batch_size=1")
     assert status == 0, output
     results, checkpoint = outcome(tmp_path)
-    assert results["skipped_steps"] == checkpoint["skipped"]
+    assert results["skipped_steps"] == checkpoint["skipped_steps"]
     halved = 65536.0 / checkpoint["scaler"]["scale"]
     assert results["skipped_steps"] > 0
     assert 2 ** results["skipped_steps"] == halved
@@ -303,7 +304,7 @@ def test_fifty_jobs_do_not_leak(tmp_path: Path, forked: Forked) -> None:
 
 
 def test_a_run_moved_aside_keeps_everything(tmp_path: Path) -> None:
-    run = Run(tmp_path, {}, {})
+    run = RunDirectory(tmp_path, {}, {})
     names = {"results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt", "events.out.tfevents.1"}
     for name in names:
         (tmp_path / name).write_text(name)
@@ -343,7 +344,7 @@ assert (folder / "data" / "cifar-10-batches-py").is_dir()
 def test_wrong_module_commands_print_one_line(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "vix.nonfinite", str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "vix", "replay", str(tmp_path)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1

@@ -19,12 +19,13 @@ from forked import Forked
 from PIL import Image
 
 import vix
-from vix.checks import DataError, UserError
-from vix.data.imagefolder import ImageFolder
-from vix.plan import plan
-from vix.results import find_runs, group_seeds
-from vix.run import Run, read_checkpoint
-from vix.tensorboard import hyperparameters
+from vix.cli.plan import plan
+from vix.data.image_folder import ImageFolder
+from vix.errors import DataError, UserError
+from vix.reporting.tensorboard import hyperparameters
+from vix.runs.checkpoint import read_checkpoint
+from vix.runs.results import find_runs, group_seeds
+from vix.runs.run import RunDirectory
 
 FOLDER = (
     *("model=vit", "attention=nystrom", "embedding=linear", "data=imagefolder", "data.image_size=16", "embedding.patch_size=4"),
@@ -109,7 +110,7 @@ def test_other_images_are_another_run(tmp_path: Path, forked: Forked, monkeypatc
     assert [len(group.runs) for group in groups] == [1, 1]
     assert not others
     assert all(results[x]["image_set"].partition(" (")[0] in str([g.name for g in groups]) for x in "ab")
-    columns = [hyperparameters(Run(tmp_path, results[x], results[x]["config"]))["image_set"] for x in "ab"]
+    columns = [hyperparameters(RunDirectory(tmp_path, results[x], results[x]["config"]))["image_set"] for x in "ab"]
     assert columns == [results[x]["image_set"] for x in "ab"]
 
     (tmp_path / "a").rename(tmp_path / "moved")
@@ -145,7 +146,7 @@ CHANGED = {
     "optimizer.betas": [0.8, 0.9],
     "optimizer.eps": 1e-6,
     "optimizer.weight_decay": 0.3,
-    "optimizer.decay_only": "matrices",
+    "optimizer.no_decay_on_norm_and_bias": "true",
     "trainer.batch_size": 10,
     "trainer.schedule": "linear",
     "trainer.warmup_epochs": 2.0,
@@ -154,7 +155,7 @@ CHANGED = {
     "trainer.ema_decay": 0.5,
     "trainer.precision": "bf16",
     "trainer.micro_batch": 5,
-    "data.flip": "true",
+    "augment.flip": "true",
     "data.train_size": 60,
     "model.dropout": 0.5,
 }
@@ -200,11 +201,11 @@ def test_forced_options_are_used(tmp_path: Path, forked: Forked, one_epoch: dict
     assert rate == pytest.approx(expected.get(key, 1e-3))
     if key in GROUP_OPTIONS:
         assert [list(np.atleast_1d(group[GROUP_OPTIONS[key]])) for group in groups] == [list(np.atleast_1d(value))]
-    if key == "optimizer.decay_only":
+    if key == "optimizer.no_decay_on_norm_and_bias":
         assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     if key == "trainer.ema_decay":
         assert "trained_model" in checkpoint
-        assert checkpoint["averaged_steps"] == steps
+        assert checkpoint["ema_updates"] == steps
     if key == "trainer.precision":
         assert results["precision"] == "bf16"
     assert "no single command reproduces" in output
@@ -242,17 +243,17 @@ def test_a_batch_size_within_an_epoch(tmp_path: Path, forked: Forked) -> None:
     path = tmp_path / "r/checkpoint.pt"
     while True:
         with suppress(UserError):
-            if path.exists() and read_checkpoint(path)["position"]["batch"]:
+            if path.exists() and read_checkpoint(path)["progress"]["batch"]:
                 break
     os.kill(process, signal.SIGSTOP)
     try:
-        position = read_checkpoint(path)["position"]
+        position = read_checkpoint(path)["progress"]
     finally:
         os.kill(process, signal.SIGKILL)
     forked.wait(process)
     if not position["batch"]:  # it had gone on by one checkpoint
         shutil.copy(tmp_path / "r/checkpoint.previous.pt", path)
-        position = read_checkpoint(path)["position"]
+        position = read_checkpoint(path)["progress"]
     assert position["batch"]
     forced = (*IN_R, f"trainer.epochs={position['epoch'] + 1}", "trainer.resume=force")
     status, output = forked.run(tmp_path, *forced, "trainer.batch_size=10")
@@ -274,7 +275,7 @@ def test_an_interrupted_rerun_is_continued(tmp_path: Path, forked: Forked) -> No
     done = 0
     for number in (signal.SIGTERM, signal.SIGKILL):
         stop_in_epoch(forked, tmp_path, number, *rerun, after=done)
-        done = read_checkpoint(tmp_path / "r/checkpoint.pt")["position"]["epoch"]
+        done = read_checkpoint(tmp_path / "r/checkpoint.pt")["progress"]["epoch"]
         assert done > 0
     status, output = forked.run(tmp_path, *rerun)
     assert status == 0, output
@@ -358,7 +359,7 @@ def test_a_refused_sweep_leaves_everything(tmp_path: Path, forked: Forked) -> No
 
 def test_previous_runs_are_never_overwritten(tmp_path: Path) -> None:
     """The number is one more than the highest, whatever is missing below it; a failure moves everything back."""
-    run = Run(tmp_path, {}, {})
+    run = RunDirectory(tmp_path, {}, {})
     for name in ("previous-2", "previous-10", "previous-x", "previous-3"):
         (tmp_path / name).mkdir()
     (tmp_path / "previous-12").write_text("a file")
@@ -470,11 +471,11 @@ def test_without_locks_and_hard_links(tmp_path: Path, name: str) -> None:
     assert done.stdout.count("cannot be hard-linked") == 1
     run = tmp_path / "r"
     assert read(run / "results.json")["status"] == "finished"
-    previous, last = (read_checkpoint(run / name)["position"]["epoch"] for name in ("checkpoint.previous.pt", "checkpoint.pt"))
+    previous, last = (read_checkpoint(run / name)["progress"]["epoch"] for name in ("checkpoint.previous.pt", "checkpoint.pt"))
     assert (previous, last) == (2, 3)
     assert not list(run.glob(".*.tmp"))
     planned = subprocess.run(
-        [sys.executable, "-m", "vix.plan", *TINY, "trainer.epochs=3", "hydra.sweep.dir=.", "hydra.sweep.subdir=r"],
+        [sys.executable, "-m", "vix", "plan", *TINY, "trainer.epochs=3", "hydra.sweep.dir=.", "hydra.sweep.subdir=r"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

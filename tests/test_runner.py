@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vix
 from vix.data.digits import Digits
-from vix.metrics import accuracy
+from vix.training.evaluate import accuracy
 
 REQUIRED = {
     *("status", "experiment", "model", "attention", "embedding", "posenc", "seed", "epochs", "top1", "top5"),
@@ -49,7 +49,7 @@ def check_artefacts(directory: Path, epochs: int) -> dict[str, Any]:
     assert (results["peak_gpu_allocated_gb"] is None) == (not torch.cuda.is_available())
 
     checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
-    assert {"model", "best_model", "optimizer", "schedule", "scaler", "rng", "config"} <= set(checkpoint)
+    assert {"model", "best_model", "optimizer", "lr_scheduler", "scaler", "rng", "config"} <= set(checkpoint)
     torch.save(checkpoint["model"], directory / "weights_alone.pt")
     assert results["checkpoint_mb"] == pytest.approx((directory / "weights_alone.pt").stat().st_size / 1e6, rel=0.01)
 
@@ -88,7 +88,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout
 
     _, test = Digits().load(torch.device("cpu"))
-    scores = accuracy(vix.load_model(directory), test.in_order(360), torch.autocast("cpu", enabled=False))
+    scores = accuracy(vix.load_model(directory), test.eval_batches(360), torch.autocast("cpu", enabled=False))
     assert scores["top1"] == pytest.approx(results["top1"], abs=0.6)  # the run tested in its own precision
 
 
@@ -118,7 +118,7 @@ def test_runs_repeat_to_the_bit(tmp_path: Path) -> None:
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         (tmp_path / name).mkdir()
         # bf16 and augmentation are part of what must repeat.
-        extra = (f"seed={seed}", "trainer.precision=bf16", "data.flip=true", "data.crop_padding=1", "model.dropout=0.1")
+        extra = (f"seed={seed}", "trainer.precision=bf16", "augment.flip=true", "augment.crop_padding=1", "model.dropout=0.1")
         assert run_train(tmp_path / name, *TINY, *extra).returncode == 0
         (path,) = (tmp_path / name).glob("outputs/*/*/checkpoint.pt")
         runs[name] = results_of(tmp_path / name)["train_loss"], torch.load(path, weights_only=True)["model"]
@@ -151,7 +151,7 @@ def test_a_signal_is_obeyed_at_once(tmp_path: Path, number: signal.Signals) -> N
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_continues_exactly(tmp_path: Path, forked: Forked, number: signal.Signals) -> None:
     """Stopped in the middle of an epoch, twice, and continued: weights and results of a run never stopped, bit-identical."""
-    arguments = (*TINY, "trainer.epochs=6", "model.dropout=0.1", "data.flip=true", "trainer.checkpoint_every=2")
+    arguments = (*TINY, "trainer.epochs=6", "model.dropout=0.1", "augment.flip=true", "trainer.checkpoint_every=2")
     assert forked.run(tmp_path / "whole", *arguments)[0] == 0
     for _ in range(2):
         # Checkpoints are of the start, and of two steps and the end of each epoch.

@@ -22,11 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import fit
 
 import vix
-from vix import pictures
-from vix.build import build
-from vix.inspection import softmax_error
-from vix.run import Run
-from vix.tensorboard import METRICS, TensorBoard, hyperparameters
+from vix.attention.inspection import softmax_error
+from vix.build import parse
+from vix.reporting import images
+from vix.reporting.tensorboard import METRICS, TensorBoard, hyperparameters
+from vix.runs.run import RunDirectory
 
 Get = Callable[..., Any]
 Compose = Callable[..., DictConfig]
@@ -113,8 +113,8 @@ def test_the_probe_is_of_every_layer_and_epoch(get: Get, runs: dict[str, Any], o
         if probed:
             points = get("plugin/scalars/scalars", run=name, tag=probed[0])
             assert [step for _, step, _ in points] == [1, 2]
-            _, test = build(OmegaConf.create(results["config"]), "data").load(torch.device("cpu"))
-            images = next(test.in_order(50))[0][::3][:16]
+            _, test = parse(OmegaConf.create(results["config"])).data.load(torch.device("cpu"))
+            images = next(test.eval_batches(50))[0][::3][:16]
             (expected,) = softmax_error(vix.load_model(outputs / name), images)
             assert points[-1][2] == pytest.approx(expected, rel=1e-4)
             assert 0 < expected < 2
@@ -173,14 +173,14 @@ def test_the_hparams_page_has_every_axis_and_metric(get: Get, runs: dict[str, An
 
 def test_null_is_a_column_where_the_command_says_so(tmp_path: Path) -> None:
     config = {"seed": 1, "rerun": False, "trainer": {"clip_norm": None, "micro_batch": None, "betas": [0.9, 0.99]}}
-    run = Run(tmp_path, {"experiment": None, "model": "vit", "overrides": ["trainer.clip_norm=null"]}, config)
+    run = RunDirectory(tmp_path, {"experiment": None, "model": "vit", "overrides": ["trainer.clip_norm=null"]}, config)
     assert hyperparameters(run) == {"model": "vit", "seed": 1, "trainer.clip_norm": "null", "trainer.betas": "[0.9, 0.99]"}
 
 
 def test_looking_changes_nothing(compose_config: Compose, tmp_path: Path) -> None:
     """Probed and drawn, or not even asked to: the same losses and weights to the bit, also with dropout and augmentation."""
     arguments = [word for word in SWEEP if "probe" not in word]
-    arguments += ["attention=performer", "attention.redraw_every=3", "model.dropout=0.3", "data.flip=true"]
+    arguments += ["attention=performer", "attention.redraw_every=3", "model.dropout=0.3", "augment.flip=true"]
     plain, model = fit(compose_config(*arguments), tmp_path / "plain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TensorBoard, "finish", lambda *_: None)
@@ -198,7 +198,7 @@ def test_a_run_that_cannot_be_drawn_is_finished(
     def no_room(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"vix.pictures.{fails}", no_room)
+    monkeypatch.setattr(f"vix.reporting.images.{fails}", no_room)
     results, _ = fit(compose_config(*TINY), tmp_path)
     assert results["status"] == json.loads((tmp_path / "results.json").read_text())["status"] == "finished"
     (warning,) = (record.getMessage() for record in caplog.records if "TensorBoard" in record.getMessage())
@@ -210,10 +210,10 @@ def test_the_confusion_matrix_shows_where_mistakes_are() -> None:
     """A darker cell in the row of the true and the column of the predicted class, for any number of classes."""
     for classes in (2, 10, 30, 120):
         true = np.arange(classes).repeat(4)
-        right = pictures.confusion_matrix(true, true, list(map(str, range(classes))))
+        right = images.confusion_matrix(true, true, list(map(str, range(classes))))
         wrong = true.copy()
         wrong[:4] = classes - 1  # the first class is taken for the last
-        picture = pictures.confusion_matrix(true, wrong, list(map(str, range(classes))))
+        picture = images.confusion_matrix(true, wrong, list(map(str, range(classes))))
         assert picture.shape == right.shape
         assert max(picture.shape) < 1500
         y, x, _ = np.nonzero(right.astype(int) - picture > 60)  # darker
@@ -227,8 +227,8 @@ def test_worst_images_and_captions() -> None:
     images = np.random.default_rng(0).integers(256, size=(11, 8, 8, 3), dtype=np.uint8)
     true, names = np.zeros(11, int), ["a", "b"]
     loss = np.arange(11.0)
-    right = pictures.worst_images(images, true, true, loss, names)
-    wrong = pictures.worst_images(images, true, true + 1, loss, names)
+    right = images.worst_images(images, true, true, loss, names)
+    wrong = images.worst_images(images, true, true + 1, loss, names)
     for image in images:
         enlarged = image.repeat(12, axis=0).repeat(12, axis=1)
         places = np.argwhere((right == enlarged[0, 0]).all(axis=2))
@@ -242,20 +242,20 @@ def test_names_of_any_kind_are_drawn() -> None:
     """Too long, in letters that the font lacks, or what would be a formula: a picture of the usual size, and no error."""
     names = ["$x^{2$", "a very long name of a class, with $ and $", "猫", ""]
     true, images = np.arange(4), np.zeros((4, 8, 8, 1), np.uint8)
-    odd = pictures.attention_maps(images, true, true, [np.ones((4, 8, 8))], names), pictures.confusion_matrix(true, true, names)
-    even = pictures.attention_maps(images, true, true, [np.ones((4, 8, 8))], ["a"] * 4)
+    odd = images.attention_maps(images, true, true, [np.ones((4, 8, 8))], names), images.confusion_matrix(true, true, names)
+    even = images.attention_maps(images, true, true, [np.ones((4, 8, 8))], ["a"] * 4)
     assert odd[0].shape == even.shape
     assert (odd[0] != even).any()
     assert odd[1].var() > 100
 
 
 def test_heat_is_black_at_nothing_bright_at_the_most_and_blue_below() -> None:
-    (none, most, half, below) = pictures.heat(np.array([[0.0, 2.0, 1.0, -1.0]]))[0].astype(int)
+    (none, most, half, below) = images.heat(np.array([[0.0, 2.0, 1.0, -1.0]]))[0].astype(int)
     assert none.max() < 10
     assert most.min() > 150
     assert half[0] > 150 > half[2]
     assert below[2] > 100 > below[0]
-    assert not pictures.heat(np.zeros((3, 3))).max() > 10
+    assert not images.heat(np.zeros((3, 3))).max() > 10
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import HANGS, ROOT, TINY
 
-from vix.threads import cpu_quota, given_threads, set_wait_policy
+from vix.system.threads import cpu_quota, given_threads, set_wait_policy
 
 SHORT = (*TINY, "trainer.epochs=1")
 # Variables that say how many threads a process has, which the tests themselves are started with.
@@ -151,7 +151,8 @@ start(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train.py", "--help"], ["vix.plan", "--help"], ["vix.nonfinite", "--help"], ["benchmarks", "--help"]]
+    "arguments",
+    [["train.py", "--help"], ["vix", "plan", "--help"], ["vix", "replay", "--help"], ["benchmarks", "--help"]],
 )
 def test_the_policy_is_set_before_pytorch_is_imported(arguments: list[str]) -> None:
     """OpenMP reads it when it is loaded, and never again."""

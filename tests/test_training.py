@@ -13,11 +13,12 @@ from conftest import TINY
 from omegaconf import DictConfig, OmegaConf
 
 import vix
-from vix.build import build, optimizer_builder
-from vix.metrics import accuracy
-from vix.run import Run
-from vix.runtime import get_rng_state, resolve_device, resolve_precision, set_rng_state
-from vix.schedule import rate_factor
+from vix.build import parse
+from vix.runs.run import RunDirectory
+from vix.system.device import resolve_device, resolve_precision
+from vix.system.rng import get_rng_state, set_rng_state
+from vix.training.evaluate import accuracy
+from vix.training.lr_schedule import lr_lambda
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -29,8 +30,10 @@ def fit(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], torch.nn.Modu
     directory.mkdir(exist_ok=True)
     torch.manual_seed(cfg.seed)
     model = vix.build_model(cfg)
-    run = Run(directory, IDENTITY, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    return build(cfg, "trainer").fit(model, optimizer_builder(cfg), build(cfg, "data"), run, cfg.seed), model
+    run = RunDirectory(directory, IDENTITY, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    experiment = parse(cfg)
+    arguments = experiment.build_optimizer, experiment.data, experiment.augmentation, run, cfg.seed
+    return experiment.trainer.fit(model, *arguments), model
 
 
 def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> None:
@@ -41,12 +44,12 @@ def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> 
 
     torch.manual_seed(cfg.seed)
     reference = vix.build_model(cfg)
-    train, test = build(cfg, "data").load(CPU)
+    train, test = parse(cfg).data.load(CPU)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.01)
     step = 0
     for epoch in range(2):
         losses = []
-        for images, labels in train.shuffled(20, cfg.seed, epoch):
+        for images, labels in train.train_batches(20, cfg.seed, epoch):
             rate = 1e-3 * ((step + 1) / 6 if step < 5 else (1 + math.cos(math.pi * (step - 5) / 5)) / 2)
             optimizer.param_groups[0]["lr"] = rate
             loss = F.cross_entropy(reference(images), labels, label_smoothing=0.1)
@@ -61,7 +64,7 @@ def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> 
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     with torch.no_grad():
-        top = reference.eval()(next(test.in_order(50))[0]).topk(5).indices == test.labels[:, None]
+        top = reference.eval()(next(test.eval_batches(50))[0]).topk(5).indices == test.labels[:, None]
     assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
     assert results["top5"] == pytest.approx(100 * top.any(dim=1).float().mean().item())
 
@@ -137,7 +140,7 @@ def test_float32_products_on_a_cpu_round_nothing(shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_schedules(schedule: str) -> None:
-    factor = rate_factor(schedule, warmup=10, total=110)
+    factor = lr_lambda(schedule, warmup=10, total=110)
     assert [factor(i) for i in range(11)] == pytest.approx([(i + 1) / 11 for i in range(11)])
     assert factor(60) == pytest.approx(1.0 if schedule == "constant" else 0.5)
     assert factor(110) == pytest.approx(1.0 if schedule == "constant" else 0.0)
@@ -148,10 +151,10 @@ def test_last_and_best_weights_are_kept(compose_config: Compose, tmp_path: Path)
     cfg = compose_config(*TINY, "trainer.epochs=6", "optimizer.lr=0.1")
     results, model = fit(cfg, tmp_path)
     assert results["best_epoch"] < results["epochs"] == 6
-    _, test = build(cfg, "data").load(CPU)
+    _, test = parse(cfg).data.load(CPU)
     for weights, key in (("last", "top1"), ("best", "best_top1")):
         loaded = vix.load_model(tmp_path, weights=weights)  # type: ignore[arg-type]
-        scores = accuracy(loaded, test.in_order(256), torch.autocast("cpu", enabled=False))
+        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False))
         assert scores["top1"] == pytest.approx(results[key])
     images = torch.rand(5, 1, 8, 8)
     assert torch.equal(vix.load_model(tmp_path)(images), model.eval()(images))
@@ -190,7 +193,7 @@ def test_random_generators_are_restored() -> None:
 
 def test_results_are_strict_json(compose_config: Compose, tmp_path: Path) -> None:
     """A number that is not finite is null in the file, which any reader of JSON then reads."""
-    run = Run(tmp_path, IDENTITY, {})
+    run = RunDirectory(tmp_path, IDENTITY, {})
     run.write_results(train_loss=float("nan"), history=[{"train_loss": float("inf")}])
 
     def refuse(constant: str) -> None:

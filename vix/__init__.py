@@ -18,7 +18,7 @@ G    heads of keys and values
 
 from typing import TYPE_CHECKING, Any
 
-from vix.threads import set_wait_policy
+from vix.system.threads import set_wait_policy
 
 if TYPE_CHECKING:
     from vix.build import build_model, load_model
@@ -29,7 +29,7 @@ set_wait_policy()  # here, because every command imports this package before PyT
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: `python -m vix.report` reads JSON and should not wait for torch.
+    # Imported on first use: `python -m vix report` reads JSON and should not wait for torch.
     if name in __all__:
         from vix import build
 

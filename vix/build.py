@@ -1,8 +1,9 @@
-"""From a composed config to a model, and from a run's directory to the model it trained."""
+"""Composition root: from a composed config to a model, its optimizer, data and trainer."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,16 +11,122 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vix.attention.heads import head_width
-from vix.checks import ConfigError, DataError
-from vix.config import check, part, plain
-from vix.files import user_path
-from vix.posenc import NoPosition
-from vix.run import read_checkpoint
-from vix.tokens import TokenGrid
-from vix.weight_decay import matrices_only
+from vix.config import check_value, to_plain, validated_partial
+from vix.data.augment import Augmentation
+from vix.data.dataset import ImageData
+from vix.errors import ConfigError, DataError, nearest
+from vix.layers.heads import head_width
+from vix.layers.posenc import PositionEncoding
+from vix.layers.tokens import TokenGrid
+from vix.runs.checkpoint import read_checkpoint
+from vix.system.files import user_path
+from vix.training.param_groups import param_groups_weight_decay
+from vix.training.trainer import Trainer
+from vix.types import Seed
 
-REFUSALS = (ValueError, TypeError, RuntimeError)
+# What each group's class must be, and which of its constructor's arguments the program supplies rather than the config.
+GROUPS: dict[str, tuple[type, set[str]]] = {
+    "model": (nn.Module, {"image_size", "channels", "classes", "embedding", "posenc", "attention"}),
+    "attention": (nn.Module, {"dim", "tokens", "rotary", "position_bias"}),
+    "embedding": (nn.Module, {"image_size", "channels", "dim"}),
+    "posenc": (nn.Module, {"dim", "tokens"}),
+    "optimizer": (torch.optim.Optimizer, {"params"}),
+    "data": (ImageData, set()),
+    "augment": (Augmentation, set()),
+    "trainer": (Trainer, set()),
+}
+SETTINGS: dict[str, Any] = {"seed": Seed, "rerun": bool, "fail_fast": bool}  # the keys outside the groups
+# Options of a group that the program reads itself, next to those of the constructor.
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"optimizer": {"no_decay_on_norm_and_bias": bool}}
+OVERLAYS = ("recipe", "experiment")  # groups whose files only set keys of the groups above
+CONSTRUCTOR_ERRORS = (ValueError, TypeError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked config: everything of one run, ready to be constructed.
+
+    parts: for each group its class with the config's options.
+    own_options: for each group the options that the program reads itself.
+
+    Constructing raises ConfigError, one line that names the key, where parts do not go together.
+    """
+
+    seed: int
+    rerun: bool
+    fail_fast: bool
+    parts: Mapping[str, functools.partial[Any]]
+    own_options: Mapping[str, Mapping[str, Any]]
+
+    @functools.cached_property
+    def data(self) -> ImageData:
+        """The image set. Constructing it reads no images; an image folder is listed."""
+        return construct("data", self.parts["data"])
+
+    @functools.cached_property
+    def augmentation(self) -> Augmentation:
+        """How training images are changed."""
+        augmentation: Augmentation = construct("augment", self.parts["augment"])
+        augmentation.check(self.data.image_size)
+        return augmentation
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The trainer, on its device, which becomes the current one."""
+        return construct("trainer", self.parts["trainer"])
+
+    def build_model(self) -> nn.Module:
+        """A new model: (B, C, Y, X) images in [−1, 1] → (B, K) logits. Works under ``torch.device("meta")`` too."""
+        return construct(
+            "model",
+            self.parts["model"],
+            image_size=self.data.image_size,
+            channels=self.data.channels,
+            classes=self.data.classes,
+            embedding=functools.partial(construct, "embedding", self.parts["embedding"]),
+            posenc=functools.partial(construct, "posenc", self.parts["posenc"]),
+            attention=mixer_builder(self.parts["attention"]),
+        )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """A new optimizer of the model's parameters."""
+        make, no_decay = self.parts["optimizer"], self.own_options["optimizer"].get("no_decay_on_norm_and_bias")
+        if no_decay and "weight_decay" not in inspect.signature(make.func).parameters:
+            raise ConfigError(f"optimizer.no_decay_on_norm_and_bias=true: {make.func.__name__} has no weight decay; use false")
+        params = param_groups_weight_decay(model) if no_decay else model.parameters()
+        return construct("optimizer", make, params=params)
+
+
+def parse(cfg: DictConfig) -> Experiment:
+    """Check every key of a composed config: that something reads it, and its value's type and range.
+
+    Raises ConfigError, one line that names the key. Reads no data.
+    """
+    for key in map(str, cfg):
+        if key not in (*GROUPS, *SETTINGS, "hydra"):
+            raise ConfigError(f"{key}: nothing reads this key; {nearest(key, [*GROUPS, *SETTINGS])}")
+    settings = {}
+    for key, annotation in SETTINGS.items():
+        settings[key] = to_plain(cfg, key)
+        if key in cfg:
+            check_value(key, settings[key], annotation)
+    own_options = {}
+    for group, options in OWN_OPTIONS.items():
+        values = to_plain(cfg, group)
+        own_options[group] = {key: values.get(key) for key in options} if isinstance(values, dict) else {}
+    return Experiment(
+        seed=settings["seed"] or 0,
+        rerun=bool(settings["rerun"]),
+        fail_fast=bool(settings["fail_fast"]),
+        parts={group: parse_group(cfg, group) for group in GROUPS},
+        own_options=own_options,
+    )
+
+
+def parse_group(cfg: DictConfig, group: str) -> functools.partial[Any]:
+    """One group's class with its options, checked. Raises ConfigError."""
+    kind, supplied = GROUPS[group]
+    return validated_partial(group, to_plain(cfg, group), kind, supplied, OWN_OPTIONS.get(group, {}))
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -28,18 +135,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Works under ``torch.device("meta")`` too, in no time and memory. Raises ConfigError, one line that names the key, where a
     key is unknown, a value has the wrong type or range, or parts do not go together. Reads no data.
     """
-    check(cfg)
-    data = build(cfg, "data")
-    return build(
-        cfg,
-        "model",
-        image_size=data.image_size,
-        channels=data.channels,
-        classes=data.classes,
-        embedding=lambda **supplied: build(cfg, "embedding", **supplied),
-        posenc=lambda **supplied: build(cfg, "posenc", **supplied),
-        attention=mixer_builder(part(cfg, "attention")),
-    )
+    return parse(cfg).build_model()
 
 
 def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.Module]:
@@ -48,7 +144,7 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
     name = attention.func.__name__
 
     def mixer(
-        *, dim: int, tokens: TokenGrid, posenc: NoPosition, heads: int | None = None, inner: int | None = None
+        *, dim: int, tokens: TokenGrid, posenc: PositionEncoding, heads: int | None = None, inner: int | None = None
     ) -> nn.Module:
         """One mixer of (B, N, dim) tokens.
 
@@ -57,9 +153,11 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
         inner: width of all heads together where ``attention.dim_head`` leaves it open; None means ``dim``.
         """
         supplied: dict[str, Any] = {}
-        for parameter, offer in posenc.offers(tokens).items():
+        for parameter, offer in posenc.attention_kwargs(tokens).items():
             if parameter not in takes:
-                raise ConfigError(f"posenc: {posenc.needs}, and {name} has none; use posenc=learned or posenc=none")
+                raise ConfigError(
+                    f"posenc: {posenc.requirement}, which {name} does not support; use posenc=learned or posenc=none"
+                )
             supplied[parameter] = offer
         if heads is not None:
             if "heads" not in takes:
@@ -68,8 +166,8 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
         options = {key: p.default for key, p in takes.items()} | attention.keywords | supplied
         try:
             if inner is not None and "heads" in takes and options.get("dim_head", inner) is None:
-                supplied["dim_head"] = call("attention", head_width, dim=inner, heads=options["heads"], dim_head=None)
-            return call("attention", attention, dim=dim, tokens=tokens, **supplied)
+                supplied["dim_head"] = construct("attention", head_width, dim=inner, heads=options["heads"], dim_head=None)
+            return construct("attention", attention, dim=dim, tokens=tokens, **supplied)
         except ConfigError as error:
             if heads is None:
                 raise
@@ -78,27 +176,13 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
     return mixer
 
 
-def optimizer_builder(cfg: DictConfig) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """What a model's optimizer is made with: the class and options of ``cfg.optimizer``, checked. Both raise ConfigError."""
-    make = part(cfg, "optimizer")
-    decay_only = plain(cfg, "optimizer").get("decay_only")
-    if decay_only and "weight_decay" not in inspect.signature(make.func).parameters:
-        raise ConfigError(f"optimizer.decay_only={decay_only}: {make.func.__name__} has no weight decay; use null")
-    return lambda model: call("optimizer", make, params=matrices_only(model) if decay_only else model.parameters())
-
-
-def build(cfg: DictConfig, group: str, **supplied: Any) -> Any:
-    """Construct the part that ``cfg.<group>`` names, with its keys and what the program supplies."""
-    return call(group, part(cfg, group), **supplied)
-
-
-def call(group: str, make: Callable[..., Any], **supplied: Any) -> Any:
+def construct(group: str, make: Callable[..., Any], **supplied: Any) -> Any:
     """``make(**supplied)``, with what its constructor refuses turned into a ConfigError that names the group."""
     try:
         return make(**supplied)
     except ConfigError:
         raise
-    except REFUSALS as error:
+    except CONSTRUCTOR_ERRORS as error:
         reason = " ".join(str(error).split())
         if "=" in reason.split(" ")[0]:
             raise ConfigError(f"{group}.{reason}") from error

@@ -1,93 +1,61 @@
-"""Refuses a config that cannot work before any data is read, in one line that names the key and the way out.
+"""Schema check of one group of a config against the constructor of its class.
 
 The keys of a group are the constructor arguments of the class that its ``_target_`` names, and the annotations of that
-constructor are the schema: there is no second list of keys to keep. A key that no constructor takes is refused however it
-came in.
+constructor are the schema: no second list of keys exists. A key that no constructor takes is refused, whatever set it.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
-from torch import nn
 
-from vix.checks import ConfigError, Seed
-from vix.data.dataset import ImageData
-from vix.trainer import Trainer
+from vix.errors import ConfigError, nearest
 
-# What each group's class must be, and which of its constructor's arguments the program supplies rather than the config.
-GROUPS: dict[str, tuple[type, set[str]]] = {
-    "model": (nn.Module, {"image_size", "channels", "classes", "embedding", "posenc", "attention"}),
-    "attention": (nn.Module, {"dim", "tokens", "rotary", "position_bias"}),
-    "embedding": (nn.Module, {"image_size", "channels", "dim"}),
-    "posenc": (nn.Module, {"dim", "tokens"}),
-    "optimizer": (torch.optim.Optimizer, {"params"}),
-    "data": (ImageData, set()),
-    "trainer": (Trainer, set()),
-}
-SETTINGS: dict[str, Any] = {"seed": Seed, "rerun": bool, "fail_fast": bool}  # the keys that stand outside the groups
-# Options of a group that the program reads itself: they stand beside those of the constructor, which does not get them.
-OWN_OPTIONS: dict[str, dict[str, Any]] = {"optimizer": {"decay_only": Literal["matrices"] | None}}
-OVERLAYS = ("recipe", "experiment")  # groups whose files only set keys of the groups above
-PACKAGES = ("vix", "torch.optim")
+PACKAGES = ("vix", "torch.optim")  # whose classes a config may name
 
 
-def check(cfg: DictConfig) -> None:
-    """Check every key of a composed config: that something reads it, and its value's type and range.
+def validated_partial(
+    group: str, options: Any, kind: type, supplied: Collection[str], own_options: Mapping[str, Any]
+) -> functools.partial[Any]:
+    """The class that ``options["_target_"]`` names, with the other options as its arguments, all checked.
 
-    Raises ConfigError.
+    options: the group as plain containers.
+    kind: what the class must be a subclass of.
+    supplied: arguments of its constructor that the program supplies.
+    own_options: options of the group that the program reads itself, with their types; they are checked and left out.
+
+    Raises ConfigError, which names the key and the nearest valid ones.
     """
-    for key in map(str, cfg):
-        if key in GROUPS:
-            part(cfg, key)
-        elif key in SETTINGS:
-            check_value(key, plain(cfg, key), SETTINGS[key])
-        elif key != "hydra":
-            raise ConfigError(f"{key}: nothing reads this key; {nearest(key, [*GROUPS, *SETTINGS])}")
-
-
-def part(cfg: DictConfig, group: str) -> functools.partial[Any]:
-    """The class that ``cfg.<group>._target_`` names, with the group's keys as its arguments, all checked.
-
-    Options that the program reads itself are checked, too, and left out.
-
-    Raises ConfigError.
-    """
-    kind, supplied = GROUPS[group]
-    options = plain(cfg, group)
     if not isinstance(options, dict):
         raise ConfigError(f"{group}: no option of this group is chosen; add {group}=NAME with a file of conf/{group}/")
-    target = resolve(group, options.pop("_target_", None), kind)
+    options = dict(options)
+    target = import_target(group, options.pop("_target_", None), kind)
     parameters = dict(inspect.signature(target).parameters)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     accepted = {
         name: p for name, p in parameters.items() if name not in supplied and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
-    own = OWN_OPTIONS.get(group, {})
-    hints = annotations(target) | own
+    valid = {**accepted, **own_options}
+    hints = {**annotations(target), **own_options}
     for key, value in options.items():
-        if key not in accepted | own and (key in supplied or not takes_any):
-            raise ConfigError(
-                f"{group}.{key}: {target.__name__} has no such option; {nearest(key, accepted | own, prefix=f'{group}.')}"
-            )
+        if key not in valid and (key in supplied or not takes_any):
+            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {nearest(key, valid, prefix=f'{group}.')}")
         check_value(f"{group}.{key}", value, hints.get(key, Any))
     for name, parameter in accepted.items():
         if parameter.default is parameter.empty and name not in options:
             raise ConfigError(f"{group}.{name}: missing, and {target.__name__} needs it; add {group}.{name}=VALUE")
-    return functools.partial(target, **{key: value for key, value in options.items() if key not in own})
+    return functools.partial(target, **{key: value for key, value in options.items() if key not in own_options})
 
 
-def plain(cfg: DictConfig, key: str) -> Any:
+def to_plain(cfg: DictConfig, key: str) -> Any:
     """``cfg.<key>`` as plain containers, with its interpolations resolved; None where it is absent. Raises ConfigError."""
     try:
         value = cfg.get(key)
@@ -98,7 +66,7 @@ def plain(cfg: DictConfig, key: str) -> Any:
         raise ConfigError(f"{key}: its value refers to itself") from error
 
 
-def resolve(group: str, path: Any, kind: type) -> Callable[..., Any]:
+def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
     """Import the class that a ``_target_`` names: of the right kind, and from a package that may be run.
 
     Configs are shared, so a file from a stranger must not run just anything: only classes defined in ``vix`` and
@@ -173,12 +141,3 @@ def describe(location: tuple[int | str, ...], message: str) -> str:
 @functools.cache
 def adapter_of(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-
-
-def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """Words for an error message: the valid names nearest to ``name``, or all of them where none is near."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    if close:
-        return "nearest: " + ", ".join(prefix + c for c in close)
-    return "valid: " + ", ".join(prefix + v for v in valid) if valid else "it has none"

@@ -19,7 +19,7 @@ def parser() -> "OverridesParser":
 
 
 @functools.lru_cache(maxsize=16384)
-def parse(override: str) -> "Override":
+def parse_override(override: str) -> "Override":
     """An override such as ``+attention@extra=linear``. Raises HydraException where the grammar does not accept it."""
     return parser().parse_overrides([override])[0]
 
@@ -29,7 +29,7 @@ def parse_or_none(override: str) -> "Override | None":
     from hydra.errors import HydraException
 
     try:
-        return parse(override)
+        return parse_override(override)
     except HydraException:
         return None
 

@@ -3,9 +3,9 @@
 A mixer is an ``nn.Module`` whose constructor takes
 
     dim       width D of the tokens,
-    tokens    the :class:`vix.tokens.TokenGrid` they form: a mixer that needs their map makes it with ``tokens.split``,
+    tokens    the :class:`vix.layers.tokens.TokenGrid` they form: a mixer that needs their map makes it with ``tokens.split``,
 
-then, where it can use them, what a position encoding has to give (:meth:`vix.posenc.NoPosition.offers`), None by default:
+then, where it can use them, what a position encoding has to give (:meth:`vix.layers.posenc.PositionEncoding.offers`), None by default:
 
     rotary           where there are queries and keys: a function from the head width E to a module that turns (B, H, N, E),
     position_bias    where pairs of tokens have logits: a function from the number of heads H to a module that returns the
@@ -18,7 +18,7 @@ families may set them per stage (:func:`vix.build.mixer_builder`). A mixer with 
 called before every training step.
 
 A mixer that weighs values by queries and keys has two methods of which ``forward`` is made, so that what it computes can be
-looked at (:mod:`vix.inspection`):
+looked at (:mod:`vix.attention.inspection`):
 
     qkv(x_BND)         queries (B, H, N, E), and keys and values (B, G, M, E), as they are after any rotation; H is a multiple
                        of G, the heads of the keys, and M is N unless keys stand in other places than queries,

@@ -5,10 +5,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32, head_width, merge_heads, split_heads
-from vix.attention.softmax import Attend
-from vix.checks import Fraction, Positive
-from vix.tokens import TokenGrid, join
+from vix.layers.attend import ScaledDotProduct
+from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.precision import upcast_fp32
+from vix.layers.tokens import TokenGrid, join
+from vix.types import Fraction, Positive
 
 
 class CvTAttention(nn.Module):
@@ -51,7 +52,7 @@ class CvTAttention(nn.Module):
         self.to_kv = ConvProjection(dim, 2 * heads * width, tokens, conv_kernel, kv_stride)
         self.to_out = nn.Linear(heads * width, dim)
         self.rotate = rotary(width) if rotary else nn.Identity()
-        self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
+        self.attend = ScaledDotProduct(implementation, dropout, position_bias(heads) if position_bias else None)
 
     def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BHNE = split_heads(self.to_q(x_BND), self.heads)
@@ -79,5 +80,5 @@ class ConvProjection(nn.Module):
         prefix_BPD, map_BDYX = self.tokens.split(x_BND)
         conv_BDYX = self.conv(map_BDYX)
         if conv_BDYX.is_cpu:  # a CPU's BatchNorm loses small sums in its backward pass for bfloat16 input; a GPU's does not
-            (conv_BDYX,) = at_least_float32(conv_BDYX)
+            (conv_BDYX,) = upcast_fp32(conv_BDYX)
         return self.project(join(prefix_BPD, self.norm(conv_BDYX)))

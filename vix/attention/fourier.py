@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32
-from vix.tokens import TokenGrid
+from vix.layers.precision import upcast_fp32
+from vix.layers.tokens import TokenGrid
 
 
 class Fourier(nn.Module):
@@ -15,5 +15,5 @@ class Fourier(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         # There is no bfloat16 FFT, and a float16 one for powers of two only.
-        (x_BND,) = at_least_float32(x_BND)
+        (x_BND,) = upcast_fp32(x_BND)
         return torch.fft.fft2(x_BND, dim=(-2, -1)).real

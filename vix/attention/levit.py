@@ -6,13 +6,14 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.attention.heads import head_width, merge_heads, split_heads
-from vix.attention.softmax import Attend
-from vix.checks import Fraction, Positive
-from vix.tokens import TokenGrid
+from vix.layers.heads import MultiHeadMixer
+from vix.layers.attend import ScaledDotProduct
+from vix.layers.heads import merge_heads
+from vix.layers.tokens import TokenGrid
+from vix.types import Fraction, Positive
 
 
-class LeViTAttention(nn.Module):
+class LeViTAttention(MultiHeadMixer):
     """Softmax attention with BatchNorm after every projection and a GELU before the last one.
 
     The last BatchNorm's weight starts at zero, so a residual block starts as the identity. A 1×1 convolution of a map is a
@@ -36,21 +37,14 @@ class LeViTAttention(nn.Module):
         implementation: Literal["fused", "explicit"] = "fused",
         dropout: Fraction = 0.0,
     ) -> None:
-        super().__init__()
-        self.heads = heads
-        width = head_width(dim, heads, dim_head)
-        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=False)
-        self.norm_qkv = TokenBatchNorm(3 * heads * width)
-        self.to_out = nn.Linear(heads * width, dim)
+        super().__init__(dim, rotary, heads, dim_head)
+        self.norm_qkv = TokenBatchNorm(3 * heads * self.dim_head)
         self.norm_out = TokenBatchNorm(dim)
         nn.init.zeros_(self.norm_out.weight)
-        self.rotate = rotary(width) if rotary else nn.Identity()
-        self.attend = Attend(implementation, dropout, position_bias(heads) if position_bias else None)
+        self.attend = ScaledDotProduct(implementation, dropout, position_bias(heads) if position_bias else None)
 
     def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv_BNF = self.norm_qkv(self.to_qkv(x_BND))
-        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in qkv_BNF.chunk(3, dim=-1))
-        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+        return self.rotated(self.norm_qkv(self.to_qkv(x_BND)))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         out_BHNE = self.attend(*self.qkv(x_BND))

@@ -6,9 +6,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vix.attention.heads import head_width, merge_heads, softmax_attention, split_heads
-from vix.checks import Positive
-from vix.tokens import TokenGrid
+from vix.layers.attend import softmax_attention
+from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.tokens import TokenGrid
+from vix.types import Positive
 
 
 class Linformer(nn.Module):

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32, head_width, merge_heads, no_autocast, softmax_attention, split_heads
-from vix.checks import NotNegative, Positive
-from vix.tokens import TokenGrid
+from vix.layers.heads import MultiHeadMixer
+from vix.layers.attend import softmax_attention
+from vix.layers.heads import merge_heads, split_heads
+from vix.layers.precision import no_autocast, upcast_fp32
+from vix.layers.tokens import TokenGrid
+from vix.types import NotNegative, Positive
 
 
-class Nystrom(nn.Module):
+class Nystrom(MultiHeadMixer):
     """softmax(q·k̃ᵀ) · softmax(q̃·k̃ᵀ)⁺ · softmax(q̃·kᵀ) · v, where q̃ and k̃ are means over segments of the tokens.
 
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
@@ -36,25 +39,17 @@ class Nystrom(nn.Module):
         pinv_iterations: Positive = 6,
         conv_kernel: NotNegative = 33,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, rotary, heads, dim_head)
         if landmarks > tokens.count:
             raise ValueError(f"landmarks={landmarks} is more than the {tokens.count} tokens; at most {tokens.count}")
         if conv_kernel and conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel={conv_kernel} is even; nearest odd: {conv_kernel - 1}, {conv_kernel + 1}")
-        self.heads, self.landmarks, self.pinv_iterations = heads, landmarks, pinv_iterations
-        width = head_width(dim, heads, dim_head)
-        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=False)
-        self.to_out = nn.Linear(heads * width, dim)
+        self.landmarks, self.pinv_iterations = landmarks, pinv_iterations
         self.conv = (
             nn.Conv2d(heads, heads, (conv_kernel, 1), padding=(conv_kernel // 2, 0), groups=heads, bias=False)
             if conv_kernel
             else None
         )
-        self.rotate = rotary(width) if rotary else nn.Identity()
-
-    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
 
     def forward(self, x_BND: Tensor) -> Tensor:
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND)
@@ -81,7 +76,7 @@ class Nystrom(nn.Module):
         Two of the three softmaxes are attentions themselves: of landmarks to tokens, and of tokens to landmarks.
         """
         with no_autocast(q_BHNE):
-            q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
+            q_BHNE, k_BHNE, v_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
             q_BHME, k_BHME = segment_means(q_BHNE, self.landmarks), segment_means(k_BHNE, self.landmarks)
             kernel_BHMM = (q_BHME @ k_BHME.mT * q_BHNE.shape[-1] ** -0.5).softmax(dim=-1)
             summary_BHME = softmax_attention(q_BHME, k_BHNE, v_BHNE)

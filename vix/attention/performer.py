@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32, head_width, kernel_average, merge_heads, no_autocast, split_heads
-from vix.checks import NotNegative, Positive
-from vix.tokens import TokenGrid
+from vix.layers.heads import MultiHeadMixer
+from vix.layers.attend import linear_attention
+from vix.layers.precision import no_autocast, upcast_fp32
+from vix.layers.tokens import TokenGrid
+from vix.types import NotNegative, Positive
 
 
-class Performer(nn.Module):
+class Performer(MultiHeadMixer):
     """Kernel attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with random features, linear in the number of tokens.
 
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
@@ -45,28 +47,20 @@ class Performer(nn.Module):
         window: Positive = 256,
         redraw_every: NotNegative = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, rotary, heads, dim_head, qkv_bias)
         if local_heads > heads:
             raise ValueError(f"local_heads={local_heads} is more than heads={heads}; at most {heads}")
-        self.heads, self.kernel, self.local_heads, self.window = heads, kernel, local_heads, window
+        self.kernel, self.local_heads, self.window = kernel, local_heads, window
         self.redraw_every = redraw_every
         self.near_and_far = slice(0, local_heads), slice(local_heads, heads)
-        width = head_width(dim, heads, dim_head)
-        self.to_qkv = nn.Linear(dim, 3 * heads * width, bias=qkv_bias)
-        self.to_out = nn.Linear(heads * width, dim)
-        self.rotate = rotary(width) if rotary else nn.Identity()
         self.features_ME: Tensor
-        count = features or max(1, int(width * math.log(width)))
-        self.register_buffer("features_ME", orthogonal_features(count, width))
+        count = features or max(1, int(self.dim_head * math.log(self.dim_head)))
+        self.register_buffer("features_ME", orthogonal_features(count, self.dim_head))
 
     def on_train_step(self, step: int) -> None:
         """Redraw the features where ``step`` (counted on the host, from 0) is a multiple of ``redraw_every``."""
         if self.redraw_every and step and step % self.redraw_every == 0:
             self.features_ME.copy_(orthogonal_features(*self.features_ME.shape), non_blocking=True)
-
-    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in self.to_qkv(x_BND).chunk(3, dim=-1))
-        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         near, far = ([t[:, heads] for t in (q_BHNE, k_BHNE, v_BHNE)] for heads in self.near_and_far)
@@ -77,15 +71,12 @@ class Performer(nn.Module):
             parts.append(self.kernel_attention(*far))
         return torch.cat([part.to(v_BHNE.dtype) for part in parts], dim=1)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))
-
     def kernel_attention(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         """(B, H, N, E) each → (B, H, N, E); exponentials, sums and the division in float32 under any autocast."""
         with no_autocast(q_BHNE):
-            q_BHNE, k_BHNE, v_BHNE = at_least_float32(q_BHNE, k_BHNE, v_BHNE)
+            q_BHNE, k_BHNE, v_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
             features = self.feature_map(q_BHNE, (-1,)), self.feature_map(k_BHNE, (-2, -1))
-            return kernel_average(*features, v_BHNE, floor=1e-3 if self.kernel == "relu" else 1e-4)
+            return linear_attention(*features, v_BHNE, floor=1e-3 if self.kernel == "relu" else 1e-4)
 
     def feature_map(self, t_BHNE: Tensor, maximum_over: tuple[int, ...]) -> Tensor:
         """φ: (B, H, N, E) → (B, H, N, M), without what is added to all features, nor the factor M^(−1/2), which cancels.

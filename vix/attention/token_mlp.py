@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.checks import Positive
-from vix.tokens import TokenGrid
+from vix.layers.tokens import TokenGrid
+from vix.types import Positive
 
 
 class TokenMLP(nn.Module):

@@ -1,53 +1,112 @@
-"""TrivialAugment (Müller and Hutter, 2021) and random erasing (Zhong et al., 2020) on the device, a whole batch at a time.
+"""Augmentation of training images on the device, a whole batch at a time.
 
-Each class holds the draws of one epoch, made on the host with the epoch's generator and moved to the device in one piece: which
-change an image undergoes does not depend on where an interrupted epoch continues, and nothing waits for the device.
+All draws of an epoch are made on the host with the epoch's generator and moved to the device in one piece: which change an
+image undergoes does not depend on where an interrupted epoch continues, and nothing waits for the device.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
-GREY = 127.5  # what is moved into a picture from outside
+from vix.errors import ConfigError
+from vix.types import NotNegative, PositiveFloat, UnitInterval
 
 
-class TrivialAugment:
-    """One operation for each image, drawn from the 14 below, with a strength drawn from 0 to ``most`` of the widest.
+@dataclass(kw_only=True)
+class Augmentation:
+    """How training images are changed.
 
-    most: 1 is the paper's "wide" space. Strengths are drawn from all real numbers there, where the paper has 31 of them.
-    count, batch_size: images in the epoch, and in a batch.
+    flip: flip horizontally with probability 1/2.
+    crop_padding: pad by this many black pixels and crop at random; 0: off.
+    trivial_augment: TrivialAugment (Müller and Hutter, 2021) with at most this magnitude, in (0, 1]; null: off.
+    random_erasing: probability of a grey rectangle (Zhong et al., 2020), in (0, 1]; null: off.
+    mixup: α of MixUp's Beta(α, α) distribution (Zhang et al., 2018); null: off.
+    cutmix: α of CutMix's Beta(α, α) distribution (Yun et al., 2019); null: off. With both, each batch gets one of them.
     """
 
-    def __init__(self, most: float, count: int, batch_size: int, random: torch.Generator, device: torch.device) -> None:
-        operation = torch.randint(len(OPERATIONS), (count,), generator=random)
-        amount = most * (2 * torch.rand(count, generator=random) - 1)
-        # Images that undergo the same operation lie side by side in a batch, so each operation is one call.
-        batch = torch.arange(count) // batch_size
-        group = batch * len(OPERATIONS) + operation
-        order = group.argsort(stable=True)
-        self.batch_size = batch_size
-        self.sizes = group.bincount(minlength=int(batch[-1] + 1) * len(OPERATIONS)).view(-1, len(OPERATIONS)).tolist()
-        self.order = (order - batch * batch_size).to(device)
-        self.amount = amount[order].to(device)
+    flip: bool = False
+    crop_padding: NotNegative = 0
+    trivial_augment: UnitInterval | None = None
+    random_erasing: UnitInterval | None = None
+    mixup: PositiveFloat | None = None
+    cutmix: PositiveFloat | None = None
 
-    def __call__(self, images_BCYX: Tensor, number: int) -> Tensor:
-        """Batch ``number`` of the epoch, uint8 → the same shape and type, each image in its place."""
-        batch = slice(number * self.batch_size, (number + 1) * self.batch_size)
-        order, amounts, sizes = self.order[batch], self.amount[batch], self.sizes[number]
-        groups = zip(OPERATIONS.values(), images_BCYX[order].split(sizes), amounts.split(sizes), strict=True)
-        changed = torch.empty_like(images_BCYX)
-        changed[order] = torch.cat([operation(images, amount) for operation, images, amount in groups if len(images)])
-        return changed
+    def check(self, image_size: int) -> None:
+        """Raises ConfigError where images of this size, in pixels, cannot be augmented so."""
+        if self.trivial_augment and image_size < 3:
+            raise ConfigError(f"augment.trivial_augment={self.trivial_augment}: needs images of 3 pixels and more; use null")
 
 
-class Erase:
-    """A grey rectangle over an image with a probability: 2 to 33 % of its area, sides in a ratio of 0.3 to 3.3.
+class EpochAugmentation:
+    """The draws of one epoch.
 
-    count: images in the epoch; height, width: of an image, in pixels.
+    shape: (count, C, Y, X) of the training images.
+    classes: number K of classes, for mixed labels.
+    random: the epoch's generator, on the host.
+    """
+
+    def __init__(
+        self,
+        options: Augmentation,
+        shape: torch.Size,
+        batch_size: int,
+        classes: int,
+        random: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self.options, self.batch_size = options, batch_size
+        count, _, height, width = shape
+        self.flips = (torch.rand(count, generator=random) < 0.5).to(device)
+        self.corners = torch.randint(2 * options.crop_padding + 1, (2, count), generator=random).to(device)
+        self.trivial_augment = self.random_erasing = self.mix = None
+        if options.trivial_augment:
+            from vix.data.trivial_augment import TrivialAugment  # imports torchvision, which takes seconds
+
+            self.trivial_augment = TrivialAugment(options.trivial_augment, count, batch_size, random, device)
+        if options.random_erasing:
+            self.random_erasing = RandomErasing(options.random_erasing, count, height, width, random, device)
+        if options.mixup or options.cutmix:
+            self.mix = Mix(options.mixup, options.cutmix, classes, math.ceil(count / batch_size), random)
+
+    def before_normalization(self, images: Tensor, number: int) -> Tensor:
+        """Batch ``number`` of the epoch, uint8 (B, C, Y, X) → the same shape and type."""
+        if self.options.crop_padding:
+            images = crop(images, self.options.crop_padding, *self.corners[:, self.batch(number)])
+        return self.trivial_augment(images, number) if self.trivial_augment else images
+
+    def after_normalization(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Batch ``number`` of the epoch, images in [−1, 1] and labels (B,) → images, and labels or class probabilities (B, K)."""
+        batch = self.batch(number)
+        if self.options.flip:
+            images = torch.where(self.flips[batch, None, None, None], images.flip(-1), images)
+        if self.random_erasing:
+            images = self.random_erasing(images, batch)
+        return self.mix(images, labels, number) if self.mix else (images, labels)
+
+    def batch(self, number: int) -> slice:
+        """Positions of the batch's images in the epoch."""
+        return slice(number * self.batch_size, (number + 1) * self.batch_size)
+
+
+def crop(images_BCYX: Tensor, padding: int, top_B: Tensor, left_B: Tensor) -> Tensor:
+    """Pad with black on all sides, and crop each image at its own position to the old size."""
+    height, width = images_BCYX.shape[2:]
+    padded_BYXC = F.pad(images_BCYX, (padding,) * 4).permute(0, 2, 3, 1)
+    batch = torch.arange(len(images_BCYX), device=images_BCYX.device)[:, None, None]
+    rows = (top_B[:, None] + torch.arange(height, device=top_B.device))[:, :, None]
+    columns = (left_B[:, None] + torch.arange(width, device=left_B.device))[:, None, :]
+    return padded_BYXC[batch, rows, columns].permute(0, 3, 1, 2)
+
+
+class RandomErasing:
+    """A grey rectangle over an image with some probability: 2 to 33 % of its area, aspect ratio 0.3 to 3.3.
+
+    count: images per epoch; height, width: of an image, in pixels.
+
+    Source: Zhong et al., "Random Erasing Data Augmentation", 2020.
     """
 
     def __init__(
@@ -69,78 +128,29 @@ class Erase:
         return images_BCYX.masked_fill(inside, 0)
 
 
-def warp(images_BCYX: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Look each pixel up where an affine map, the identity but for ``entries`` (B,), takes its place in [−1, 1]²; bilinear."""
-    map_B23 = torch.eye(2, 3, device=images_BCYX.device).repeat(len(images_BCYX), 1, 1)
-    for (row, column), value_B in entries.items():
-        map_B23[:, row, column] = value_B
-    places = F.affine_grid(map_B23, list(images_BCYX.shape), align_corners=False)
-    return as_uint8(F.grid_sample(images_BCYX - GREY, places, align_corners=False) + GREY)
+class Mix:
+    """torchvision's MixUp and CutMix; with both, each batch is mixed by one of them, with probability 1/2.
 
+    mixup, cutmix: α of the Beta(α, α) distribution of the first image's share; None: off.
+    classes: number K of classes.
+    batches: per epoch.
 
-def rotate(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """By up to 135°."""
-    angle = amount_B * (0.75 * math.pi)
-    cos, sin = angle.cos(), angle.sin()
-    return warp(images_BCYX, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
+    Every batch has a seed of its own, so that an interrupted epoch continues with the same draws.
+    """
 
+    def __init__(self, mixup: float | None, cutmix: float | None, classes: int, batches: int, random: torch.Generator) -> None:
+        from torchvision.transforms.v2 import CutMix, MixUp  # imports torchvision, which takes seconds
 
-def blend(images_BCYX: Tensor, other: Tensor, amount_B: Tensor) -> Tensor:
-    """From the other image (amount −1) by way of the image itself (0) to as far beyond (1)."""
-    factor = 1 + 0.99 * amount_B[:, None, None, None]
-    return as_uint8(other + factor * (images_BCYX - other))
+        self.transforms = [
+            kind(alpha=alpha, num_classes=classes) for kind, alpha in ((MixUp, mixup), (CutMix, cutmix)) if alpha
+        ]
+        self.kinds = torch.randint(len(self.transforms), (batches,), generator=random).tolist()
+        self.seeds = torch.randint(2**62, (batches,), generator=random).tolist()
 
-
-def brightness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    return blend(images_BCYX, torch.zeros((), device=images_BCYX.device), amount_B)
-
-
-def colour(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float(), amount_B)
-
-
-def contrast(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float().mean(dim=(1, 2, 3), keepdim=True), amount_B)
-
-
-def sharpness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """Against the image smoothed with Pillow's kernel, whose middle weighs 5 and whose 8 neighbours 1; the border stays."""
-    smooth = images_BCYX.float()
-    inner = smooth[:, :, 1:-1, 1:-1].clone()
-    smooth[:, :, 1:-1, 1:-1] = (4 * inner + 9 * F.avg_pool2d(images_BCYX.float(), 3, stride=1)) / 13
-    return blend(images_BCYX, smooth, amount_B)
-
-
-def posterize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """Forget up to 6 of the 8 bits."""
-    bits = (6 * amount_B.abs()).round().to(torch.uint8)[:, None, None, None]
-    return images_BCYX >> bits << bits
-
-
-def solarize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """Invert what is at least as bright as a threshold, from 255 down to 0."""
-    threshold = 255 * (1 - amount_B.abs())[:, None, None, None]
-    return torch.where(images_BCYX >= threshold, 255 - images_BCYX, images_BCYX)
-
-
-def as_uint8(images: Tensor) -> Tensor:
-    return images.round().clamp(0, 255).to(torch.uint8)
-
-
-# uint8 images (B, C, Y, X) and amounts (B,) from −1 to 1 → uint8 images.
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "identity": lambda images, amount: images,
-    "shear_x": lambda images, amount: warp(images, {(0, 1): 0.99 * amount}),
-    "shear_y": lambda images, amount: warp(images, {(1, 0): 0.99 * amount}),
-    "translate_x": lambda images, amount: warp(images, {(0, 2): 2 * amount}),  # by up to the whole width
-    "translate_y": lambda images, amount: warp(images, {(1, 2): 2 * amount}),
-    "rotate": rotate,
-    "brightness": brightness,
-    "colour": colour,
-    "contrast": contrast,
-    "sharpness": sharpness,
-    "posterize": posterize,
-    "solarize": solarize,
-    "autocontrast": lambda images, amount: tv.autocontrast(images),
-    "equalize": lambda images, amount: tv.equalize(images),
-}
+    def __call__(self, images_BCYX: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Batch ``number`` of the epoch, images in [−1, 1] → mixed images and class probabilities (B, K)."""
+        with torch.random.fork_rng(devices=[]):
+            # The host's generator alone: torch.manual_seed would reset those of GPUs, too.
+            torch.default_generator.manual_seed(self.seeds[number])
+            images_BCYX, labels_BK = self.transforms[self.kinds[number]](images_BCYX, labels_B)
+        return images_BCYX, labels_BK

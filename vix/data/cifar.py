@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from vix.checks import DataError
-from vix.data.dataset import ImageData, Labelled
-from vix.files import try_lock
+from vix.data.dataset import ImageData, LabeledImages
+from vix.errors import DataError
+from vix.system.files import try_lock
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Cifar10(ImageData):
     class_names = CIFAR10_CLASSES
     reader, folder = "CIFAR10", "cifar-10-batches-py"
 
-    def read(self) -> tuple[Labelled, Labelled]:
+    def read(self) -> tuple[LabeledImages, LabeledImages]:
         from torchvision import datasets  # takes seconds, and only this needs it
 
         reader = getattr(datasets, self.reader)

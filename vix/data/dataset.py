@@ -1,100 +1,14 @@
-"""Images that live on the device as uint8 and are normalised and augmented there, a batch at a time.
+"""Image sets: which images there are, and which of them train and are evaluated."""
 
-CIFAR-10 is 184 MB this way. There are no worker processes: nothing has to be fed to the device during an epoch.
-"""
-
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vix.checks import ConfigError, DataError, NotNegative, Portion, Positive, PositiveFloat
-from vix.data.mix import Mix
-
-
-@dataclass
-class Split:
-    """Images (count, C, Y, X) as uint8 and labels (count,) as int64, on the device they will be used on."""
-
-    images: Tensor
-    labels: Tensor
-    flip: bool = False
-    crop_padding: int = 0
-    trivial_augment: float | None = None
-    erase: float | None = None
-    mixup: float | None = None
-    cutmix: float | None = None
-    classes: int = 0  # needed for mixing
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def nbytes(self) -> int:
-        return self.images.nbytes + self.labels.nbytes
-
-    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (images in [−1, 1], labels) in the order of the set."""
-        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
-            yield scale(images), labels
-
-    def shuffled(self, batch_size: int, seed: int, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a training epoch from ``first_batch`` on, shuffled, augmented and mixed.
-
-        Labels are int64 (B,), or where images are mixed the classes' shares (B, K). Order and augmentation are a function of
-        ``seed`` and ``epoch`` alone, so an interrupted epoch continues exactly. They are drawn on the host for the whole
-        epoch and moved in one piece: no transfer waits inside the epoch.
-        """
-        random = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        count, device = len(self), self.images.device
-        order = torch.randperm(count, generator=random).to(device)
-        flips = (torch.rand(count, generator=random) < 0.5).to(device)
-        corners = torch.randint(2 * self.crop_padding + 1, (2, count), generator=random).to(device)
-        trivial_augment = erase = mix = None
-        if self.trivial_augment or self.erase:
-            from vix.data import augment  # imports torchvision, which takes seconds
-
-            if self.trivial_augment:
-                trivial_augment = augment.TrivialAugment(self.trivial_augment, count, batch_size, random, device)
-            if self.erase:
-                height, width = self.images.shape[2:]
-                erase = augment.Erase(self.erase, count, height, width, random, device)
-        if self.mixup or self.cutmix:
-            mix_seed = int(torch.randint(2**62, (), generator=random))
-            mix = Mix(self.mixup, self.cutmix, self.classes, math.ceil(count / batch_size), mix_seed)
-        for number in range(first_batch, math.ceil(count / batch_size)):
-            batch = slice(number * batch_size, (number + 1) * batch_size)
-            images, labels = self.images[order[batch]], self.labels[order[batch]]
-            if self.crop_padding:
-                images = crop(images, self.crop_padding, *corners[:, batch])
-            if trivial_augment:
-                images = trivial_augment(images, number)
-            images = scale(images)
-            if self.flip:
-                images = torch.where(flips[batch, None, None, None], images.flip(-1), images)
-            if erase:
-                images = erase(images, batch)
-            yield mix(images, labels, number) if mix else (images, labels)
-
-
-def scale(images: Tensor) -> Tensor:
-    """uint8 0…255 → float32 in [−1, 1], the paper's normalisation."""
-    return images.float().div_(127.5).sub_(1)
-
-
-def crop(images_BCYX: Tensor, padding: int, top_B: Tensor, left_B: Tensor) -> Tensor:
-    """Pad with black on all sides and cut each image's own window of the old size out of it."""
-    height, width = images_BCYX.shape[2:]
-    padded_BYXC = F.pad(images_BCYX, (padding,) * 4).permute(0, 2, 3, 1)
-    batch = torch.arange(len(images_BCYX), device=images_BCYX.device)[:, None, None]
-    rows = (top_B[:, None] + torch.arange(height, device=top_B.device))[:, :, None]
-    columns = (left_B[:, None] + torch.arange(width, device=left_B.device))[:, None, :]
-    return padded_BYXC[batch, rows, columns].permute(0, 3, 1, 2)
+from vix.data.loader import Split
+from vix.errors import ConfigError, DataError
+from vix.types import Positive
 
 
 class Images(Protocol):
@@ -103,7 +17,7 @@ class Images(Protocol):
     def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
 
-Labelled = tuple[Images, np.ndarray]
+LabeledImages = tuple[Images, np.ndarray]
 
 
 class ImageSet:
@@ -118,37 +32,22 @@ class ImageSet:
 
 @dataclass(kw_only=True)
 class ImageData(ImageSet):
-    """An image set and what is done to it: which images train, how they are changed, and which are tested.
+    """An image set: which of its images are trained on, and which are evaluated.
 
-    train_size, test_size: number of images, balanced over the classes, the same ones for every seed; None takes all.
-    validation_size: so many of the training images, balanced, the same ones for every seed and size, are kept from training
-        and tested instead of the test images: for choices that the test images must not decide. None does not.
-    flip: mirror training images left to right with probability ½.
-    crop_padding: pad training images by so many black pixels and cut a random window out; 0 does not.
-    trivial_augment: change each training image by one random operation, at most so strong (1: the wide space of Müller and
-        Hutter, 2021); None does not.
-    erase: probability of a grey rectangle over a training image (Zhong et al., 2020); None does without.
-    mixup, cutmix: blend a training image with another (Zhang et al., 2018), or put a part of another into it (Yun et al.,
-        2019), with shares from a Beta(α, α) of this α; both: one of them for each batch. None does not.
+    train_size, test_size: number of images, balanced over the classes, the same ones for every seed; null: all.
+    validation_size: this many training images, balanced, the same ones for every seed, are held out and evaluated instead of
+        the test images: for choices that the test images must not decide. null: none.
 
-    Subclasses give the attributes of ``ImageSet``, but for ``classes``, and ``read``; and ``digest`` where the content is not
-    always the same.
+    Subclasses provide the attributes of ``ImageSet``, except ``classes``, and ``read``; and ``digest`` where the content can
+    change.
     """
 
     train_size: Positive | None = None
     test_size: Positive | None = None
     validation_size: Positive | None = None
-    flip: bool = False
-    crop_padding: NotNegative = 0
-    trivial_augment: Portion | None = None
-    erase: Portion | None = None
-    mixup: PositiveFloat | None = None
-    cutmix: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         self.classes = len(self.class_names)
-        if self.trivial_augment and self.image_size < 3:
-            raise ConfigError(f"data.trivial_augment={self.trivial_augment}: needs images of 3 pixels and more; use null")
         train, test = self.sizes
         held_out = self.validation_size or 0
         for name, size, available in (
@@ -165,7 +64,7 @@ class ImageData(ImageSet):
         return self.train_size or self.sizes[0] - (self.validation_size or 0)
 
     @property
-    def tested_on(self) -> Literal["test", "validation"]:
+    def eval_split(self) -> Literal["test", "validation"]:
         return "validation" if self.validation_size else "test"
 
     @property
@@ -179,7 +78,7 @@ class ImageData(ImageSet):
         is not always the same the digest and the counts."""
         return type(self).__name__.lower()
 
-    def read(self) -> tuple[Labelled, Labelled | None]:
+    def read(self) -> tuple[LabeledImages, LabeledImages | None]:
         """Images and labels (count,) of the whole training and of the whole test split; None where the set has none to test.
 
         Raises DataError where the files are missing or not what they should be.
@@ -189,8 +88,8 @@ class ImageData(ImageSet):
     def load(self, device: torch.device) -> tuple[Split, Split]:
         """Read what trains and what is tested, and move it to the device. Raises DataError."""
         train, test = self.read()
-        for labelled, name in ((train, "training"), (test, "test")):
-            if labelled and set(np.unique(labelled[1])) != set(range(self.classes)):
+        for labeled, name in ((train, "training"), (test, "test")):
+            if labeled and set(np.unique(labeled[1])) != set(range(self.classes)):
                 raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not this image set's")
         training = np.arange(len(train[1]))
         if self.validation_size:
@@ -199,16 +98,13 @@ class ImageData(ImageSet):
         else:
             assert test is not None  # else refused by the constructor of a set that may lack them
             tested = np.arange(len(test[1]))
-        train_split = move(train, some(train, training, self.train_size), device)
-        train_split.flip, train_split.crop_padding = self.flip, self.crop_padding
-        train_split.trivial_augment, train_split.erase = self.trivial_augment, self.erase
-        train_split.mixup, train_split.cutmix, train_split.classes = self.mixup, self.cutmix, self.classes
-        return train_split, move(test, some(test, tested, self.test_size), device)
+        train_split = to_device(train, subset_indices(train, training, self.train_size), device, self.classes)
+        return train_split, to_device(test, subset_indices(test, tested, self.test_size), device, self.classes)
 
-    def held_out(self, train: Labelled) -> np.ndarray:
+    def held_out(self, train: LabeledImages) -> np.ndarray:
         """Positions of the validation images. Raises DataError where a class would have none left to train on."""
         assert self.validation_size
-        positions = some(train, np.arange(len(train[1])), self.validation_size)
+        positions = subset_indices(train, np.arange(len(train[1])), self.validation_size)
         left = np.bincount(np.delete(train[1], positions), minlength=self.classes)
         if not left.all():
             name = self.class_names[int(left.argmin())]
@@ -220,20 +116,20 @@ class ImageData(ImageSet):
         return positions
 
 
-def some(labelled: Labelled, positions: np.ndarray, size: int | None) -> np.ndarray:
+def subset_indices(labeled: LabeledImages, positions: np.ndarray, size: int | None) -> np.ndarray:
     """``size`` of the positions, balanced over the classes; None takes all. Raises DataError where there are not so many."""
     if size is None:
         return positions
     if size > len(positions):  # else refused by the constructor, but for sets whose sizes only their files tell
         raise DataError(f"the image set holds {len(positions)} images of a split from which {size} are to be taken")
-    return positions[balanced_subset(labelled[1][positions], size)]
+    return positions[balanced_subset(labeled[1][positions], size)]
 
 
-def move(labelled: Labelled, positions: np.ndarray, device: torch.device) -> Split:
+def to_device(labeled: LabeledImages, positions: np.ndarray, device: torch.device, classes: int) -> Split:
     """The images at these positions, with their labels, on the device."""
-    images, labels = labelled
+    images, labels = labeled
     images_BCYX = torch.from_numpy(np.ascontiguousarray(images[positions].transpose(0, 3, 1, 2)))
-    return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device))
+    return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device), classes)
 
 
 def balanced_subset(labels: np.ndarray, size: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vix.data.dataset import ImageData, Labelled
+from vix.data.dataset import ImageData, LabeledImages
 
 TEST_SIZE = 360
 
@@ -13,7 +13,7 @@ class Digits(ImageData):
     image_size, channels, sizes = 8, 1, (1797 - TEST_SIZE, TEST_SIZE)
     class_names = tuple("0123456789")
 
-    def read(self) -> tuple[Labelled, Labelled]:
+    def read(self) -> tuple[LabeledImages, LabeledImages]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

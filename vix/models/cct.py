@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.checks import Fraction, Positive, PositiveFloat
-from vix.embedding import Embedding
-from vix.models.blocks import MLP, StochasticDepth
-from vix.models.recompute import Block
-from vix.posenc import NoPosition
-from vix.tokens import TokenGrid
+from vix.layers.blocks import MLP, StochasticDepth
+from vix.layers.checkpointing import Block
+from vix.layers.embedding import Embedding
+from vix.layers.posenc import PositionEncoding
+from vix.layers.tokens import TokenGrid
+from vix.types import Fraction, Positive, PositiveFloat
 
 
 class CCT(nn.Module):
@@ -30,7 +30,7 @@ class CCT(nn.Module):
         channels: int,
         classes: int,
         embedding: Callable[..., Embedding],
-        posenc: Callable[..., NoPosition],
+        posenc: Callable[..., PositionEncoding],
         attention: Callable[..., nn.Module],
         *,
         dim: Positive = 128,
@@ -56,7 +56,7 @@ class CCT(nn.Module):
             )
         )
         self.norm = nn.LayerNorm(dim)
-        self.importance = nn.Linear(dim, 1)
+        self.attention_pool = nn.Linear(dim, 1)
         self.head = nn.Linear(dim, classes)
         self.apply(initialise)
 
@@ -64,7 +64,7 @@ class CCT(nn.Module):
         x_BND = self.embedding(images_BCYX).flatten(2).mT
         x_BND = self.norm(self.blocks(self.posenc(x_BND)))
         # Sequence pooling: a mean over the tokens with weights that each token gives itself.
-        share_BN1 = self.importance(x_BND).softmax(dim=1)
+        share_BN1 = self.attention_pool(x_BND).softmax(dim=1)
         return self.head((share_BN1.mT @ x_BND.to(share_BN1.dtype)).squeeze(1))
 
 
@@ -77,7 +77,7 @@ class CCTBlock(Block):
         self.norm2, self.mlp = nn.LayerNorm(dim), mlp
         self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
 
-    def transform(self, x_BND: Tensor) -> Tensor:
+    def forward_once(self, x_BND: Tensor) -> Tensor:
         x_BND = self.norm2(x_BND + self.drop(self.mixer(self.norm1(x_BND))))
         return x_BND + self.drop(self.mlp(x_BND))
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.checks import Fraction, Positive, PositiveFloat
-from vix.embedding import Embedding
-from vix.models.blocks import MLP, ChannelNorm, Depths, PreNormBlock, per_stage
-from vix.posenc import NoPosition
-from vix.tokens import TokenGrid, join
+from vix.layers.blocks import MLP, ChannelNorm, Depths, PreNormBlock, per_stage
+from vix.layers.embedding import Embedding
+from vix.layers.posenc import PositionEncoding
+from vix.layers.tokens import TokenGrid, join
+from vix.types import Fraction, Positive, PositiveFloat
 
 
 class CvT(nn.Module):
@@ -30,7 +30,7 @@ class CvT(nn.Module):
         channels: int,
         classes: int,
         embedding: Callable[..., Embedding],
-        posenc: Callable[..., NoPosition],
+        posenc: Callable[..., PositionEncoding],
         attention: Callable[..., nn.Module],
         *,
         dim: Positive | tuple[Positive, ...] = 128,
@@ -50,9 +50,9 @@ class CvT(nn.Module):
         self.blocks = nn.Sequential()
         for stage in range(stages):
             if stage:
-                step = NextStage(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
+                step = ConvEmbed(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
                 self.blocks.append(step)
-                tokens = step.tokens_after
+                tokens = step.out_tokens
             for _ in range(depth[stage]):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
@@ -64,12 +64,12 @@ class CvT(nn.Module):
         return self.head(self.blocks(self.posenc(x_BND)).mean(dim=1))
 
 
-class NextStage(nn.Module):
+class ConvEmbed(nn.Module):
     """A 3×3 convolution of the token map to the width and grid of the next stage, and a norm over channels."""
 
     def __init__(self, dim: int, dim_after: int, tokens: TokenGrid, stride: int) -> None:
         super().__init__()
-        self.tokens, self.tokens_after = tokens, tokens.strided(stride)
+        self.tokens, self.out_tokens = tokens, tokens.strided(stride)
         self.conv, self.norm = nn.Conv2d(dim, dim_after, 3, stride, padding=1), ChannelNorm(dim_after)
 
     def forward(self, x_BND: Tensor) -> Tensor:

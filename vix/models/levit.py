@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.attention.heads import at_least_float32
-from vix.checks import Fraction, Positive, PositiveFloat
-from vix.embedding import Embedding
-from vix.models.blocks import MLP, Depths, PreNormBlock, per_stage
-from vix.posenc import NoPosition
-from vix.tokens import TokenGrid, join
+from vix.layers.blocks import MLP, Depths, PreNormBlock, per_stage
+from vix.layers.embedding import Embedding
+from vix.layers.posenc import PositionEncoding
+from vix.layers.precision import upcast_fp32
+from vix.layers.tokens import TokenGrid, join
+from vix.types import Fraction, Positive, PositiveFloat
 
 
 class LeViT(nn.Module):
@@ -30,7 +30,7 @@ class LeViT(nn.Module):
         channels: int,
         classes: int,
         embedding: Callable[..., Embedding],
-        posenc: Callable[..., NoPosition],
+        posenc: Callable[..., PositionEncoding],
         attention: Callable[..., nn.Module],
         *,
         dim: Positive | tuple[Positive, ...] = 128,
@@ -51,9 +51,9 @@ class LeViT(nn.Module):
         for stage in range(stages):
             if stage:
                 mixer = attention(dim=dims[stage - 1], tokens=tokens, posenc=self.posenc, heads=all_heads[stage - 1])
-                shrink = Shrink(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
+                shrink = Downsample(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
                 self.blocks.append(shrink)
-                tokens = shrink.tokens_after
+                tokens = shrink.out_tokens
             for _ in range(depth[stage]):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
@@ -65,7 +65,7 @@ class LeViT(nn.Module):
         return self.head(self.blocks(self.posenc(x_BND)).mean(dim=1))
 
 
-class Shrink(nn.Module):
+class Downsample(nn.Module):
     """From stage to stage: x + mixer(x) at every ``stride``-th row and column, a linear layer to the new width, an MLP.
 
     LeViT's shrinking attention asks with those tokens alone; to drop the others' answers computes the same and works with
@@ -76,11 +76,11 @@ class Shrink(nn.Module):
         self, dim: int, dim_after: int, tokens: TokenGrid, stride: int, mixer: nn.Module, mlp_ratio: float, dropout: float
     ) -> None:
         super().__init__()
-        self.tokens, self.tokens_after, self.stride = tokens, tokens.strided(stride), stride
-        self.mixer, self.widen = mixer, nn.Linear(dim, dim_after)
+        self.tokens, self.out_tokens, self.stride = tokens, tokens.strided(stride), stride
+        self.mixer, self.proj = mixer, nn.Linear(dim, dim_after)
         self.mlp, self.dropout = MLP(dim_after, mlp_ratio, dropout), nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         prefix_BPD, map_BDYX = self.tokens.split(x_BND + self.dropout(self.mixer(x_BND)))
-        (x_BND,) = at_least_float32(self.widen(join(prefix_BPD, map_BDYX[:, :, :: self.stride, :: self.stride])))
+        (x_BND,) = upcast_fp32(self.proj(join(prefix_BPD, map_BDYX[:, :, :: self.stride, :: self.stride])))
         return x_BND + self.dropout(self.mlp(x_BND))

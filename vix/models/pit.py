@@ -6,11 +6,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from vix.checks import Fraction, Positive, PositiveFloat
-from vix.embedding import Embedding
-from vix.models.blocks import MLP, Depths, PreNormBlock, per_stage
-from vix.posenc import NoPosition
-from vix.tokens import TokenGrid, join
+from vix.layers.blocks import MLP, Depths, PreNormBlock, per_stage
+from vix.layers.embedding import Embedding
+from vix.layers.posenc import PositionEncoding
+from vix.layers.tokens import TokenGrid, join
+from vix.types import Fraction, Positive, PositiveFloat
 
 
 class PiT(nn.Module):
@@ -32,7 +32,7 @@ class PiT(nn.Module):
         channels: int,
         classes: int,
         embedding: Callable[..., Embedding],
-        posenc: Callable[..., NoPosition],
+        posenc: Callable[..., PositionEncoding],
         attention: Callable[..., nn.Module],
         *,
         dim: Positive | tuple[Positive, ...] = (128, 256),
@@ -57,9 +57,9 @@ class PiT(nn.Module):
         self.blocks = nn.Sequential()
         for stage in range(stages):
             if stage:
-                pool = Pool(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
+                pool = ConvHeadPooling(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
                 self.blocks.append(pool)
-                tokens = pool.tokens_after
+                tokens = pool.out_tokens
             for _ in range(depth[stage]):
                 mixer = attention(
                     dim=dims[stage],
@@ -79,17 +79,17 @@ class PiT(nn.Module):
         return self.head(self.norm(self.blocks(self.posenc(x_BND))[:, 0]))
 
 
-class Pool(nn.Module):
+class ConvHeadPooling(nn.Module):
     """Strided depthwise 3×3 and 1×1 convolution of the map, a linear layer for the class token; to the next stage's width."""
 
     def __init__(self, dim: int, dim_after: int, tokens: TokenGrid, stride: int) -> None:
         super().__init__()
-        self.tokens, self.tokens_after = tokens, tokens.strided(stride)
+        self.tokens, self.out_tokens = tokens, tokens.strided(stride)
         self.pool = nn.Sequential(
             nn.Conv2d(dim, dim_after, 3, stride, padding=1, groups=dim), nn.Conv2d(dim_after, dim_after, 1)
         )
-        self.widen = nn.Linear(dim, dim_after)
+        self.proj = nn.Linear(dim, dim_after)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         prefix_BPD, map_BDYX = self.tokens.split(x_BND)
-        return join(self.widen(prefix_BPD), self.pool(map_BDYX))
+        return join(self.proj(prefix_BPD), self.pool(map_BDYX))

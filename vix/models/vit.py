@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vix.checks import Fraction, Positive, PositiveFloat
-from vix.embedding import Embedding
-from vix.models.blocks import MLP, PreNormBlock
-from vix.posenc import NoPosition
-from vix.tokens import TokenGrid
+from vix.layers.blocks import MLP, PreNormBlock
+from vix.layers.embedding import Embedding
+from vix.layers.posenc import PositionEncoding
+from vix.layers.tokens import TokenGrid
+from vix.types import Fraction, Positive, PositiveFloat
 
 
 class ViT(nn.Module):
@@ -30,7 +30,7 @@ class ViT(nn.Module):
         channels: int,
         classes: int,
         embedding: Callable[..., Embedding],
-        posenc: Callable[..., NoPosition],
+        posenc: Callable[..., PositionEncoding],
         attention: Callable[..., nn.Module],
         *,
         dim: Positive = 128,

@@ -1,0 +1,87 @@
+"""The order of the packages: imports run down the list, never up and never in a circle."""
+
+import ast
+from pathlib import Path
+
+from conftest import ROOT
+
+# From the top down. Packages on one line do not import one another.
+ORDER = (
+    ("__main__",),
+    ("cli",),
+    ("analysis",),
+    ("composition",),
+    ("build",),
+    ("training",),
+    ("reporting",),
+    ("runs",),
+    ("models",),
+    ("attention",),
+    ("data", "layers"),
+    ("system",),
+    ("config", "overrides"),
+    ("types",),
+    ("errors",),
+)
+LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}
+LAZY = {"vix"}  # ``vix/__init__.py`` imports ``vix.build`` on first use
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ``vix`` that a file imports anywhere, also within functions and for type checking."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                is_module = (ROOT / name.replace(".", "/")).with_suffix(".py").is_file() or (
+                    ROOT / name.replace(".", "/")
+                ).is_dir()
+                modules.add(name if is_module else str(node.module))
+    return {module for module in modules if module.partition(".")[0] == "vix"}
+
+
+def graph() -> dict[str, set[str]]:
+    edges = {}
+    for path in sorted((ROOT / "vix").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        edges[name] = imported(path)
+    return edges
+
+
+def package(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_imports_run_down() -> None:
+    edges = graph()
+    assert {package(module) for module in edges if module != "vix"} == set(LEVEL)
+    up = []
+    for module, targets in edges.items():
+        for target in sorted(targets - LAZY):
+            if module == "vix":
+                continue
+            here, there = package(module), package(target)
+            if here != there and LEVEL[here] >= LEVEL[there]:
+                up.append(f"{module} imports {target}")
+    assert not up, "\n".join(up)
+
+
+def test_no_circles() -> None:
+    edges = graph()
+    edges = {module: targets & edges.keys() for module, targets in edges.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " → ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        for target in edges[module]:
+            visit(target, (*path, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())

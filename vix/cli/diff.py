@@ -1,0 +1,108 @@
+"""``python -m vix diff RUN_A RUN_B``: in which config keys, versions and results two runs differ.
+
+Reads the two ``results.json`` and never imports torch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vix.errors import UserError
+from vix.reporting.console import protect_output
+from vix.reporting.table import Table
+from vix.runs.results import Row, as_text, flatten, read_run
+from vix.system.files import user_path
+
+VERSIONS = ("git_commit", "torch", "device", "precision")
+RESULTS = (
+    *("status", "error", "epochs", "top1", "top5", "best_top1", "best_top5", "best_epoch", "train_loss"),
+    *(
+        "trainable_params",
+        "weight_bias_params",
+        "checkpoint_mb",
+        "image_set",
+        "train_images",
+        "test_images",
+        "tested_on",
+        "images_per_second",
+    ),
+    *("peak_gpu_allocated_gb", "peak_gpu_reserved_gb", "resident_data_gb", "seconds"),
+)
+ABSENT = "–"
+
+
+def load(directory: Path) -> Row:
+    """The results of a run's directory, finished or not. Raises UserError where there are none."""
+    path = directory / "results.json"
+    if not directory.is_dir():
+        raise UserError(f"{directory}: there is no such directory; a run's is like outputs/vin/seed=0")
+    if not path.is_file():
+        below = [str(p.parent) for p in sorted(directory.glob("*/results.json"))]
+        raise UserError(f"{directory}: holds no results.json; directories in it that do: {', '.join(below) or 'none'}")
+    run = read_run(path)
+    if not isinstance(run.results.get("config"), dict):
+        raise UserError(f"{path} is {run.status} ({run.error or 'it holds no config'})")
+    return run.results
+
+
+def differences(a: Row, b: Row) -> list[tuple[str, str, str, str]]:
+    """(key, in a, in b, b − a) for every key whose values differ; no difference where one is no number."""
+    lines = []
+    for key in [*a, *(key for key in b if key not in a)]:
+        if key not in a or key not in b or a[key] != b[key]:
+            shown = [as_text(row[key]) if key in row else ABSENT for row in (a, b)]
+            lines.append((key, *shown, change(a.get(key), b.get(key))))
+    return lines  # type: ignore[return-value]
+
+
+def change(a: Any, b: Any) -> str:
+    """By how much two numbers differ."""
+    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in (a, b)):
+        return ""
+    return f"{b - a:+,}" if isinstance(b - a, int) else f"{b - a:+.6g}"
+
+
+def first_different_epoch(a: Row, b: Row) -> int | None:
+    """The first epoch with another loss or accuracy; None where all epochs that both have agree."""
+    for one, other in zip(a.get("history") or (), b.get("history") or (), strict=False):
+        if any(one[key] != other[key] for key in ("train_loss", "top1", "top5")):
+            return int(one["epoch"])
+    return None
+
+
+def diff(run_a: Path, run_b: Path) -> None:
+    """Print what differs. Raises UserError where one is no run."""
+    a, b = load(run_a), load(run_b)
+    print(f"A: {run_a}\nB: {run_b}\n")
+
+    def chosen(results: Row, keys: tuple[str, ...]) -> Row:
+        return {key: results[key] for key in keys if key in results}
+
+    parts = {
+        "Config": (flatten(a["config"]), flatten(b["config"])),
+        "Versions": (chosen(a, VERSIONS), chosen(b, VERSIONS)),
+        "Results": (chosen(a, RESULTS), chosen(b, RESULTS)),
+    }
+    for title, rows in parts.items():
+        if lines := differences(*rows):
+            Table(title, ("key", "A", "B", "B − A"), lines, words=3).print()
+        else:
+            print(f"{title}: no difference\n")
+    epoch, both = first_different_epoch(a, b), min(len(a.get("history") or ()), len(b.get("history") or ()))
+    if epoch:
+        print(f"Loss and accuracy differ from epoch {epoch} on.")
+    elif both:
+        print(f"Loss and accuracy agree to the last digit in every epoch that both have ({both}).")
+
+
+def main() -> None:
+    protect_output()
+    parser = argparse.ArgumentParser(prog="python -m vix diff", description="What differs between two runs.")
+    parser.add_argument("run_a", metavar="RUN_A", type=user_path, help="a run's directory, such as outputs/vin/seed=0")
+    parser.add_argument("run_b", metavar="RUN_B", type=user_path)
+    options = parser.parse_args()
+    try:
+        diff(options.run_a, options.run_b)
+    except UserError as error:
+        sys.exit(f"error: {error}")

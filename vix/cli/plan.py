@@ -1,0 +1,305 @@
+"""``python -m vix plan [group=option,option] [key=value,value] …``: what a sweep would do, before anything starts.
+
+Takes what ``train.py -m`` takes, composes and builds every run of it, and prints each with its cost, with what there is of it
+already, and with the reason where it would be refused; the exit status is then 1. Reads no data and writes nothing.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vix.analysis.cost import measure, peak_memory
+from vix.analysis.model_summary import Summary, summarize
+from vix.build import Experiment, parse
+from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
+from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out, loader
+from vix.errors import UserError
+from vix.reporting.console import protect_output
+from vix.reporting.table import Table
+from vix.runs.results import MODEL_GROUPS, Row, find_runs, flatten, image_set
+from vix.runs.run import RunDirectory
+from vix.system.device import device_name
+from vix.system.files import check_unlocked
+from vix.system.threads import use_given_cpus
+from vix.training.batch_sizes import check_batches
+
+# Keys that change neither the time of an epoch nor the memory: runs that differ in these alone cost the same.
+COST_NEUTRAL_KEYS = (
+    *(
+        "seed",
+        "rerun",
+        "fail_fast",
+        "data.root",
+        "data.classes",
+        "trainer.device",
+        "trainer.epochs",
+        "trainer.schedule",
+        "trainer.warmup_epochs",
+    ),
+    *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
+)
+HOW_TO_READ = (
+    "GFLOPs are for one image: of a forward pass, and of training on it. Hours, of the epochs that are left, and peak GPU GB\n"
+    "are taken from runs of the same model, data, batch and hardware in the same outputs. Where there are none, ~GB follows\n"
+    "from the shapes, and hours are unknown (–); --measure trains each model for a few steps now to tell them."
+)
+
+
+@dataclass
+class PlannedRun:
+    """A run of a sweep: what there is of it, and what it would cost.
+
+    directory, outputs: where it and all runs of the sweep would write; None where its config cannot be composed.
+    state: new, continues, finished, again (rerun=true) or refused; ``reason`` is why it is refused.
+    left: epochs that it would train.   device: the hardware that it would do so on.
+    hours, gpu_gb: None where nothing tells. GB are of 10⁹ bytes.
+    measured: whether the memory was measured, by an earlier run or now; else it is computed.
+    left_out: options of its experiment or recipe that belong to another choice than the job's, one sentence for each file.
+    """
+
+    name: str
+    state: str = "refused"
+    reason: str = ""
+    directory: Path | None = None
+    outputs: Path | None = None
+    config: Row | None = None
+    experiment: Experiment | None = None
+    image_set: str = ""
+    left: int = 0
+    device: str = ""
+    summary: Summary | None = None
+    hours: float | None = None
+    gpu_gb: float | None = None
+    measured: bool = False
+    left_out: list[str] = field(default_factory=list)
+
+
+def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None = None) -> list[PlannedRun]:
+    """Every job of the sweep, in the order in which ``train.py -m`` runs them.
+
+    measuring: train each model for a few steps, where no earlier run tells what it costs.
+
+    Raises what Hydra raises for arguments that it cannot use, and UserError for a search.
+    """
+    models: dict[str, Summary] = {}
+    jobs = [plan_run(number, overrides, models, flags) for number, overrides in enumerate(expand(arguments, flags))]
+    tops = {job.outputs for job in jobs if job.outputs}
+    earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
+    for job in jobs:
+        cost_from_history(job, earlier)
+    estimate_cost([job for job in jobs if job.left and job.state != "refused"], measuring)
+    return jobs
+
+
+def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper makes them."""
+    master = compose_with_hydra(arguments, flags, RunMode.MULTIRUN)
+    sweeper = master.hydra.runtime.choices.get("hydra/sweeper")
+    if sweeper != "basic":
+        raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs as it goes, so they cannot be planned")
+    params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=loader(flags or Flags()))
+    parsed = parser.parse_overrides([*params, *master.hydra.overrides.task])
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    hydra_overrides = list(master.hydra.overrides.hydra)
+    return [[*hydra_overrides, *job] for job in jobs]
+
+
+def plan_run(number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None) -> PlannedRun:
+    """One job, by the checks that ``train.py`` makes. ``models`` keeps the summaries: counting takes a third of a second."""
+    job = PlannedRun(" ".join(overrides))
+    try:
+        cfg = compose_with_hydra(overrides, flags)
+        job.left_out = left_out(cfg.hydra)
+        job.directory = output_directory(cfg, number)
+        job.outputs = Path(str(cfg.hydra.sweep.dir))
+        job.name = "/".join(job.directory.parts[-2:])
+        with open_dict(cfg):
+            del cfg["hydra"]
+        config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        job.config = config
+        job.experiment = parse(cfg)
+        resolve_state(job, job.experiment, job.directory)
+        model = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
+        if model not in models:
+            models[model] = summarize(job.experiment)
+        job.summary = models[model]
+    except Exception as error:
+        if not (isinstance(error, UserError) or is_hydra_error(error)):
+            raise
+        job.state = "refused"
+        job.reason = format_error(error, overrides, flags)
+    return job
+
+
+def output_directory(cfg: DictConfig, number: int) -> Path:
+    """The directory of the sweep's job of that number, from a config composed with Hydra's own part."""
+    with open_dict(cfg):
+        cfg.hydra.job.num = number
+    HydraConfig.instance().set_config(cfg)
+    return Path(str(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir)
+
+
+def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> None:
+    """Find the job's state. Raises UserError where ``train.py`` would refuse it."""
+    with torch.device("meta"):
+        model = experiment.build_model()
+        experiment.build_optimizer(model)
+    trainer, data = experiment.trainer, experiment.data
+    experiment.augmentation  # noqa: B018  (checked against the image size)
+    check_batches(experiment.build_model, data, trainer)
+    job.device, job.left = device_name(trainer.torch_device), trainer.epochs
+    job.image_set = data.image_set
+    check_unlocked(directory)
+    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {})
+    if experiment.rerun and not run.continues_rerun():
+        job.state = "again" if run.earlier else "new"
+    elif run.finished(trainer.resume):
+        job.state, job.left = "finished", 0
+    elif saved := run.load_checkpoint(trainer.resume):
+        job.state, job.left = "continues", max(0, trainer.epochs - saved["progress"]["epoch"])
+    else:
+        job.state = "new"
+
+
+def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
+    """Set the job's hours and memory to the median of those earlier runs that cost the same, where there are any."""
+    if job.state == "refused" or job.config is None:
+        return
+    key = cost_key(job.config)
+    alike = [
+        r
+        for r in earlier
+        if r.get("device") == job.device
+        and r.get("processes", 1) == 1
+        and cost_key(r.get("config")) == key
+        # An epoch over other images takes other times.
+        and image_set(r) == job.image_set
+    ]
+    seconds = [r["seconds"] / r["epochs"] for r in alike if is_number(r.get("seconds")) and is_number(r.get("epochs"))]
+    gigabytes = [r["peak_gpu_allocated_gb"] for r in alike if is_number(r.get("peak_gpu_allocated_gb"))]
+    job.hours = statistics.median(seconds) * job.left / 3600 if seconds else None
+    job.gpu_gb, job.measured = (statistics.median(gigabytes), True) if gigabytes else (None, False)
+    if not job.left:
+        job.hours = 0.0
+
+
+def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool) -> None:
+    """Set the memory, and where ``measuring`` the hours, of jobs whose like has not been run; each kind is done once."""
+    known: dict[str, tuple[float | None, int | None, int]] = {}  # seconds of a step, bytes measured, and by the shapes
+    for job in jobs:
+        if job.gpu_gb is not None and (job.hours is not None or not measuring):
+            continue
+        experiment, kind = job.experiment, json.dumps([job.image_set, cost_key(job.config)], sort_keys=True)
+        assert experiment is not None
+        if kind not in known:
+            known[kind] = *(measure(experiment) if measuring else (None, None)), peak_memory(experiment)
+        seconds, measured, foreseen = known[kind]
+        if job.gpu_gb is None:
+            job.gpu_gb, job.measured = (foreseen if measured is None else measured) / 1e9, measured is not None
+        if job.hours is None and seconds is not None:
+            steps = math.ceil(experiment.data.train_images / experiment.trainer.batch_size)
+            job.hours = seconds * steps * job.left / 3600
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field of someone's results.json is a number above 0."""
+    return isinstance(value, int | float) and value > 0
+
+
+def cost_key(config: Any) -> Row:
+    """What of a config decides on its cost; empty for what is no config. An option that is null may be younger than a run."""
+    return (
+        {k: v for k, v in flatten(config).items() if v is not None and k not in COST_NEUTRAL_KEYS}
+        if isinstance(config, dict)
+        else {}
+    )
+
+
+def print_plan(jobs: Sequence[PlannedRun]) -> None:
+    """Print the table, the reasons of the refused jobs, and the sums."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    def gigabytes(job: PlannedRun) -> str:
+        return ("" if job.measured or job.gpu_gb is None else "~") + number(job.gpu_gb, 2)
+
+    lines = []
+    for job in jobs:
+        s = job.summary
+        costs = (
+            (f"{s.trainable_params:,}", *(number(f / 1e9, 3) for f in (s.forward_flops, s.training_flops))) if s else ("–",) * 3
+        )
+        lines.append((job.name, job.state, *costs, str(job.left) if s else "–", number(job.hours, 2), gigabytes(job)))
+    heads = (
+        "run",
+        "state",
+        "trainable\nparameters",
+        "GFLOPs\nforward",
+        "GFLOPs\ntraining",
+        "epochs\nleft",
+        "hours",
+        "peak\nGPU GB",
+    )
+    Table("Plan", heads, lines, words=2).print()
+    print(HOW_TO_READ)
+    states = Counter(job.state for job in jobs)
+    device = next((job.device for job in jobs if job.device), "no hardware")
+    print(f"\n{len(jobs)} runs on {device}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
+    to_train = [job for job in jobs if job.left and job.state != "refused"]
+    hours = [job.hours for job in to_train if job.hours is not None]
+    if to_train:
+        unknown = f"; unknown for {len(to_train) - len(hours)} of {len(to_train)} runs" if len(hours) < len(to_train) else ""
+        print(f"time, one after another: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
+    for note in dict.fromkeys(note for job in jobs for note in job.left_out):
+        print(note)
+    for job in jobs:
+        if job.reason:
+            print(f"refused: {job.name}: {job.reason}", file=sys.stderr)
+
+
+def main() -> None:
+    protect_output()
+    parser = argparse.ArgumentParser(
+        prog="python -m vix plan", description="What a sweep would do: its runs, their cost, and which would be refused."
+    )
+    parser.add_argument("overrides", nargs="*", help="what train.py -m takes: experiment=vin,vip seed=0,1 …")
+    parser.add_argument(
+        "--multirun", "-m", action="store_true", help="changes nothing: what would be a sweep is planned as one"
+    )
+    add_flags(parser)
+    parser.add_argument("--measure", action="store_true", help="train each model for a few steps to tell time and memory")
+    parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
+    overrides, flags = parsed.overrides, flags_from(parsed)
+    logging.getLogger("vix").setLevel(logging.ERROR)  # that there is no GPU need not be told once a run
+    clock = time.perf_counter()
+    try:
+        if parsed.measure:
+            use_given_cpus()
+        jobs = plan(overrides, parsed.measure, flags)
+    except Exception as error:
+        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):
+            raise
+        sys.exit(f"error: {format_error(error, overrides, flags)}")
+    print_plan(jobs)
+    print(f"planned in {time.perf_counter() - clock:.0f} s")
+    sys.exit(any(job.state == "refused" for job in jobs))

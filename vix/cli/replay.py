@@ -1,0 +1,38 @@
+"""``python -m vix replay RUN``: repeat the step of a run whose loss or gradient was not finite, and name the first layer."""
+
+import argparse
+import sys
+
+import torch
+from omegaconf import OmegaConf
+
+import vix
+from vix.reporting.console import protect_output
+from vix.system.device import resolve_device
+from vix.system.files import user_path
+from vix.system.threads import use_given_cpus
+from vix.training.nonfinite import FILE, locate_layer
+
+
+def saved_device(name: str) -> torch.device:
+    """The device that a step was saved on, or where this machine lacks it another one; set up as for training."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        name = "auto"
+    return resolve_device(name)
+
+
+def main() -> None:
+    protect_output()
+    parser = argparse.ArgumentParser(prog="python -m vix replay", description=__doc__)
+    parser.add_argument("directory", type=user_path, help="directory of a run that stopped because a number was not finite")
+    directory = parser.parse_args().directory
+    if not (directory / FILE).is_file():
+        sys.exit(f"error: {directory} holds no {FILE}: no step of a run there was not finite")
+    use_given_cpus()
+    state = torch.load(directory / FILE, map_location="cpu", weights_only=True)
+    device = saved_device(state["device"])
+    state |= {"images": state["images"].to(device), "labels": state["labels"].to(device)}
+    model = vix.build_model(OmegaConf.create(state["config"]))
+    model.load_state_dict(state["model"])
+    print(locate_layer(model.to(device), state))

@@ -1,0 +1,63 @@
+"""``python -m vix summary [group=option] [key=value] …``: a model as a table of its layers, and what it costs.
+
+Takes what ``train.py`` takes, and reads no data. The model runs on PyTorch's meta device, which works out shapes alone.
+"""
+
+import argparse
+import os
+import sys
+
+from vix.analysis.model_summary import Summary, summarize
+from vix.build import parse
+from vix.composition.command import add_flags, expand_arguments, flags_from
+from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out
+from vix.errors import UserError
+from vix.reporting.console import protect_output
+from vix.reporting.table import Table
+
+NOTE = """\
+A row holds all that is in it. Multiply-adds are those of matrix products and convolutions, and 2.5 n log₂ n for a Fourier
+transform of n values; each is two FLOPs. Training is a forward and a backward pass, without what fused kernels compute twice.
+"""
+
+
+def print_summary(summary: Summary) -> None:
+    """Print the table and the totals."""
+    lines = []
+    for layer in summary.layers:
+        depth, name = layer.name.count(".") + bool(layer.name), layer.name.rpartition(".")[2]
+        shape = "×".join(map(str, layer.output))
+        label = "  " * depth + (f"{name}: " if name else "") + layer.kind
+        lines.append((label, shape, f"{layer.parameters:,}", f"{layer.multiply_adds:,}"))
+    Table("Layers", ("layer", "output", "parameters", "multiply-adds"), lines, words=1).print()
+    print(NOTE)
+    for label, value in (
+        ("trainable parameters", f"{summary.trainable_params:,}"),
+        ("weights and biases (the paper's count)", f"{summary.weight_bias_params:,}"),
+        ("“size” as in the paper", f"{summary.paper_mb:.2f} MB"),
+        ("checkpoint (the weights)", f"{summary.checkpoint_mb * 1e6:,.0f} bytes"),
+        ("forward pass of an image", f"{summary.forward_flops / 1e9:.3f} GFLOPs"),
+        ("training on an image", f"{summary.training_flops / 1e9:.3f} GFLOPs"),
+    ):
+        print(f"{label:<40}{value:>18}")
+
+
+def main() -> None:
+    protect_output()
+    parser = argparse.ArgumentParser(
+        prog="python -m vix summary", description="A model as a table of its layers, and its cost."
+    )
+    parser.add_argument("overrides", nargs="*", help="what train.py takes: experiment=vin, model=pit, model.depth=6, …")
+    add_flags(parser)
+    parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
+    overrides, flags = parsed.overrides, flags_from(parsed)
+    try:
+        cfg = compose_with_hydra(overrides, flags)
+        for note in left_out(cfg.hydra):
+            print(note)
+        print_summary(summarize(parse(cfg)))
+    except Exception as error:
+        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+        if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):
+            raise
+        sys.exit(f"error: {format_error(error, overrides, flags)}")

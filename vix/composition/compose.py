@@ -1,0 +1,294 @@
+"""From a command line to a config: one way for ``train.py``, its sweeps and workers, and the commands of ``vix``.
+
+Importing this module puts :class:`Loader` in the place of Hydra's own, so that every config that Hydra composes is checked file
+by file (:mod:`vix.composition.yaml_files`), and an experiment's options for an attention stay with that attention.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra._internal.hydra
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import compute_search_path_dir, create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.default_element import ResultDefault
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from vix.build import GROUPS, OVERLAYS, SETTINGS, construct, parse_group
+from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home
+from vix.composition.overlays import OverlayOptions, name_of, raw
+from vix.composition.yaml_files import Repository, check_permissions
+from vix.errors import UserError, first_paragraph, nearest
+from vix.overrides import parse_or_none, parse_override
+from vix.runs.identity import run_name
+from vix.system.files import expand_home
+
+VERSION_BASE = "1.3"
+# Parts of Hydra's own config that hold paths of a user's.
+HYDRA_PATHS = ("run", "sweep", "launcher", "sweeper")
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader with four more rules.
+
+    - A file of a group may set only the program's options (:mod:`vix.composition.yaml_files`).
+    - What an experiment or a recipe sets for a group belongs to the option that it chose there. Where another one is chosen in
+      the end, it is left out, and ``hydra.runtime.left_out`` says so.
+    - A leading ``~`` in a value is the home directory.
+    - A job of a sweep whose config cannot be composed becomes one that is refused, and the other jobs run.
+    """
+
+    layers: "OverlayOptions"
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.repository = Repository(config_search_path)
+        self.overrides: list[Override] = []
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        assert isinstance(self.repository, Repository)
+        self.repository.primary = config_name
+        overrides = list(map(quote_home, overrides))
+        self.overrides = OverridesParser.create().parse_overrides(overrides)
+        try:
+            cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        except (HydraException, UserError):
+            common = self.common_to_all_jobs() if run_mode == RunMode.MULTIRUN else overrides
+            if common == overrides:
+                raise
+            # An option that some of the sweep's choices have and others lack: each job is composed by itself.
+            self.overrides = OverridesParser.create().parse_overrides(common)
+            cfg = super().load_configuration(config_name, common, run_mode, from_shell, validate_sweep_overrides)
+            cfg.hydra.overrides.task = [o for o in overrides if not parse_override(o).is_hydra_override()]
+        with flag_override(cfg, ["struct", "readonly"], [False, False]):
+            self.layers.record_choices(cfg)
+            self.layers.drop_unaccepted(cfg, self.overrides)
+            for node in (cfg, *(cfg.hydra[part] for part in HYDRA_PATHS)):
+                expand_homes(node)
+        return cfg
+
+    def common_to_all_jobs(self) -> list[str]:
+        """The overrides without values of options, where the sweep is over a group so that its jobs have different options."""
+        if not any(o.is_sweep_override() and self.repository.group_exists(o.key_or_group) for o in self.overrides):
+            return [str(o.input_line) for o in self.overrides]
+        return [
+            str(o.input_line)
+            for o in self.overrides
+            if o.is_hydra_override() or o.key_or_group in SETTINGS or self.repository.group_exists(o.key_or_group)
+        ]
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        try:
+            return super().load_sweep_config(master_config, sweep_overrides)
+        except (HydraException, OmegaConfBaseException, UserError) as error:
+            message = format_error(error, sweep_overrides, flags_of(master_config.hydra))
+            return self.refused_job(master_config, sweep_overrides, message)
+
+    def refused_job(self, master: DictConfig, overrides: Sequence[str], message: str) -> DictConfig:
+        """A config of the sweep's settings alone, which carries ``message`` to the job as ``hydra.runtime.refused``."""
+        job = OmegaConf.masked_copy(master, [key for key in ("hydra", *SETTINGS) if key in master])
+        job = copy.deepcopy(job)
+        with flag_override(job, ["struct", "readonly"], [False, False]), open_dict(job.hydra.runtime):
+            job.hydra.overrides.task = list(overrides)
+            job.hydra.runtime.refused = message
+            for override in overrides:
+                parsed = parse_or_none(override)
+                if parsed is None:
+                    continue
+                if parsed.key_or_group in SETTINGS:
+                    job[parsed.key_or_group] = parsed.value()
+                elif isinstance(parsed.value(), str | list) and self.repository.group_exists(parsed.key_or_group):
+                    job.hydra.runtime.choices[parsed.key_or_group] = name_of(parsed.value())
+        return job
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        check_permissions(defaults, repo)
+        self.layers = OverlayOptions(defaults, repo)
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
+    def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
+        return self.layers.drop_foreign_options(default, super()._load_single_config(default, repo))
+
+
+def expand_homes(node: Any) -> None:
+    """Replace a leading ``~`` in every text below a node, but for what is Hydra's."""
+    if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation() or node._is_missing():
+        return
+    for key in range(len(node)) if isinstance(node, ListConfig) else [key for key in node if key != "hydra"]:
+        value = raw(node, key)
+        if isinstance(value, str) and value.startswith("~"):
+            node[key] = expand_home(value)
+        expand_homes(value)
+
+
+def environment(key: str, *default: Any) -> str | None:
+    """``${oc.env:KEY,default}`` with a leading ``~`` as the home directory."""
+    value = oc.env(key, *default)
+    return expand_home(value) if isinstance(value, str) else value
+
+
+# Composing
+
+
+def compose(overrides: Sequence[str] = (), flags: Flags | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
+    """The config that ``python train.py OVERRIDES`` runs, without Hydra's part. Raises what Hydra raises, and ConfigError."""
+    cfg = compose_with_hydra(overrides, flags, mode)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def compose_with_hydra(overrides: Sequence[str] = (), flags: Flags | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
+    """The same with Hydra's part; with ``RunMode.MULTIRUN`` what all jobs of a sweep share, without what is swept over."""
+    flags = flags or Flags()
+    single = mode == RunMode.RUN
+    name = flags.config_name or CONFIG_NAME
+    return loader(flags).load_configuration(name, list(overrides), mode, from_shell=True, validate_sweep_overrides=single)
+
+
+def sweep_outputs(command: Command) -> Path | None:
+    """Below which directory a command's sweep has its runs, as far as that is known; None where it starts no sweep.
+
+    Raises what :func:`compose` raises.
+    """
+    if not command.runs:
+        return None
+    cfg = compose_with_hydra(command.overrides, command.flags, RunMode.MULTIRUN)
+    return sweep_directory(cfg) if command.multirun or cfg.hydra.mode == RunMode.MULTIRUN else None
+
+
+def sweep_directory(cfg: DictConfig) -> Path:
+    """``hydra.sweep.dir`` of a config that all jobs share; outputs/ where only a job's own config gives it a value."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(cfg)
+    try:
+        return Path(str(cfg.hydra.sweep.dir))
+    except OmegaConfBaseException:
+        return Path("outputs")
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def loader(flags: Flags) -> Loader:
+    """A loader that looks where Hydra looks for these flags. Raises UserError where the directory is absent."""
+    main = compute_search_path_dir(str(CONFIG_DIR.parent / "train.py"), None, expand_home(flags.config_path or str(CONFIG_DIR)))
+    search_path = create_config_search_path(main)
+    if flags.config_dir:
+        extra = Path(expand_home(flags.config_dir)).absolute()
+        if not extra.is_dir():
+            raise UserError(f"--config-dir {flags.config_dir}: there is no such directory")
+        search_path.prepend(provider="command-line", path=f"file://{extra}", anchor=SearchPathQuery(provider="schema"))
+    return Loader(search_path)
+
+
+def refusal(hydra_config: Any) -> str | None:
+    """Why the config of a sweep's job could not be composed, or None."""
+    return OmegaConf.select(hydra_config, "runtime.refused")
+
+
+def left_out(hydra_config: Any) -> list[str]:
+    """What a composed config does not have of its experiment and recipe, one sentence for each file and group."""
+    return list(OmegaConf.select(hydra_config, "runtime.left_out") or ())
+
+
+def run_name_of_config(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig) -> str:
+    """``${run_name:…}``: a run's directory below outputs/, with the digest of its images. OmegaConf supplies ``_root_``."""
+    return run_name(choices, overrides, seed, digest_of_images(_root_))
+
+
+def digest_of_images(cfg: DictConfig | None) -> str:
+    """Eight digits of the digest of a config's image set; empty where its content is always the same, and for images that
+    cannot be looked at: the run is then refused with the reason, once its directory is known."""
+    try:
+        return str(construct("data", parse_group(cfg, "data")).digest)[:8] if cfg is not None else ""
+    except (UserError, OmegaConfBaseException, AttributeError):
+        return ""
+
+
+def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None = None) -> str:
+    """Hydra's or OmegaConf's error about a command in one line that names the key and the nearest valid ones; the
+    program's own as it is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename:
+        where = "choose where runs go with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+        return f"{error.filename}: {error.strerror}; mend that, or {where}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+        options = [str(o) for o in error.options or ()]
+        if group.startswith("hydra/"):
+            plugins = "its plugin is missing: pip install -r requirements-launchers.txt"
+            return f"{group}={option}: there is no such option, or {plugins}"
+        return (
+            f"{group}={option}: conf/{group}/ has no such file; {nearest(option, options)}" if group else first_paragraph(error)
+        )
+    missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
+    if isinstance(error, HydraException) and missing:
+        key = missing[1]
+        return f"{key}: there is no such key; {nearest(key, valid_keys(arguments, key, flags))}"
+    return first_paragraph(error)
+
+
+def is_hydra_error(error: BaseException) -> bool:
+    """Whether an error was raised inside Hydra or OmegaConf, as it is for arguments that they cannot use."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return module.partition(".")[0] in ("hydra", "omegaconf", "antlr4")
+
+
+def valid_keys(arguments: Sequence[str], wrong_key: str, flags: Flags | None = None) -> list[str]:
+    """Groups and dotted keys of the config that the arguments compose, without the wrong one."""
+
+    choices = []
+    for argument in arguments:
+        override = parse_or_none(argument)
+        if override and override.key_or_group in (*GROUPS, *OVERLAYS) and not override.is_sweep_override():
+            choices.append((override.key_or_group, argument))
+    for overrides in ([argument for key, argument in choices if key != wrong_key], []):
+        try:
+            cfg = compose(overrides, flags)
+        except (HydraException, UserError):
+            continue
+        return sorted({*GROUPS, *OVERLAYS, *dotted(cfg)})
+    return sorted({*GROUPS, *OVERLAYS})
+
+
+def dotted(cfg: DictConfig) -> list[str]:
+    """``a.b`` for every leaf of a config."""
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            walk(value, f"{prefix}{key}.") if isinstance(value, dict) else keys.append(f"{prefix}{key}")
+
+    walk(OmegaConf.to_container(cfg), "")
+    return keys
+
+
+version.setbase(VERSION_BASE)
+setup_globals()
+OmegaConf.register_new_resolver("run_name", run_name_of_config, replace=True)
+OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]

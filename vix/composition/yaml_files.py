@@ -1,0 +1,350 @@
+"""What the files of ``conf/`` and of a user's own config directories may hold, checked while Hydra loads them.
+
+Configs are shared, so a file of a group (an experiment, a recipe, an attention) sets options of the program and nothing else:
+it cannot set environment variables, callbacks, log handlers, launchers or sweepers, which run programs. Those belong to the
+primary config, to the files of ``hydra/`` and to the command line. Mistakes in YAML are reported with file and line.
+"""
+
+import codecs
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import GroupDefault, InputDefault, ResultDefault
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
+
+from vix.build import GROUPS, SETTINGS
+from vix.errors import ConfigError, nearest
+from vix.overrides import parse_or_none
+from vix.system.files import expand_home
+
+# Keys of Hydra that only choose directories and the values of a sweep.
+HARMLESS = ("mode", "run.dir", "sweep.dir", "sweep.subdir", "sweeper.params")
+PARAMS = "sweeper.params"
+WHERE = "belongs to the command line, to the primary config or to a file of conf/hydra/"
+
+
+class Repository(ConfigRepository):
+    """Hydra's search through the config directories, with every file checked as it is loaded. Raises ConfigError.
+
+    primary: the name of the primary config, which may set anything.
+    """
+
+    primary: str | None = None
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        for entry in config_search_path.get_path():
+            scheme, separator, path = (entry.path or "").rpartition("://")
+            if scheme in ("", "file"):
+                entry.path = scheme + separator + expand_home(path)
+        super().initialize_sources(config_search_path)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        path = self.file_of(config_path)
+        if path is None:
+            return super().load_config(config_path)
+        root = read_yaml(path)
+        if is_group_file(config_path) and config_path != self.primary:
+            check_layout(path, config_path.split("/")[0], root)
+        try:
+            result = super().load_config(config_path)
+        except (ValueError, OSError, yaml.YAMLError) as error:  # a header, a tag or a defaults list that Hydra cannot use
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        if result and is_group_file(config_path) and config_path != self.primary:
+            check_defaults(self, config_path, result.defaults_list or [])
+        return result
+
+    def file_of(self, config_path: str) -> Path | None:
+        """The file that a config is loaded from; None for those that Hydra and its plugins bring along."""
+        source = self._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
+        if source is None or source.scheme() != "file":
+            return None
+        return Path(source.path, source._normalize_file_name(config_path))
+
+
+def is_group_file(config_path: str) -> bool:
+    """Whether a config belongs to one of the program's groups or of a user's, and not to Hydra's."""
+    return "/" in config_path and not config_path.startswith("hydra/")
+
+
+# Layout
+
+
+def read_yaml(path: Path) -> yaml.Node | None:
+    """The syntax tree of a file, None for an empty one. Raises ConfigError with file and line for what is not YAML."""
+    try:
+        written = path.stat()
+        return parse_yaml(path, written.st_mtime_ns, written.st_size)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
+    data = path.read_bytes()
+    if data.startswith(codecs.BOM_UTF8):
+        raise ConfigError(f"{path}:1: starts with a byte-order mark (BOM), which hides its first line; save it without")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line, problem = syntax_error(text.splitlines(), error)
+        raise ConfigError(f"{path}:{line}: {problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ConfigError(f"{path}:{line}: the character U+{error.character:04X} is not allowed in YAML") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split()) or 'nested too deeply'})") from error
+    if root is not None:
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:{line_of(root)}: {kind_of(root)} where keys are expected (key: value)")
+        refuse_duplicates(path, root)
+    return root
+
+
+def syntax_error(lines: Sequence[str], error: yaml.MarkedYAMLError) -> tuple[int, str]:
+    """Line and description of what YAML does not accept."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line if mark else 0
+    here = lines[line] if line < len(lines) else ""
+    if "\t" in here[: len(here) - len(here.lstrip())]:
+        return line + 1, "indented with a tab; YAML takes spaces"
+    if error.context_mark and "could not find expected ':'" in str(error.problem):
+        line = error.context_mark.line
+        return line + 1, f"a colon is missing (key: value): {lines[line].strip()}"
+    if "mapping values are not allowed" in str(error.problem):
+        before = next((n for n in range(line - 1, -1, -1) if lines[n].strip()), None)
+        if before is not None and not re.search(r":(\s|$)|^\s*(#|-)", lines[before]):
+            return before + 1, f"a colon is missing (key: value): {lines[before].strip()}"
+        return line + 1, f"a key where none can be, check its indentation and colons: {here.strip()}"
+    return line + 1, f"not YAML ({error.problem or error})"
+
+
+def refuse_duplicates(path: Path, root: yaml.Node) -> None:
+    """Raise ConfigError for a key that stands twice in one mapping."""
+    seen: set[int] = set()
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                nodes.append(value)
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in lines:
+                        raise ConfigError(f"{path}:{line_of(key)}: {key.value} is set twice, first in line {lines[key.value]}")
+                    lines[key.value] = line_of(key)
+
+
+def check_layout(path: Path, group: str, root: yaml.Node | None) -> None:
+    """Raise ConfigError where a group's file is empty, or an overlay does not say that its keys are global."""
+    first = path.read_text(encoding="utf-8").lstrip().partition("\n")[0]
+    has_header = re.match(r"#\s*@package\s", first) is not None
+    if root is None and not has_header:
+        raise ConfigError(f"{path}: is empty; compare it with the other files of conf/{group}/")
+    if group not in GROUPS and not has_header:
+        raise ConfigError(f"{path}:1: the first line must be '# @package _global_', or its keys become {group}.KEY")
+    for name, value in entries(root):
+        if name == "defaults" and not isinstance(value, yaml.SequenceNode):
+            raise ConfigError(f"{path}:{line_of(value)}: defaults: a list is expected (- override /GROUP: OPTION)")
+        if name == "defaults":
+            for item in value.value:
+                check_default_item(path, item)
+        elif name in GROUPS and group not in GROUPS and not isinstance(value, yaml.MappingNode):
+            what = "nothing" if is_null(value) else f"{kind_of(value)} ({value.value})" if is_text(value) else kind_of(value)
+            raise ConfigError(
+                f"{path}:{line_of(value)}: {name}: {what} where options are expected (key: value, each on an indented line)"
+            )
+
+
+def check_default_item(path: Path, item: yaml.Node) -> None:
+    """Raise ConfigError where an item of a defaults list lacks a part of ``override /GROUP: OPTION``."""
+    if isinstance(item, yaml.ScalarNode):
+        words = item.value.replace("=", " ").replace(":", " ").split()
+        if words and (words[0] == "override" or words[0].strip("/") in GROUPS):
+            if words[0] == "override":
+                words = words[1:]
+            group, option = (*words, "GROUP", "OPTION")[:2]
+            refuse_item(path, item, item.value, group, option)
+        return
+    for name, value in entries(item):
+        keyword, _, group = name.rpartition(" ")
+        if group.strip("/") in GROUPS and (keyword != "override" or not group.startswith("/")):
+            refuse_item(path, item, f"{name}: {getattr(value, 'value', '')}", group, getattr(value, "value", "OPTION"))
+
+
+def refuse_item(path: Path, item: yaml.Node, written: str, group: str, option: str) -> None:
+    raise ConfigError(f"{path}:{line_of(item)}: defaults: '{written}' must be 'override /{group.strip('/')}: {option}'")
+
+
+def entries(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
+    """Keys and values of a mapping, nothing of any other node."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield str(key.value), value
+
+
+def kind_of(node: yaml.Node) -> str:
+    return {"sequence": "a list", "mapping": "a mapping"}.get(node.id, "text")
+
+
+def is_text(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode)
+
+
+def is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
+
+
+def line_of(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+# Permissions
+
+
+def check_defaults(repository: Any, config_path: str, defaults: Iterable[InputDefault]) -> None:
+    """Raise ConfigError where the defaults list of a group's file names what it may not choose, or what does not exist."""
+    path = repository.file_of(config_path)
+    for default in defaults:
+        name = str(default.group if isinstance(default, GroupDefault) else getattr(default, "path", ""))
+        value = default.value if isinstance(default, GroupDefault) else None
+        values = value if isinstance(value, list) else [value] if value else []
+        parts = [part for text in (name, *values) for part in str(text).split("/")]
+        package = [part for part in re.split(r"[.:]", default.package or "") if part != "_global_"]
+        group = name.strip("/")
+        if group.split("/")[0] == "hydra" or package[:1] == ["hydra"]:
+            shown = name + (f"@{default.package}" if default.package else "")
+            raise ConfigError(f"{location(path, group)}: defaults: {shown}: what configures Hydra {WHERE}")
+        if ".." in parts:
+            raise ConfigError(f"{location(path, group)}: defaults: {name}: leads out of the group's directory")
+        if isinstance(default, GroupDefault) and default.override and name.startswith("/") and not default.is_interpolation():
+            for option in values:
+                if repository.group_exists(group) and not repository.config_exists(f"{group}/{option}"):
+                    options = repository.get_group_options(group)
+                    raise ConfigError(
+                        f"{location(path, group)}: defaults: {group}={option}: conf/{group}/ has no such file; "
+                        f"{nearest(option, options)}"
+                    )
+
+
+def check_permissions(defaults: Sequence[ResultDefault], repository: Any) -> None:
+    """Raise ConfigError where a file that is to be merged sets more than it may."""
+    parents = parents_of(defaults)
+    primary = {default.config_path for default in defaults if default.primary}
+    for default in defaults:
+        path = str(default.config_path)
+        if not is_free(path, parents, primary):
+            loaded = repository.load_config(config_path=path)
+            file = repository.delegate.file_of(path)
+            check_defaults(repository.delegate, path, loaded.defaults_list or [])
+            check_keys(repository, file or Path(path), embedded(loaded, default.package))
+        elif path.startswith("hydra/"):
+            refuse_shadowing(repository.delegate, path)
+
+
+def refuse_shadowing(repository: Repository, path: str) -> None:
+    """Raise ConfigError where a directory of a user's replaces a file of hydra/ that Hydra or a plugin brings along."""
+    first, *others = [source for source in repository.get_sources() if source.is_config(path)]
+    if first.provider not in ("hydra", "main", "schema") and others:
+        raise ConfigError(f"{repository.file_of(path)}: would replace Hydra's own {path}; give it another name")
+
+
+def embedded(loaded: ConfigResult, package: str | None) -> dict[str, Any]:
+    """The keys of a file as they stand in the composed config, interpolations unresolved."""
+    content = OmegaConf.create(OmegaConf.to_container(loaded.config, resolve=False))
+    package = loaded.header["package"] if package is None else package
+    if package and package != "_global_":
+        whole = OmegaConf.create()
+        OmegaConf.update(whole, package, content)
+        content = whole
+    return OmegaConf.to_container(content, resolve=False)  # type: ignore[return-value]
+
+
+def check_keys(repository: Any, file: Path, config: Any) -> None:
+    """Raise ConfigError unless the keys are options of the program's groups, its settings, or harmless ones of Hydra."""
+    for key, value in config.items():
+        if key == "hydra":
+            check_hydra_keys(repository, file, value)
+        elif key in GROUPS and not isinstance(value, dict):
+            raise ConfigError(f"{location(file, key)}: {key}: {value!r} where options are expected (key: value)")
+        elif key not in GROUPS and key not in SETTINGS:
+            raise ConfigError(
+                f"{location(file, key)}: {key}: nothing reads this key; {nearest(str(key), [*GROUPS, *SETTINGS])}"
+            )
+
+
+def check_hydra_keys(repository: Any, file: Path, value: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a key of Hydra that a group's file may not set."""
+    if prefix == PARAMS and isinstance(value, dict):
+        for key, values in value.items():
+            check_param(repository, file, str(key), values)
+    elif prefix in HARMLESS and prefix != PARAMS and not isinstance(value, dict | list):
+        return
+    elif isinstance(value, dict) and (not prefix or any(key.startswith(f"{prefix}.") for key in HARMLESS)):
+        for key, below in value.items():
+            check_hydra_keys(repository, file, below, f"{prefix}.{key}".lstrip("."))
+    else:
+        while isinstance(value, dict) and value and prefix.count(".") < 1:
+            key, value = next(iter(value.items()))
+            prefix = f"{prefix}.{key}".lstrip(".")
+        shown = ".".join(["hydra", *filter(None, [prefix])])
+        raise ConfigError(f"{location(file, shown.split('.')[-1])}: {shown}: a file of a group may not set this; it {WHERE}")
+
+
+def check_param(repository: Any, file: Path, key: str, value: Any) -> None:
+    """Raise ConfigError where a sweep's parameter, which becomes an override, is none of the program's own keys."""
+    override = parse_or_none(f"{key}={value}")
+    if override and override.package is None:
+        name = override.key_or_group
+        first = re.match(r"\w*", name)
+        if first and first[0] != "hydra" and (first[0] in (*GROUPS, *SETTINGS) or repository.group_exists(name)):
+            return
+    raise ConfigError(f"{location(file, key)}: hydra.sweeper.params: {key}: only the program's own keys can be swept in a file")
+
+
+def location(file: Path | None, key: str) -> str:
+    """``FILE:LINE`` of the first line that holds the key, for a message; ``FILE`` where none does."""
+    if file is None or not file.is_file():
+        return str(file)
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if re.search(rf"(^|[\s/.@'\"{{+]){re.escape(key)}\b", line.partition("#")[0]):
+            return f"{file}:{number}"
+    return str(file)
+
+
+def parents_of(defaults: Sequence[ResultDefault]) -> dict[str, set[str]]:
+    """The files that include each file of a defaults list."""
+    parents: dict[str, set[str]] = {}
+    for default in defaults:
+        parents.setdefault(str(default.config_path), set()).add(str(default.parent))
+    return parents
+
+
+def is_free(path: str, parents: Mapping[str, set[str]], primary: set[str | None]) -> bool:
+    """Whether a file may set anything: the primary config, files outside the groups that it includes, and those of hydra/."""
+    if path in primary or path in ("<root>", "None"):
+        return True
+    if "/" in path and not path.startswith("hydra/"):
+        return False
+    return all(is_free(parent, parents, primary) for parent in parents.get(path, {"<root>"}))
+
+
+def free_files(parents: Mapping[str, set[str]], primary: set[str | None]) -> list[str]:
+    return [path for path in parents if not path.startswith("hydra/") and is_free(path, parents, primary)]

@@ -1,0 +1,121 @@
+"""TrivialAugment (Müller and Hutter, 2021) on the device, a whole batch at a time."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+GREY = 127.5  # what is moved into a picture from outside
+
+
+class TrivialAugment:
+    """One of the 14 operations below for each image, with a magnitude drawn uniformly from 0 to ``max_magnitude``.
+
+    max_magnitude: 1 is the paper's "wide" space. Magnitudes are real numbers, where the paper has 31 values.
+    count, batch_size: images per epoch and per batch.
+
+    Holds the draws of one epoch, made on the host with the epoch's generator.
+    """
+
+    def __init__(
+        self, max_magnitude: float, count: int, batch_size: int, random: torch.Generator, device: torch.device
+    ) -> None:
+        operation = torch.randint(len(OPERATIONS), (count,), generator=random)
+        amount = max_magnitude * (2 * torch.rand(count, generator=random) - 1)
+        # Images that undergo the same operation lie side by side in a batch, so each operation is one call.
+        batch = torch.arange(count) // batch_size
+        group = batch * len(OPERATIONS) + operation
+        order = group.argsort(stable=True)
+        self.batch_size = batch_size
+        self.sizes = group.bincount(minlength=int(batch[-1] + 1) * len(OPERATIONS)).view(-1, len(OPERATIONS)).tolist()
+        self.order = (order - batch * batch_size).to(device)
+        self.amount = amount[order].to(device)
+
+    def __call__(self, images_BCYX: Tensor, number: int) -> Tensor:
+        """Batch ``number`` of the epoch, uint8 → the same shape and type, each image in its place."""
+        batch = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        order, amounts, sizes = self.order[batch], self.amount[batch], self.sizes[number]
+        groups = zip(OPERATIONS.values(), images_BCYX[order].split(sizes), amounts.split(sizes), strict=True)
+        changed = torch.empty_like(images_BCYX)
+        changed[order] = torch.cat([operation(images, amount) for operation, images, amount in groups if len(images)])
+        return changed
+
+
+def warp(images_BCYX: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Look each pixel up where an affine map, the identity but for ``entries`` (B,), takes its place in [−1, 1]²; bilinear."""
+    map_B23 = torch.eye(2, 3, device=images_BCYX.device).repeat(len(images_BCYX), 1, 1)
+    for (row, column), value_B in entries.items():
+        map_B23[:, row, column] = value_B
+    places = F.affine_grid(map_B23, list(images_BCYX.shape), align_corners=False)
+    return as_uint8(F.grid_sample(images_BCYX - GREY, places, align_corners=False) + GREY)
+
+
+def rotate(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """By up to 135°."""
+    angle = amount_B * (0.75 * math.pi)
+    cos, sin = angle.cos(), angle.sin()
+    return warp(images_BCYX, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
+
+
+def blend(images_BCYX: Tensor, other: Tensor, amount_B: Tensor) -> Tensor:
+    """From the other image (amount −1) by way of the image itself (0) to as far beyond (1)."""
+    factor = 1 + 0.99 * amount_B[:, None, None, None]
+    return as_uint8(other + factor * (images_BCYX - other))
+
+
+def brightness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    return blend(images_BCYX, torch.zeros((), device=images_BCYX.device), amount_B)
+
+
+def color(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float(), amount_B)
+
+
+def contrast(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float().mean(dim=(1, 2, 3), keepdim=True), amount_B)
+
+
+def sharpness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Against the image smoothed with Pillow's kernel, whose middle weighs 5 and whose 8 neighbours 1; the border stays."""
+    smooth = images_BCYX.float()
+    inner = smooth[:, :, 1:-1, 1:-1].clone()
+    smooth[:, :, 1:-1, 1:-1] = (4 * inner + 9 * F.avg_pool2d(images_BCYX.float(), 3, stride=1)) / 13
+    return blend(images_BCYX, smooth, amount_B)
+
+
+def posterize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Forget up to 6 of the 8 bits."""
+    bits = (6 * amount_B.abs()).round().to(torch.uint8)[:, None, None, None]
+    return images_BCYX >> bits << bits
+
+
+def solarize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Invert what is at least as bright as a threshold, from 255 down to 0."""
+    threshold = 255 * (1 - amount_B.abs())[:, None, None, None]
+    return torch.where(images_BCYX >= threshold, 255 - images_BCYX, images_BCYX)
+
+
+def as_uint8(images: Tensor) -> Tensor:
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+# uint8 images (B, C, Y, X) and amounts (B,) from −1 to 1 → uint8 images.
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda images, amount: images,
+    "shear_x": lambda images, amount: warp(images, {(0, 1): 0.99 * amount}),
+    "shear_y": lambda images, amount: warp(images, {(1, 0): 0.99 * amount}),
+    "translate_x": lambda images, amount: warp(images, {(0, 2): 2 * amount}),  # by up to the whole width
+    "translate_y": lambda images, amount: warp(images, {(1, 2): 2 * amount}),
+    "rotate": rotate,
+    "brightness": brightness,
+    "color": color,
+    "contrast": contrast,
+    "sharpness": sharpness,
+    "posterize": posterize,
+    "solarize": solarize,
+    "autocontrast": lambda images, amount: tv.autocontrast(images),
+    "equalize": lambda images, amount: tv.equalize(images),
+}

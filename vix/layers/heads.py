@@ -1,0 +1,73 @@
+"""Splitting the width into heads, and the arithmetic that must not follow autocast."""
+
+from collections.abc import Callable
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from vix.errors import nearest_divisors
+
+
+def head_width(dim: int, heads: int, dim_head: int | None) -> int:
+    """Width E of one head: ``dim_head``, or an equal share of ``dim`` where that is None.
+
+    Raises ValueError where ``heads`` does not divide ``dim`` and no ``dim_head`` is given.
+    """
+    if dim_head is not None:
+        return dim_head
+    if dim % heads:
+        raise ValueError(f"heads={heads} does not divide the width {dim}; nearest that do: {nearest_divisors(dim, heads)}")
+    return dim // heads
+
+
+def split_heads(x_BNF: Tensor, heads: int) -> Tensor:
+    """(B, N, H·E) → (B, H, N, E)."""
+    return rearrange(x_BNF, "b n (h e) -> b h n e", h=heads)
+
+
+def merge_heads(x_BHNE: Tensor) -> Tensor:
+    """(B, H, N, E) → (B, N, H·E)."""
+    return rearrange(x_BHNE, "b h n e -> b n (h e)")
+
+
+class MultiHeadMixer(nn.Module):
+    """Base of mixers whose heads mix values by queries and keys: (B, N, D) → (B, N, D).
+
+    A subclass has ``attend``, a method or a module: (B, H, N, E) three times → (B, H, N, E).
+
+    dim: width D of the tokens.
+    rotary: function from the head width E to a module that rotates (B, H, N, E) by position; None rotates nothing.
+    heads, dim_head: number H of heads and width E of one; ``dim_head`` None means dim / heads.
+    qkv_bias: biases of the projection to queries, keys and values.
+
+    Raises ValueError where ``heads`` does not divide ``dim`` and no ``dim_head`` is given.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __init__(
+        self,
+        dim: int,
+        rotary: Callable[[int], nn.Module] | None,
+        heads: int,
+        dim_head: int | None,
+        qkv_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dim_head = heads, head_width(dim, heads, dim_head)
+        inner = heads * self.dim_head
+        self.to_qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.to_out = nn.Linear(inner, dim)
+        self.rotate = rotary(self.dim_head) if rotary else nn.Identity()
+
+    def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, N, E), after the rotation of queries and keys."""
+        return self.rotated(self.to_qkv(x_BND))
+
+    def rotated(self, qkv_BNF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, 3·H·E) → queries, keys and values (B, H, N, E), queries and keys rotated."""
+        q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in qkv_BNF.chunk(3, dim=-1))
+        return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.to_out(merge_heads(self.attend(*self.qkv(x_BND))))

@@ -1,0 +1,364 @@
+"""The report's pictures: figure 4 of the paper, accuracy against what it costs, and learning curves.
+
+matplotlib is drawn into memory as PNG without a display; only :mod:`vix.cli.report` imports this, when it writes files.
+"""
+
+import io
+import itertools
+import math
+import statistics
+import textwrap
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
+
+from vix.reporting.console import encodable
+from vix.runs.results import Group, Row
+
+# The paper's colours: ViT red, ViX blue, hybrid ViT orange, hybrid ViX green.
+FAMILIES = {"ViT": "tab:red", "ViX": "tab:blue", "Hybrid ViT": "tab:orange", "Hybrid ViX": "tab:green"}
+# Rows of the paper in its figure 4: their family, and what the point is called.
+FIGURE_4 = {
+    "vit": ("ViT", "ViT"),
+    "vip": ("ViX", "ViP"),
+    "vil": ("ViX", "ViL"),
+    "vin": ("ViX", "ViN"),
+    "hybrid_vit": ("Hybrid ViT", "Hybrid ViT"),
+    "hybrid_vip": ("Hybrid ViX", "Hybrid ViP"),
+    "hybrid_vil": ("Hybrid ViX", "Hybrid ViL"),
+    "hybrid_vin": ("Hybrid ViX", "Hybrid ViN"),
+}
+XFORMERS = ("performer", "linformer", "nystrom")
+COLORS = {
+    "softmax": "tab:red",
+    "performer": "tab:blue",
+    "linformer": "tab:purple",
+    "nystrom": "tab:green",
+    "linear": "tab:cyan",
+    "fourier": "tab:orange",
+    "token_mlp": "tab:brown",
+}
+OTHER = "tab:gray"
+KINDS = {"levit": "softmax", "cvt": "softmax"}  # their own attentions: softmax with convolutions
+# Column of the table → the word in the title, the axis with its unit, and what the column is divided by.
+COSTS = {
+    "trainable_params": ("parameters", "trainable parameters, millions", 1e6),
+    "minutes": ("time", "training and testing, minutes", 1.0),
+    "gpu_gb": ("memory", "peak GPU memory, GB", 1.0),
+}
+DPI = 130  # labels are placed in the very pixels that are saved: text does not scale evenly
+MOST_LABELS = 40  # beside the front's; more could not be told apart
+MOST_CURVES = 20  # ten colours in two kinds of line
+LINES = ("-", "--")
+SIDES = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
+# Where a label may stand, in points (1/72 inch) from its point to the label's near side: the nearest first.
+OFFSETS = [(r * dx, r * dy) for r in (6, 12, 20, 30, 42, 56, 72, 90) for dx, dy in SIDES]
+# Alignment of a label whose offset has this sign: 0, 1, -1.
+ACROSS = ("center", "left", "right")
+UP = ("center", "bottom", "top")
+Pixels = np.ndarray[Any, np.dtype[np.float64]]
+Line = tuple[tuple[float, float], tuple[float, float]]  # from and to, in the axes' quantities
+
+
+class Entry(NamedTuple):
+    """A group with its line of the table, and what the pictures call it."""
+
+    group: Group
+    row: Row
+    label: str
+
+
+class Point(NamedTuple):
+    """A labelled point; ``first`` ones get their labels before the others take the room."""
+
+    x: float
+    y: float
+    label: str
+    color: str
+    first: bool = False
+
+
+@rc_context({"text.parse_math": False})  # dollars in names are text
+def pictures(
+    groups: Sequence[Group], rows: Sequence[Row], published: Mapping[str, Mapping[str, str]]
+) -> dict[str, tuple[str, bytes]]:
+    """File name → (title, PNG). ``rows``: the groups' lines of the table; ``published``: the paper's rows by experiment.
+
+    A picture for which no group has figures is left out; figure 4 always shows the published points.
+    """
+    labels, common = without_common([encodable(group.name) for group in groups])
+    entries = [Entry(*entry) for entry in zip(groups, rows, labels, strict=True)]
+    note = f"all: {' '.join(common)}" if common else ""
+    with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
+        drawn = {
+            "figure4.png": figure_4(entries, note, published),
+            **{f"accuracy_{word}.png": pareto(entries, note, cost) for cost, (word, *_) in COSTS.items()},
+            "learning_curves.png": learning_curves(entries, note),
+        }
+        return {name: (figure.get_suptitle(), png(figure)) for name, figure in drawn.items() if figure is not None}
+
+
+def without_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names without the overrides that all of them share, and those overrides."""
+    words = [name.split(" ") for name in names]
+    common = set.intersection(*(set(w[1:]) for w in words)) if len(words) > 1 else set()
+    return [" ".join(w for w in ws if w not in common) for ws in words], sorted(common)
+
+
+def figure_4(entries: Iterable[Entry], note: str, published: Mapping[str, Mapping[str, str]]) -> Figure:
+    """Accuracy against GPU memory in the paper's four families: the published points hollow, ours filled."""
+    figure, axes = new_figure("Accuracy against GPU memory (the paper's figure 4)", note)
+    points: list[Point] = []
+    lines: dict[Line, str] = {}
+    ours: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    at: dict[str, tuple[float, float]] = {}
+    for name, (family, label) in FIGURE_4.items():
+        at[name] = float(published[name]["published_gpu_gb"]), float(published[name]["published_top1"])
+        axes.plot(*at[name], "o", mfc="white", mec=FAMILIES[family], mew=1.6, ms=7, zorder=3)
+        points.append(Point(*at[name], label, FAMILIES[family], first=True))
+    for group, row, label in entries:
+        kin = family_of(group.best)
+        if kin is None or row["gpu_gb"] is None:
+            continue
+        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[kin]
+        ours[color].append((x, y))
+        there = at.get(group.runs[0].experiment)
+        if group.published and there:
+            lines[there, (x, y)] = color
+        points.append(Point(x, y, label, color))
+    for color, ours_there in ours.items():
+        axes.plot(*zip(*ours_there, strict=True), "o", color=color, ms=7, zorder=4)
+    axes.add_collection(LineCollection([*lines], colors=[*lines.values()], linestyles=":", linewidths=1, zorder=1))
+    axes.margins(0.12)
+    logarithmic(axes)
+    axes.set_xlabel("peak GPU memory, GB (the paper's at batch 64)")
+    axes.set_ylabel("top-1 accuracy of the best epoch, %")
+    filled = "ours" if ours else "ours: none has GPU figures"
+    handles = [dot(family, color) for family, color in FAMILIES.items()]
+    legend(figure, [*handles, dot("published", "black", mfc="white", mew=1.6), dot(filled, "black")])
+    put_labels(figure, axes, points, [*lines])
+    return figure
+
+
+def family_of(results: Row) -> str | None:
+    """A run's family in figure 4; None where it is no ViT or ViX on CIFAR-10 with learned positions."""
+    if (results.get("model"), results.get("data"), results.get("posenc")) != ("vit", "cifar10", "learned"):
+        return None
+    attention = results.get("attention")
+    kind = "ViT" if attention == "softmax" else "ViX" if attention in XFORMERS else None
+    embedding = {"linear": "", "conv": "Hybrid "}.get(str(results.get("embedding")))
+    return None if kind is None or embedding is None else embedding + kind
+
+
+def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
+    """Last epoch's accuracy (mean ± standard deviation) against one of COSTS, with the Pareto front."""
+    word, axis, unit = COSTS[cost]
+    measured = [entry for entry in entries if entry.row[cost]]
+    if not measured:
+        return None
+    figure, axes = new_figure(f"Accuracy against {word}", note)
+    front = pareto_front((row[cost] / unit, row["top1"]) for _, row, _ in measured)
+    points: list[Point] = []
+    lines: list[Line] = []
+    bars: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # by what their colour stands for
+    for group, row, label in measured:
+        kind = KINDS.get(attention := str(group.best.get("attention")), attention)
+        x, y, std = row[cost] / unit, row["top1"], row["top1_std"]
+        bars[kind if kind in COLORS else "other"].append((x, y, math.nan if std is None else std))
+        lines.append(((x, y - (std or 0.0)), (x, y + (std or 0.0))))
+        points.append(Point(x, y, label, COLORS.get(kind, OTHER), first=(x, y) in front))
+    for kind, bar in bars.items():
+        x, y, std = zip(*bar, strict=True)
+        axes.errorbar(x, y, std, fmt="o", color=COLORS.get(kind, OTHER), ms=6, capsize=3, lw=1, zorder=3)
+    axes.margins(0.12)
+    logarithmic(axes)
+    # The front goes on to the right at its best accuracy: more cost bought no more.
+    left, right = axes.get_xlim()
+    corners = [front[0]]
+    for x, y in [*front[1:], (right, front[-1][1])]:
+        corners += [(x, corners[-1][1]), (x, y)]
+    lines += itertools.pairwise(corners)
+    axes.plot(*zip(*corners, strict=True), color="black", lw=1, alpha=0.6, zorder=1)
+    axes.set_xlim(left, right)
+    axes.set_xlabel(axis)
+    axes.set_ylabel("top-1 accuracy of the last epoch, %")
+    handles = [dot(kind, COLORS.get(kind, OTHER)) for kind in bars]
+    legend(figure, [*handles, Line2D([], [], color="black", alpha=0.6, label="Pareto front")])
+    put_labels(figure, axes, points, lines)
+    return figure
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (cost, accuracy) points that none beats in both, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
+    """Training loss and test accuracy by epoch: means over a group's seeds, with a band of ± one standard deviation."""
+    logged = [entry for entry in entries if all(curve(run.results, "top1") for run in entry.group.runs)]
+    if not logged:
+        return None
+    shown = sorted(logged, key=lambda entry: -entry.row["top1"])[:MOST_CURVES]
+    if len(shown) < len(logged):
+        note = f"the {len(shown)} best of {len(logged)}{', ' if note else ''}{note}"
+    figure = Figure((12, 5), DPI)
+    panels = figure.subplots(1, 2)
+    headings(figure, "Learning curves", note)
+    handles = []
+    for i, (group, _, label) in enumerate(shown):
+        color, line = f"C{i % 10}", LINES[i // 10]
+        for axes, key in zip(panels, ("train_loss", "top1"), strict=True):
+            # Not strict: the loss of one seed may overflow before the others'.
+            seeds = list(zip(*(curve(run.results, key) for run in group.runs), strict=False))
+            epochs, means = range(1, len(seeds) + 1), [statistics.fmean(values) for values in seeds]
+            axes.plot(epochs, means, lw=1.5, marker="o" if len(means) < 4 else None, ms=4, color=color, ls=line)
+            if len(group.runs) > 1:
+                stds = [statistics.stdev(values) for values in seeds]
+                low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+                axes.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
+        text = textwrap.fill(label, 36)
+        # matplotlib leaves labels that begin with an underscore out of a legend.
+        handles.append(Line2D([], [], label=f" {text}" if text.startswith("_") else text, color=color, ls=line))
+    for axes, quantity in zip(panels, ("training loss, nats", "top-1 test accuracy, %"), strict=True):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    legend(figure, handles)
+    return figure
+
+
+def curve(results: Row, key: str) -> list[float]:
+    """A column of a run's history up to where it is no number any more (a loss may overflow)."""
+    values = []
+    for epoch in results["history"]:
+        if not isinstance(epoch.get(key), int | float):
+            break
+        values.append(epoch[key])
+    return values
+
+
+def new_figure(title: str, note: str) -> tuple[Figure, Axes]:
+    figure = Figure((9, 5.5), DPI)
+    axes = figure.subplots()
+    headings(figure, title, note)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def headings(figure: Figure, title: str, note: str) -> None:
+    """A title, and below it what all points have in common."""
+    figure.suptitle(title, fontweight="bold")
+    figure.text(0.5, 0.93, textwrap.shorten(note, 120, placeholder=" …"), ha="center", va="top", size=8, color="dimgray")
+    figure.subplots_adjust(top=0.88, left=0.08)
+
+
+def legend(figure: Figure, handles: list[Line2D]) -> None:
+    """A legend to the right of the axes; ``png`` widens the picture for it."""
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.91, 0.88), frameon=False, fontsize=8)
+
+
+def dot(label: str, color: str, **style: Any) -> Line2D:
+    """A point for a legend."""
+    return Line2D([], [], ls="", marker="o", color=color, label=label, **style)
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic x axis with plain numbers, so many of them that there are always some."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0) if high > 5 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axes.xaxis.set_major_locator(LogLocator(10, subs=steps))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Sequence[Line]) -> None:
+    """Write each point's label where it hides no point, no other label and, if it can be, no line; a thin line leads to it.
+
+    Labels that find no room are left out; ``first`` points are served first.
+    """
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # fixes the pixels
+    frame = axes.get_window_extent()
+    to_pixels = axes.transData.transform
+    pixels = to_pixels([(point.x, point.y) for point in points])
+    solid = np.concatenate([pixels - 7, pixels + 7], axis=1)  # rows of x0, y0, x1, y1
+    thin = np.concatenate([np.empty((0, 4)), *(along(*to_pixels(line)) for line in lines)])
+    leaders: list[tuple[Pixels, Pixels]] = []
+    leader_colors: list[str] = []
+    served = sorted(range(len(points)), key=lambda i: not points[i].first)
+    for i in served[: sum(point.first for point in points) + MOST_LABELS]:
+        x, y, text, color, _ = points[i]
+        label = axes.annotate(
+            textwrap.fill(text, 30),
+            (x, y),
+            xytext=OFFSETS[0],
+            textcoords="offset points",
+            fontsize=7.5,
+            color=color,
+            zorder=5,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )
+        size = np.array(label.get_window_extent(renderer).size)
+        # The near side or corner lies at the offset: the lower left is a whole, half or no size further down.
+        near = pixels[i] + np.array(OFFSETS) * figure.dpi / 72
+        low = near + size * (np.sign(OFFSETS) - 1) / 2
+        boxes = np.concatenate([low, low + size], axis=1)
+        free = (low > frame.min).all(axis=1) & (low + size < frame.max).all(axis=1) & ~overlap(boxes, solid)
+        labels = solid[len(points) :]  # a leader may pass a point, as many lie close together, but no label
+        for k in (*np.flatnonzero(free & ~overlap(boxes, thin)), *np.flatnonzero(free)):
+            leader = along(pixels[i], near[k])
+            if not overlap(leader, labels).any():
+                dx, dy = OFFSETS[k]
+                label.set(position=(dx, dy), ha=ACROSS[np.sign(dx)], va=UP[np.sign(dy)])
+                solid = np.concatenate([solid, boxes[k : k + 1], leader])
+                if k >= len(SIDES):  # a label that touches its point needs none
+                    leaders.append((near[k], pixels[i]))
+                    leader_colors.append(color)
+                break
+        else:
+            label.remove()
+    # One artist for all lines: arrows of the labels' own would take most of the report's time.
+    ends = [axes.transData.inverted().transform((start, end)) for start, end in leaders]
+    axes.add_collection(LineCollection(ends, colors=leader_colors, linewidths=0.5, zorder=2), autolim=False)
+
+
+def along(start: Pixels, end: Pixels) -> Pixels:
+    """Boxes that cover the line from one pixel to another: a row of small ones, or one where it is upright or level."""
+    if (start == end).any():
+        return np.concatenate([np.minimum(start, end) - 1, np.maximum(start, end) + 1])[None]
+    middles = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / 4))
+    return np.concatenate([middles - 1, middles + 1], axis=1)
+
+
+def overlap(boxes: Pixels, others: Pixels) -> Any:
+    """For each box x0, y0, x1, y1, whether it shares a pixel with any of the others."""
+    left, low, right, high = boxes.T[:, :, None]
+    return ((others[:, 0] < right) & (others[:, 1] < high) & (others[:, 2] > left) & (others[:, 3] > low)).any(axis=1)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, widened for what lies beside its axes."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    # bbox_inches="tight" would find out what lies outside by drawing everything once more.
+    whole = Bbox.union([figure.bbox, *(legend.get_window_extent(renderer).padded(10) for legend in figure.legends)])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches=Bbox(whole.get_points() / figure.dpi))
+    return buffer.getvalue()

@@ -1,0 +1,45 @@
+"""Tables of text, for the terminal and as Markdown."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table as RichTable
+
+from vix.reporting.console import console
+
+
+class Table(NamedTuple):
+    """A titled table of texts; ``words`` columns of it hold words, the others numbers."""
+
+    title: str
+    heads: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    words: int
+
+    def print(self) -> None:
+        """Print the table; lines end where their text does."""
+        table = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        least = 2  # characters: the frame's, and those of the columns below
+        for i, texts in enumerate(zip(self.heads, *self.lines, strict=True)):
+            word = i < self.words
+            longest = max(len(line) for text in texts for line in text.split("\n"))
+            width = min(longest, 30) if word else longest
+            table.add_column(texts[0], justify="left" if word else "right", overflow="fold", no_wrap=not word, min_width=width)
+            least += width + 3
+        for line in self.lines:
+            table.add_row(*line)
+        output = console()
+        # In a file or a pipe every line stays whole, for grep and less -S; on a terminal names are folded, figures are not.
+        output.width = max(least, output.width) if output.is_terminal else 10_000
+        with output.capture() as capture:
+            output.print(table)
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+    def markdown(self) -> str:
+        def line(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(re.sub(r"[|\\[\]`*<]", r"\\\g<0>", " ".join(c.split())) for c in cells) + " |"
+
+        rule = ["---" if i < self.words else "---:" for i in range(len(self.heads))]
+        return "\n".join([f"## {self.title}", "", line(self.heads), line(rule), *map(line, self.lines), ""])

@@ -1,0 +1,207 @@
+"""A run's events for TensorBoard, in the run's own directory."""
+
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor, nn
+from torch.utils.tensorboard import FileWriter, SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from vix.attention.inspection import class_token_maps, softmax_error
+from vix.data.loader import Split, normalize
+from vix.errors import UserError
+from vix.overrides import override_key
+from vix.reporting import images
+from vix.runs.identity import IGNORED_ON_RESUME
+from vix.runs.results import flatten
+from vix.runs.run import RunDirectory
+from vix.system.memory import process_gigabytes
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "image_set", "optimizer")
+METRICS = (
+    *("top1", "top5", "best_top1", "train_loss"),
+    *("trainable_params", "images_per_second", "seconds", "peak_gpu_allocated_gb"),
+)
+PROBED, SHOWN, WORST = 16, 6, 40  # test images of the probe, of the attention maps, and with the highest loss
+
+
+class EventFile:
+    """A new event file in a directory, which TensorBoard reads after those that are there already.
+
+    It reads a directory's files in the order of their names, and what a later file says of a step replaces what earlier ones
+    do. PyTorch's own names begin with the time, so a clock that went back, or a machine whose clock is behind, would put the
+    continuation of a run before its beginning, and TensorBoard would show a part of the epochs. Here the number in the name
+    is higher than that of every file before it.
+
+    Events are kept until ``flush``, which raises OSError where they cannot be written.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        earlier = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in os.listdir(directory))
+        # As text, because that is how TensorBoard compares names: a clock that is centuries ahead adds a digit.
+        latest = max((found[1] for found in earlier if found), default="")
+        number = f"{int(time.time()):010d}"
+        if number <= latest:
+            number = f"{int(latest) + 1:0{len(latest)}d}"
+        path = Path(directory, f"events.out.tfevents.{number}.{socket.gethostname()}.{os.getpid()}.0")
+        self.file = open(path, "xb")  # noqa: SIM115  (closed by ``close``)
+        self.records = RecordWriter(self.file)
+        self.pending = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+
+    def get_logdir(self) -> str:
+        return self.directory
+
+    def add_event(self, event: Event) -> None:
+        self.pending.append(event)
+
+    def flush(self) -> None:
+        while self.pending:
+            self.records.write(self.pending[0].SerializeToString())
+            del self.pending[0]
+        self.file.flush()
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self.file.close()
+
+
+class EventWriter(SummaryWriter):
+    """PyTorch's writer of events, into an ``EventFile``."""
+
+    def _get_file_writer(self) -> Any:
+        if self.file_writer is None:
+            writer = FileWriter.__new__(FileWriter)  # its constructor would make a file with a name from the clock
+            writer.event_writer = EventFile(self.log_dir)
+            vars(self).update(file_writer=writer, all_writers={self.log_dir: writer})
+            if self.purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                writer.add_event(Event(session_log=start), self.purge_step)
+        return self.file_writer
+
+
+class TensorBoard:
+    """Scalars of every epoch, the config as text, a row of the HParams page, and pictures at the end.
+
+    first_epoch: the one that comes next, from 1. test, class_names: what is shown of the model is seen on.
+    probe: log how far each approximate mixer is from softmax attention (:func:`vix.attention.inspection.softmax_error`).
+    """
+
+    def __init__(
+        self, run: RunDirectory, first_epoch: int, model: nn.Module, test: Split, class_names: Sequence[str], probe: bool
+    ) -> None:
+        self.run, self.first_epoch, self.model, self.test = run, first_epoch, model, test
+        self.class_names, self.probe = class_names, probe
+
+    def __enter__(self) -> "TensorBoard":
+        # Purged: an epoch that an earlier start logged but did not save is done, and logged, again.
+        self.writer = EventWriter(str(self.run.directory), purge_step=self.first_epoch)
+        self.writer.add_text("config", f"```json\n{json.dumps(self.run.config, indent=2)}\n```")
+        # Without PyTorch's list of all columns: TensorBoard takes one run's list for all, though other models have other keys.
+        _, start, self.end = hparams(hyperparameters(self.run), {})
+        self.write_hparams(start)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # what could not be written was told by ``flush``
+            self.writer.close()
+
+    def flush(self) -> None:
+        """Wait for the events to be on the disk. Raises UserError where they cannot be."""
+        try:
+            self.writer.flush()
+        except OSError as error:
+            raise UserError(f"cannot write TensorBoard's events into {self.run.directory} ({error.strerror})") from error
+
+    def epoch(self, row: dict[str, Any], memory: dict[str, float | None]) -> None:
+        """Log an epoch: its row of the history, and the memory figures."""
+        scalars = {
+            "loss/train": row["train_loss"],
+            "accuracy/top1": row["top1"],
+            "accuracy/top5": row["top5"],
+            "train/lr": row["lr"],
+            "train/images_per_second": row["images_per_second"],
+            "memory/process_peak_gb": process_gigabytes(),
+            **{f"memory/{name}": value for name, value in memory.items() if value is not None},
+        }
+        if self.probe:
+            step = max(1, len(self.test) // PROBED)
+            errors = softmax_error(self.model, normalize(self.test.images[::step][:PROBED]))
+            scalars |= {f"probe/softmax_error/layer_{i}": error for i, error in enumerate(errors)}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, row["epoch"])
+        self.flush()
+
+    def finish(self, results: dict[str, Any], loss: Tensor, predicted: Tensor) -> None:
+        """Log the final metrics, and pictures of the predictions.
+
+        loss, predicted: cross-entropy (nats) and predicted class of every test image, (count,) on the CPU.
+
+        The run is trained by then: where this cannot be drawn or written, a warning says so.
+        """
+        try:
+            for name in METRICS:
+                if results[name] is not None:
+                    self.writer.add_scalar(f"final/{name}", results[name], results["epochs"])
+            self.write_hparams(self.end)
+            self.pictures(loss, predicted, results["epochs"])
+            self.flush()
+        except Exception as error:  # no disk or GPU memory left, fonts missing, …
+            log.warning("TensorBoard lacks the end of this run (%s: %s)", type(error).__name__, error)
+
+    def write_hparams(self, summary: Any) -> None:
+        """Write one of the messages with which a run's row of the HParams page begins and ends."""
+        assert self.writer.file_writer is not None
+        self.writer.file_writer.add_summary(summary)
+
+    def pictures(self, loss: Tensor, predicted: Tensor, epoch: int) -> None:
+        """Draw and log: the confusion matrix, the worst-classified images, and attention maps where the model has them."""
+
+        labels, names = self.test.labels.cpu(), self.class_names
+        true, guesses = labels.numpy(), predicted.numpy()
+        worst = loss.argsort(descending=True, stable=True)[:WORST].numpy()  # an index of one element stays an array
+        drawn = {
+            "confusion_matrix": images.confusion_matrix(true, guesses, names),
+            "worst_images": images.worst_images(self.pixels(worst), true[worst], guesses[worst], loss.numpy()[worst], names),
+        }
+        # One image of each of the first classes that are among the test images.
+        some = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
+        maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, normalize(self.test.images[some]))]
+        if maps:
+            drawn["class_token_attention"] = images.attention_maps(self.pixels(some), true[some], guesses[some], maps, names)
+        for name, picture in drawn.items():
+            self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
+
+    def pixels(self, which: Any) -> Any:
+        """Test images as an array (count, Y, X, C) of uint8."""
+        return self.test.images[which].permute(0, 2, 3, 1).cpu().numpy()
+
+
+def hyperparameters(run: RunDirectory) -> dict[str, str | int | float]:
+    """The columns of the HParams page: what was chosen, and every key that changes what is computed.
+
+    Keys that are null are left out unless the command set them: most mean "as usual", and a column of numbers stays one.
+    """
+    columns = {name: run.identity[name] for name in CHOICES if run.identity.get(name)}
+    given = {override_key(override) for override in run.identity.get("overrides", ())}
+    for key, value in flatten(run.config).items():
+        if key in IGNORED_ON_RESUME or key.endswith("_target_") or (value is None and key not in given):
+            continue
+        number_or_text = isinstance(value, int | float | str) and not isinstance(value, bool)
+        columns[key] = value if number_or_text else json.dumps(value)
+    return columns

@@ -1,0 +1,289 @@
+"""A run's directory: results, checkpoint, TensorBoard events, and when an earlier run in it is continued."""
+
+import json
+import logging
+import re
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vix.errors import ConfigError, UserError
+from vix.runs.checkpoint import read_checkpoint, write_tensors
+from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changes_row, check_changeable, differing
+from vix.runs.results import UNFINISHED, flatten, wrong_fields
+from vix.system.distributed import rank
+from vix.system.files import link_or_copy, nan_to_none, write_json
+
+log = logging.getLogger(__name__)
+
+KEPT = ("results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
+STAGING = ".previous.tmp"  # holds an earlier run while its files are moved aside
+# Fields that the table of a finished run needs as well.
+SHOWN = ("name", "best_epoch", "train_loss", "checkpoint_mb", "images_per_second", "seconds", "device", "precision")
+# Entries of results.json that a checkpoint keeps elsewhere, or that are about one start only.
+NOT_IN_CHECKPOINT = ("config", "error", "traceback")
+
+
+class RunDirectory:
+    """What one training run writes into its directory.
+
+    directory: exists already, and holds what an earlier start of the same run left.
+    identity: the fields of results.json that are known before training.
+    config: the composed config as plain containers.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any]) -> None:
+        self.directory, self.config = directory, config
+        self.results_path, self.checkpoint_path = directory / "results.json", directory / "checkpoint.pt"
+        self.previous_path = directory / "checkpoint.previous.pt"
+        self.identity = identity
+        self.begun = False  # whether this start has written anything of the run
+        self.results: dict[str, Any] = {}
+        self.begin({})
+
+    def begin(self, earlier: dict[str, Any]) -> None:
+        """Go on from the results of an earlier start; empty: there are none."""
+        kept = {key: value for key, value in earlier.items() if key not in NOT_IN_CHECKPOINT}
+        self.results = {**kept, "status": "running", **self.identity, "config": self.config}
+
+    def identify(self, **fields: Any) -> None:
+        """Add fields that are known before training, but not as early as the others."""
+        self.identity |= fields
+        self.results |= fields
+
+    @cached_property
+    def earlier(self) -> dict[str, Any]:
+        """Results of the earlier starts: results.json, or where that is lost or damaged, those that the checkpoint keeps.
+
+        Empty where there are none. Writes nothing.
+        """
+        results = read_results(self.results_path)
+        if results:
+            return results
+        state = None
+        with suppress(UserError):  # said where it is needed
+            state = self.read_newest_checkpoint()
+        damaged = self.results_path.exists()
+        if state is None:
+            if damaged:
+                log.warning("%s is damaged, and there is no checkpoint to rebuild it from", self.results_path)
+            return {}
+        done = state["progress"]["epoch"] >= state["config"]["trainer"]["epochs"]
+        if done or damaged:
+            log.warning("%s is %s: rebuilt from the checkpoint", self.results_path, "damaged" if damaged else "lost")
+        return {**state["results"], "status": "finished" if done else "interrupted", "config": state["config"]}
+
+    def prepare(self, rerun: bool, resume: str) -> dict[str, Any] | None:
+        """Settle what becomes of an earlier run in the directory: the results of one that finished this very run, else None.
+
+        With ``rerun`` an earlier run is moved aside, unless it is an interrupted rerun of this config, which is continued: a
+        command that is repeated until it succeeds, as cluster schedulers do, comes to an end.
+
+        Raises ConfigError where the earlier run cannot be continued, and UserError where its files cannot be moved.
+        """
+        self.undo_archiving()
+        if rerun and not self.continues_rerun():
+            self.archive_previous()
+            self.results["started_by_rerun"] = True
+            return None
+        if rerun:
+            log.info("Continuing an interrupted rerun; without its checkpoint*.pt it would start over")
+        finished = self.finished(resume)
+        if finished and finished["status"] != read_results(self.results_path).get("status"):
+            write_json(self.results_path, finished)
+        if not finished:
+            self.begin(self.earlier)
+        return finished
+
+    def finished(self, resume: str) -> dict[str, Any] | None:
+        """The results of an earlier start that finished this very run, else None.
+
+        Raises ConfigError where it finished with another config and ``resume`` is ``auto``, or on other images.
+        """
+        if self.earlier.get("status") != "finished":
+            return None
+        changed = self.check_same_run(self.earlier["config"], self.earlier.get("image_set"), resume)
+        return None if changed else self.earlier
+
+    def continues_rerun(self) -> bool:
+        """Whether the directory holds an interrupted run of this config and image set that was itself begun by ``rerun``."""
+        earlier = self.earlier
+        if not earlier.get("started_by_rerun") or earlier["status"] == "finished":
+            return False
+        try:
+            self.check_same_run(earlier["config"], earlier.get("image_set"), "auto")
+            self.load_checkpoint("auto")
+        except UserError:  # another run, or damaged
+            return False
+        return True
+
+    def check_same_run(self, config: dict[str, Any], image_set: str | None, resume: str) -> Changes:
+        """The keys in which this config differs from that of the run in the directory, with both values.
+
+        Raises ConfigError where it differs and ``resume`` is ``auto``, or where that run's images are others.
+        """
+        here = self.identity.get("image_set")
+        changed = differing(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
+        if image_set and here and image_set != here:
+            raise ConfigError(
+                f"data.root: {self.directory} holds a run on other images ({image_set}) than this one's ({here}); start over "
+                "with rerun=true, or give this run a directory of its own with hydra.run.dir=DIR"
+            )
+        if changed and resume != "force":
+            keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
+            raise ConfigError(
+                f"trainer.resume: {self.directory} holds a run with another config ({keys}); "
+                "start over with rerun=true, or continue all the same with trainer.resume=force"
+            )
+        return changed
+
+    def write_results(self, **fields: Any) -> None:
+        """Add fields to results.json and write it, whole or not at all."""
+        self.begun = True
+        self.results |= fields
+        if rank() == 0:
+            write_json(self.results_path, self.results)
+
+    def write_failure(self, **fields: Any) -> None:
+        """``write_results`` for a start that failed; a finished run that it has not begun to continue stays as it is."""
+        if self.begun or read_results(self.results_path).get("status") != "finished":
+            self.write_results(**fields)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt, whole or not at all, and keep the one before it as checkpoint.previous.pt.
+
+        The results so far are part of it, so that results.json can be rebuilt.
+        """
+        self.begun = True
+        if rank() > 0:
+            return
+        if self.checkpoint_path.exists():
+            link_or_copy(self.checkpoint_path, self.previous_path)  # so there is a checkpoint.pt at every moment
+        kept = {key: value for key, value in self.results.items() if key not in NOT_IN_CHECKPOINT}
+        plain = json.loads(json.dumps(nan_to_none(kept)))  # types that weights_only=True reads
+        write_tensors(self.checkpoint_path, {**state, "config": self.config, "results": plain})
+
+    def read_newest_checkpoint(self) -> dict[str, Any] | None:
+        """The contents of checkpoint.pt, or of checkpoint.previous.pt where that is damaged or lost; None where there is none.
+
+        Raises UserError where none of them can be read.
+        """
+        damaged = []
+        for path in (self.checkpoint_path, self.previous_path):
+            if not path.exists():
+                continue
+            try:
+                state = read_checkpoint(path)
+            except UserError as error:
+                damaged.append(str(error))
+                continue
+            for message in damaged:
+                log.warning("%s; continuing from %s instead", message, path.name)
+            return state
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}; start over with rerun=true")
+        return None
+
+    def load_checkpoint(self, resume: str) -> dict[str, Any] | None:
+        """State to continue from, or None to start; from checkpoint.previous.pt where checkpoint.pt is damaged.
+
+        Raises ConfigError where it was trained with another config (unless ``resume`` is ``force``, and then too for options
+        that cannot change), or on other images, and UserError where no checkpoint can be read. Nothing in a checkpoint is
+        ever executed.
+        """
+        state = self.read_newest_checkpoint()
+        if state is None:
+            if self.earlier.get("status") == "finished":
+                raise ConfigError(
+                    f"trainer.resume={resume}: the run in {self.directory} is finished and its checkpoint is lost, so it "
+                    "cannot be continued; start over with rerun=true"
+                )
+            return None
+        changed = self.check_same_run(state["config"], state["results"].get("image_set"), resume)
+        check_changeable(changed, state["progress"]["epoch"], state["progress"]["batch"], self.directory)
+        return state
+
+    def resume_from(self, state: dict[str, Any] | None) -> Changes:
+        """Take the results so far from a checkpoint, with a row in ``config_changes`` where this config is another.
+
+        state: of the checkpoint; None where there is none, and training starts at the first epoch. Returns the changed keys.
+        """
+        if state is None:
+            if self.results.get("epochs"):
+                log.warning("%s has no checkpoint any more: training starts over", self.directory)
+            self.begin({key: value for key, value in self.results.items() if key == "started_by_rerun"})
+            return {}
+        self.begin(state["results"])
+        changed = differing(flatten(state["config"]), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
+        if changed:
+            row = changes_row(changed, state["progress"]["epoch"], state["progress"]["batch"])
+            self.results["config_changes"] = [*self.results.get("config_changes", ()), row]
+        return changed
+
+    def precision(self, name: str, changed: Changes) -> str:
+        """``trainer.precision``; where auto would choose anew on other hardware, what the run began with."""
+        begun = self.results.get("precision")
+        return begun if name == "auto" and begun and "trainer.precision" not in changed else name
+
+    def archive_previous(self) -> None:
+        """Move what an earlier run left in the directory into ``previous-N``, N one more than the highest there is.
+
+        All of it or, after a UserError, nothing. A process that dies meanwhile leaves it to ``undo_archiving``.
+        """
+        old = [p for p in self.directory.iterdir() if p.name in KEPT or p.name.startswith("events.")]
+        if old:
+            staging = self.directory / STAGING
+            try:
+                staging.mkdir()
+                for path in old:
+                    path.rename(staging / path.name)
+                archive = self.make_archive()
+                staging.rename(archive)  # over the empty directory
+            except OSError as error:
+                self.undo_archiving()
+                raise UserError(
+                    f"cannot move the earlier run in {self.directory} aside ({error.filename}: {error.strerror}); it is left "
+                    "as it was. Fix that and run the same command again"
+                ) from error
+            log.info("The earlier run was moved to %s", archive)
+        self.earlier = {}
+        self.begin({})
+
+    def make_archive(self) -> Path:
+        """A new, empty directory ``previous-N``."""
+        while True:
+            numbers = [int(found[1]) for p in self.directory.iterdir() if (found := re.fullmatch(r"previous-(\d+)", p.name))]
+            archive = self.directory / f"previous-{max(numbers, default=0) + 1}"
+            with suppress(FileExistsError):  # made by another process a moment ago
+                archive.mkdir()
+                return archive
+
+    def undo_archiving(self) -> None:
+        """Move an earlier run back that was not moved aside as a whole."""
+        staging = self.directory / STAGING
+        if not staging.is_dir():
+            return
+        moved = [(path, self.directory / path.name) for path in staging.iterdir()]
+        if any(back.exists() for _, back in moved):  # another run began after all, where there are no locks
+            staging.rename(self.make_archive())
+            return
+        for path, back in moved:
+            path.rename(back)
+        staging.rmdir()
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The contents of a results.json; nothing where it is absent or damaged. Raises UserError where it may not be read."""
+    try:
+        results = json.loads(path.read_bytes())
+    except PermissionError as error:
+        raise UserError(f"{path}: no permission to read it; change its permissions, or run in another directory") from error
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(results, dict) or not isinstance(results.get("config"), dict):
+        return {}
+    if results.get("status") not in UNFINISHED:
+        whole = results.get("status") == "finished" and not any(wrong_fields(results))
+        return results if whole and not any(results.get(key) is None for key in SHOWN) else {}
+    return results

@@ -1,0 +1,102 @@
+"""The state of each job of a sweep, noted by the job itself, in whatever process and on whatever machine it runs."""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+from vix.errors import ConfigError, UserError
+from vix.overrides import quote
+from vix.system.files import write_json
+
+FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder in which each notes what becomes of it
+
+
+class JobStatus:
+    """Context of one job, which keeps a note of its state for the sweep's table; nothing where there is no sweep.
+
+    parts: of the run's name; number: of the job in its sweep; fail_fast: whether not to begin where an earlier job has failed.
+    outputs: the directory below which the sweep's runs are.
+
+    Raises UserError on entry where the sweep is to begin nothing any more.
+    """
+
+    def __init__(self, parts: Sequence[str], number: int, fail_fast: bool, outputs: str = "") -> None:
+        self.folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+        self.number, self.fail_fast = number, fail_fast
+        self.began = time.time()
+        self.state: dict[str, Any] = {
+            "parts": list(parts),
+            "outputs": outputs,
+            "state": "lost",
+            "error": "its process ended without a word",
+        }
+
+    def __enter__(self) -> Self:
+        if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read(self.folder)):
+            self.note(state="not run", error="fail_fast=true, and a job before it failed")
+            raise UserError(f"not run: {self.state['error']}")
+        self.note()
+        return self
+
+    def finished(self, results: dict[str, Any], before: bool) -> None:
+        """The results that its run ended with, now or ``before``."""
+        self.state |= {"state": "finished before" if before else "finished", "top1": results["top1"], "error": ""}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            self.state |= {"state": "interrupted", "error": "the same command continues it"}
+        elif error is not None:
+            state = "refused" if isinstance(error, ConfigError) else "failed"
+            self.state |= {"state": state, "error": str(error) or type(error).__name__}
+        self.note(seconds=time.time() - self.began)
+
+    def note(self, **fields: Any) -> None:
+        self.state |= fields
+        if self.folder and self.folder.is_dir():
+            with suppress(UserError):  # a full disk is the run's to tell
+                write_json(self.folder / f"{self.number:06d}.json", self.state)
+
+
+class Sweep:
+    """Context of a multirun, in the process that started it: gives its jobs a folder for their notes.
+
+    arguments: of the command line; one that hands the folder to every job is added to them.
+    outputs: the directory below which the sweep's runs are, as far as it is known before the jobs.
+    """
+
+    def __init__(self, arguments: list[str], outputs: Path) -> None:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
+        self.outputs = [str(outputs)]
+        self.folder = outputs.resolve() / ".sweeps" / name  # seen by every machine that writes its runs into ``outputs``
+        arguments.append(f"++hydra.job.env_set.{FOLDER}={quote(str(self.folder))}")
+
+    def __enter__(self) -> Self:
+        self.made = [path for path in self.folder.parents if not os.path.lexists(path)]
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            outputs = self.folder.parents[1]
+            sys.exit(f"error: {outputs}: {error.strerror}; fix that, or choose where runs go with hydra.sweep.dir=DIR")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # another sweep's folder is there, or runs
+            for path in self.made:
+                path.rmdir()
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs' notes so far, in the order of the jobs."""
+        return read(self.folder)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The jobs' notes, in the order of the jobs."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]

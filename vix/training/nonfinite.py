@@ -1,0 +1,89 @@
+"""Where a number first was not finite.
+
+Training only sets a flag on the device when a loss or gradient is not finite, and reads it now and then: reading it in every
+step would make the host wait for the device. The step is then located by repeating those since the last checkpoint, which
+on a CPU are bit-identical. ``python -m vix replay RUN`` repeats the step that was saved.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix.errors import UserError
+from vix.runs.checkpoint import write_tensors
+from vix.system.distributed import rank
+from vix.system.rng import get_rng_state, set_rng_state
+from vix.training.train_step import TrainStep
+
+FILE = "nonfinite.pt"
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient is not finite."""
+
+
+def locate_step(
+    step: TrainStep, batches: Iterable[tuple[Tensor, Tensor]], first: int, directory: Path, config: Any
+) -> NonFiniteError:
+    """Repeat the steps from number ``first`` until one is not finite; save that one as nonfinite.pt, and return the error.
+
+    ``step`` and the random generators must be as they were before step number ``first``.
+    """
+    model = step.state.model
+    for number, (images, labels) in enumerate(batches, first):
+        rng, weights = get_rng_state(), {name: t.clone() for name, t in model.state_dict().items()}
+        step.forward_backward(number, images, labels)
+        if step.found_nonfinite:
+            saved = {
+                "images": images,
+                "labels": labels,
+                "model": weights,
+                "rng": rng,
+                "step": number,
+                "config": config,
+                "lr": step.state.lr,
+                "scale": step.state.scaler.get_scale(),
+                "label_smoothing": step.label_smoothing,
+                "dtype": step.state.dtype,
+                "device": str(images.device),
+            }
+            if rank() == 0:
+                write_tensors(directory / FILE, saved)
+            model.load_state_dict(weights)
+            return NonFiniteError(f"{locate_layer(model, saved)}; `python -m vix replay {directory}` repeats it")
+        step.optimizer_step()
+    return NonFiniteError("a loss or gradient was not finite, but is when the steps since the last checkpoint are repeated")
+
+
+def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
+    """Repeat a saved step's forward and backward, and name the layer in which the first number was not finite."""
+    found: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+
+            def check_output(module: nn.Module, _: Any, output: Any, name: str = name) -> None:
+                if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                    found.append(f"the output of {name} ({type(module).__name__})")
+
+            handles.append(module.register_forward_hook(check_output))
+    set_rng_state(state["rng"])
+    device = state["images"].device.type
+    with torch.autocast(device, dtype=state["dtype"], enabled=state["dtype"] is not torch.float32):
+        loss = F.cross_entropy(model.train()(state["images"]), state["labels"], label_smoothing=state["label_smoothing"])
+    if not found and not loss.isfinite():
+        found.append("the loss")
+    if not found:
+        (loss * state["scale"]).backward()
+        nonfinite = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        found += [f"the gradient of {nonfinite[-1]}"] if nonfinite else ["no number of the repeated step"]
+    for handle in handles:
+        handle.remove()
+    return (
+        f"not finite at step {state['step']}: {found[0]} (loss {loss.item():.4g}, learning rate {state['lr']:.4g}, "
+        f"scale {state['scale']:g})"
+    )

@@ -1,0 +1,167 @@
+"""State of a training run: all that changes while it trains, and so all that a checkpoint holds."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from vix.system.memory import PeakMemory
+from vix.system.rng import get_rng_state, set_rng_state
+from vix.training.ema import ModelEMA
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    ``batch``, ``train_seconds`` and ``loss_sum`` belong to the epoch that has begun; ``lr`` is the last step's learning rate;
+    ``best_model`` holds the weights, on the CPU, of the epoch in ``best``.
+    """
+
+    loss_sum: Tensor
+    epoch: int = 0
+    batch: int = 0
+    lr: float = 0.0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def end_epoch(self, row: dict[str, Any], model: nn.Module) -> None:
+        """Add the epoch's row to the history, keep the weights if they are the best so far, and go on to the next epoch."""
+        self.epoch, self.batch, self.train_seconds, self.loss_sum = self.epoch + 1, 0, 0.0, torch.zeros_like(self.loss_sum)
+        self.history.append({"epoch": self.epoch, **row})
+        if row["top1"] > self.best.get("best_top1", -1.0):
+            self.best = {"best_top1": row["top1"], "best_top5": row["top5"], "best_epoch": self.epoch}
+            self.best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
+
+
+class TrainState:
+    """Model, optimizer, learning-rate schedule, gradient scaler, EMA, progress, peak memory and random generators.
+
+    dtype: of autocast; float16 scales the gradients.
+    ema_decay: decay of the exponential moving average of the weights (:class:`vix.training.ema.ModelEMA`); None keeps none.
+    peak_memory: of the training steps; None measures nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LambdaLR,
+        dtype: torch.dtype = torch.float32,
+        ema_decay: float | None = None,
+        peak_memory: PeakMemory | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.lr_scheduler, self.dtype = model, optimizer, lr_scheduler, dtype
+        self.device = next(model.parameters()).device
+        self.scaler = self.new_scaler()
+        self.ema = ModelEMA(model, ema_decay) if ema_decay is not None else None
+        self.peak_memory = peak_memory or PeakMemory(torch.device("cpu"), 0)
+        self.progress = Progress(loss_sum=torch.zeros((), device=self.device))
+        # On the device: steps that float16's scaling skipped because a gradient overflowed.
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.unscheduled = 0  # of these, the ones for which the learning rate did not change
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is evaluated and kept: the EMA where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.lr_scheduler.get_last_lr()[0])
+
+    def sync_lr_scheduler(self, due: int = 0) -> None:
+        """Let the schedule count the steps that the optimizer took, without the skipped ones. Waits for the device.
+
+        due: steps of the schedule that are due in addition.
+        """
+        skipped = int(self.skipped_steps) if self.scaler.is_enabled() else self.unscheduled
+        move = due + self.unscheduled - skipped
+        self.unscheduled = skipped
+        if move:
+            self.lr_scheduler.last_epoch += move - 1
+            self.lr_scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint holds, in types that ``weights_only=True`` reads. ``model`` is the one that is evaluated, and
+        ``trained_model``, where an EMA is kept, the one behind it."""
+        self.sync_lr_scheduler()
+        progress = {name: value for name, value in vars(self.progress).items() if name != "best_model"}
+        state: dict[str, Any] = {
+            "model": self.eval_model.state_dict(),
+            "best_model": self.progress.best_model,
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_params": parameter_names(self.optimizer, self.model),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": int(self.skipped_steps),
+            "progress": progress,
+            "peak_memory": self.peak_memory.state_dict(),
+            "rng": get_rng_state(),
+        }
+        if self.ema:
+            state |= {"trained_model": self.model.state_dict(), "ema_updates": self.ema.updates}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], steps_per_epoch: int) -> None:
+        """Continue from a checkpoint, with the options that the parts of this state were constructed with.
+
+        steps_per_epoch: from which the number of steps follows that the learning rate has behind it.
+        """
+        progress = {**state["progress"], "best_model": state["best_model"]}
+        self.progress = Progress(**{**progress, "loss_sum": progress["loss_sum"].to(self.device)})
+        names = parameter_names(self.optimizer, self.model)
+        load_optimizer(self.optimizer, names, state["optimizer"], state["optimizer_params"])
+        step = self.progress.epoch * steps_per_epoch + self.progress.batch
+        self.lr_scheduler = lr_scheduler_at(self.lr_scheduler, step - state["skipped_steps"])
+        if state["scaler"]:  # empty where another precision did without
+            self.scaler.load_state_dict(state["scaler"])
+        # Without an EMA any more it is the weights behind it that train on.
+        trained_model = state.get("trained_model", state["model"])
+        self.model.load_state_dict(trained_model)
+        if self.ema:
+            self.ema.module.load_state_dict(state["model"])
+            # Absent where trainer.resume=force begins to average in the middle of a run.
+            self.ema.updates = state.get("ema_updates", 0)
+        self.skipped_steps.fill_(state["skipped_steps"])
+        self.unscheduled = state["skipped_steps"]
+        self.peak_memory.load_state_dict(state["peak_memory"])
+        set_rng_state(state["rng"])
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of the optimizer's parameters in the order in which its state dict numbers them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: dict[str, Any], saved_names: list[str]) -> None:
+    """Load each parameter's state from a state dict, and keep the options that the optimizer was constructed with.
+
+    names, saved_names: of the parameters, here and there, in the order in which state dicts number them: the parameters may be
+        grouped differently.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    state = {index[saved_names[i]]: values for i, values in saved["state"].items()}
+    groups = optimizer.state_dict()["param_groups"]
+    if names == saved_names and [len(g["params"]) for g in groups] == [len(g["params"]) for g in saved["param_groups"]]:
+        # What a group holds besides the constructor's options and the scheduler's base is state of that optimizer.
+        options = {*inspect.signature(type(optimizer)).parameters, "params", "initial_lr"}
+        pairs = zip(saved["param_groups"], groups, strict=True)
+        groups = [{**old, **{key: value for key, value in new.items() if key in options}} for old, new in pairs]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def lr_scheduler_at(lr_scheduler: LambdaLR, step: int) -> LambdaLR:
+    """A scheduler with the same learning rates, at step number ``step``."""
+    return LambdaLR(lr_scheduler.optimizer, lr_scheduler.lr_lambdas, last_epoch=step - 1)

@@ -1,0 +1,306 @@
+"""The training loop, top to bottom."""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from vix.data.augment import Augmentation
+from vix.data.dataset import ImageData
+from vix.data.loader import Split
+from vix.errors import ConfigError
+from vix.layers.checkpointing import ActivationCheckpointing
+from vix.models.counts import parameter_counts
+from vix.reporting.progress import EpochBar, log_epoch
+from vix.reporting.tensorboard import TensorBoard
+from vix.runs.checkpoint import saved_megabytes
+from vix.runs.run import RunDirectory
+from vix.system.device import hardware, resolve_device, resolve_precision
+from vix.system.distributed import broadcast_from_rank0, rank, seed_rank, world_size
+from vix.system.memory import PeakMemory, check_memory_limit, limit_memory
+from vix.system.signals import SignalHandler
+from vix.training.compile import Compile, check_cuda_graphs, compile_step
+from vix.training.evaluate import accuracy, predictions
+from vix.training.lr_schedule import lr_lambda
+from vix.training.micro_batch import largest_micro_batch
+from vix.training.nonfinite import NonFiniteError, locate_step
+from vix.training.resume import check_state_fits
+from vix.training.state import TrainState
+from vix.training.train_step import TrainStep
+from vix.types import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains a model on an image set, evaluates it after every epoch, and keeps the last and the best weights.
+
+    epochs, batch_size, eval_batch_size: passes over the training images; images per training step and per evaluation step.
+    micro_batch: images per forward and backward pass, whose gradients are accumulated; null: the whole batch; auto: the most
+        that fit the memory.
+    activation_checkpointing: recompute activations in the backward pass instead of storing them (vix/layers/checkpointing.py).
+    memory_limit_gb: limit in GB (10⁹ bytes) on the GPU memory that PyTorch allocates, or on the memory that a CPU run
+        allocates in addition to the image set and the model.
+    precision: of forward and loss: bf16, fp16 (with gradient scaling) or fp32; auto: bf16 where the hardware computes in it,
+        else fp16 on a GPU and fp32 on a CPU.
+    device: auto (CUDA where available, else the CPU), or a PyTorch device such as cpu or cuda:1.
+    schedule: learning rate after the warmup: constant, or decreasing to 0 linearly or as a half cosine.
+    warmup_epochs: epochs over which the learning rate increases linearly from 0.
+    clip_norm: largest norm of the gradient; null does not clip.
+    label_smoothing: of the training loss, in [0, 1).
+    ema_decay: EMA decay per step, warmed up as min(decay, (1 + n) / (10 + n)); the EMA is evaluated and kept; null disables it.
+    compile: compile forward and backward with torch.compile; auto: in runs long enough to earn back the compilation time.
+    checkpoint_every: also save every this many steps within an epoch; 0 saves at the ends of epochs only.
+    probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
+    resume: auto continues an interrupted run and skips a finished one; force also continues a run with another config, under
+        the options of this one. An option that cannot change in the middle of a run is refused (vix/runs/identity.py).
+    """
+
+    epochs: Positive = 40
+    batch_size: Positive = 64
+    eval_batch_size: Positive = 256
+    micro_batch: Positive | Literal["auto"] | None = None
+    activation_checkpointing: ActivationCheckpointing = None
+    memory_limit_gb: PositiveFloat | None = None
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    device: str = "auto"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_epochs: NotNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = None
+    label_smoothing: Fraction = 0.0
+    ema_decay: Fraction | None = None
+    compile: Compile = "auto"
+    checkpoint_every: NotNegative = 0
+    probe: bool = False
+    resume: Literal["auto", "force"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(f"trainer.warmup_epochs={self.warmup_epochs}: must be at most trainer.epochs={self.epochs}")
+        self.torch_device = resolve_device(self.device)
+        check_memory_limit(self.torch_device, self.memory_limit_gb)
+        check_cuda_graphs(self.torch_device, self.compile)
+
+    def fit(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        data: ImageData,
+        augmentation: Augmentation,
+        run: RunDirectory,
+        seed: int,
+    ) -> dict[str, Any]:
+        """Train, writing ``run``'s files on the way, and return the results.
+
+        Continues from the run's checkpoint where there is one: on a CPU, bit-identical to a run that never stopped.
+        Raises DataError where the data cannot be read, and SystemExit where a signal asked to stop and all is saved.
+        """
+        session = self.start(model, build_optimizer, data, augmentation, run, seed)
+        state = session.state
+        pictured = state.eval_model, session.test, data.class_names, self.probe
+        with session.signals, TensorBoard(run, state.progress.epoch + 1, *pictured) if rank() == 0 else nullcontext() as board:
+            self.compile_train_step(session)
+            try:
+                while state.progress.epoch < self.epochs:
+                    loss = self.train_epoch(session)
+                    self.end_epoch(session, loss, self.evaluate(session), board)
+                    self.save_checkpoint(session)
+            except NonFiniteError:
+                raise self.locate_nonfinite(session) from None
+            limit_memory(self.torch_device, None)
+            if board:
+                board.finish(run.results, *predictions(state.eval_model, self.eval_batches(session), session.step.autocast))
+        run.write_results(status="finished")
+        return run.results
+
+    def start(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        data: ImageData,
+        augmentation: Augmentation,
+        run: RunDirectory,
+        seed: int,
+    ) -> "Session":
+        """Load the data, and create the state or resume it from the run's checkpoint."""
+        device = self.torch_device
+        saved = broadcast_from_rank0(lambda: run.load_checkpoint(self.resume))
+        changed = run.resume_from(saved)
+        check_state_fits(changed, build_optimizer, model, saved, run.directory)
+        dtype = resolve_precision(run.precision(self.precision, changed), device)
+        train, test = data.load(device)
+        optimizer = build_optimizer(model := model.to(device))
+        limit_memory(device, self.memory_limit_gb)
+        steps_per_epoch = math.ceil(len(train) / self.batch_size)
+        warmup_steps, steps = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
+        lr_scheduler = LambdaLR(optimizer, lr_lambda(self.schedule, warmup_steps, steps))
+        peak_memory = PeakMemory(device, train.nbytes + test.nbytes, graphs=self.compile == "cuda_graphs")
+        state = TrainState(model, optimizer, lr_scheduler, dtype, self.ema_decay, peak_memory)
+        step = self.build_step(state)
+        session = Session(run, data, augmentation, train, test, state, step, seed, steps_per_epoch)
+        if self.micro_batch == "auto":
+            step.micro_batch = largest_micro_batch(step, *session.first_batch(self.batch_size))
+        if saved:
+            state.load_state_dict(saved, steps_per_epoch)
+            log.info("Continuing after %d epochs and %d steps", state.progress.epoch, state.progress.batch)
+        else:
+            self.save_checkpoint(session)
+        run.write_results(
+            status="running",
+            **parameter_counts(model),
+            checkpoint_mb=saved_megabytes(model.state_dict()),
+            **hardware(device, dtype),
+            train_images=len(train),
+            test_images=len(test),
+            tested_on=data.eval_split,
+            micro_batch=step.micro_batch,
+        )
+        return session
+
+    def build_step(self, state: TrainState) -> TrainStep:
+        """A training step with this trainer's options; ``micro_batch=auto`` is still to be found."""
+        micro_batch = None if self.micro_batch == "auto" else self.micro_batch
+        return TrainStep(state, micro_batch, self.clip_norm, self.label_smoothing, self.activation_checkpointing)
+
+    def compile_train_step(self, session: "Session") -> None:
+        """Compile forward and backward, where the config says so; a signal interrupts it, as all is saved before."""
+        with session.signals.interruptible(lambda: self.save_and_exit(session)):
+            steps = self.epochs * session.steps_per_epoch
+            session.state.progress.seconds += compile_step(
+                session.step, self.compile, steps, *session.first_batch(self.batch_size)
+            )
+        session.run.write_results(compiled=session.step.compiled is not None)
+
+    def train_epoch(self, session: "Session") -> float:
+        """Train to the end of the epoch that has begun, and return its mean loss. Raises NonFiniteError."""
+        state, step, progress = session.state, session.step, session.state.progress
+        state.model.train()
+        state.peak_memory.start()
+        seed_rank(session.seed, progress.epoch)
+        first = progress.epoch * session.steps_per_epoch
+        clock = time.perf_counter()
+        with EpochBar(progress.epoch, self.epochs, len(session.train), progress.history) as bar:
+            for images, labels in session.train_batches(self.batch_size):
+                loss = step.forward_backward(first + progress.batch, images, labels)
+                progress.lr = state.lr
+                step.optimizer_step()
+                progress.loss_sum += loss * len(labels)
+                progress.batch += 1
+                bar.step(len(labels), loss)
+                sync_now = self.torch_device.type == "cpu" or progress.batch % 100 == 0  # on a GPU the host waits for it
+                if sync_now:
+                    session.raise_if_nonfinite()
+                    state.sync_lr_scheduler()
+                signal_received = session.signals.received(sync_now)
+                checkpoint_due = self.checkpoint_every and progress.batch % self.checkpoint_every == 0
+                if signal_received or (checkpoint_due and progress.batch < session.steps_per_epoch):
+                    session.raise_if_nonfinite()
+                    progress.train_seconds += time.perf_counter() - clock
+                    state.peak_memory.stop()
+                    if signal_received:
+                        self.save_and_exit(session)
+                    self.save_checkpoint(session)
+                    clock = time.perf_counter()
+        session.raise_if_nonfinite()
+        mean_loss = progress.loss_sum.item() / len(session.train)  # waits for the device: the epoch's time ends here
+        progress.train_seconds += time.perf_counter() - clock
+        state.peak_memory.stop()
+        return mean_loss
+
+    def evaluate(self, session: "Session") -> dict[str, float]:
+        """Accuracy on the evaluated split, in percent, with ``eval_seconds``."""
+        clock = time.perf_counter()
+        scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast)
+        return {**scores, "eval_seconds": time.perf_counter() - clock}
+
+    def eval_batches(self, session: "Session") -> Iterator[tuple[Tensor, Tensor]]:
+        """The evaluated images; between two batches a signal saves and exits: the run then continues with this evaluation."""
+        for images, labels in session.test.eval_batches(self.eval_batch_size):
+            if session.signals.signal and world_size() == 1:
+                self.save_and_exit(session)
+            yield images, labels
+
+    def end_epoch(self, session: "Session", loss: float, scores: dict[str, float], board: TensorBoard | None) -> None:
+        """Add the epoch to the history, and write it to results.json, TensorBoard and the log."""
+        state, progress, run = session.state, session.state.progress, session.run
+        seconds = progress.train_seconds + scores.pop("eval_seconds")
+        progress.seconds += seconds
+        images_per_second = len(session.train) / progress.train_seconds
+        row = {"train_loss": loss, **scores, "lr": progress.lr, "images_per_second": images_per_second}
+        progress.end_epoch(row, state.eval_model)
+        run.write_results(
+            epochs=progress.epoch,
+            **(scores | progress.best | state.peak_memory.gigabytes),
+            train_loss=loss,
+            images_per_second=statistics.median(h["images_per_second"] for h in progress.history),
+            skipped_steps=int(state.skipped_steps),
+            seconds=progress.seconds,
+            history=progress.history,
+        )
+        if board:
+            board.epoch(progress.history[-1], state.peak_memory.gigabytes)
+        log_epoch(progress.history[-1], self.epochs, seconds)
+
+    def save_checkpoint(self, session: "Session") -> None:
+        session.run.save_checkpoint(session.state.state_dict())
+
+    def save_and_exit(self, session: "Session") -> NoReturn:
+        """Save everything and exit with 128 + the number of the signal that was received."""
+        self.save_checkpoint(session)
+        progress, number = session.state.progress, session.signals.signal
+        session.run.write_results(status="interrupted", epochs=progress.epoch, **session.state.peak_memory.gigabytes)
+        log.warning("Stopped by signal %d; the same command continues from here", number)
+        raise SystemExit(128 + (number or 0))
+
+    def locate_nonfinite(self, session: "Session") -> NonFiniteError:
+        """Repeat the steps since the last checkpoint until one is not finite, and return the error that names its layer."""
+        saved = broadcast_from_rank0(lambda: session.run.load_checkpoint("force") or {})
+        session.state.load_state_dict(saved, session.steps_per_epoch)
+        session.step.found_nonfinite.zero_()
+        progress = session.state.progress
+        first = progress.epoch * session.steps_per_epoch + progress.batch
+        batches = session.train_batches(self.batch_size)
+        return locate_step(session.step, batches, first, session.run.directory, session.run.config)
+
+
+@dataclass
+class Session:
+    """What one call of ``Trainer.fit`` works with.
+
+    train, test: the images that are trained on and those that are evaluated, on the device.
+    seed: of weights, order and augmentation.
+    """
+
+    run: RunDirectory
+    data: ImageData
+    augmentation: Augmentation
+    train: Split
+    test: Split
+    state: TrainState
+    step: TrainStep
+    seed: int
+    steps_per_epoch: int
+    signals: SignalHandler = field(default_factory=SignalHandler)
+
+    def first_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The first batch of the run, for trials."""
+        return next(self.train.train_batches(batch_size, self.seed, epoch=0, augmentation=self.augmentation))
+
+    def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is left of the epoch that has begun."""
+        progress = self.state.progress
+        return self.train.train_batches(batch_size, self.seed, progress.epoch, progress.batch, self.augmentation)
+
+    def raise_if_nonfinite(self) -> None:
+        """Raises NonFiniteError where a loss or gradient so far was not finite. Waits for the device."""
+        if self.step.found_nonfinite:
+            raise NonFiniteError("a loss or gradient is not finite")
