@@ -96,3 +96,19 @@ def test_scaling() -> None:
         ]
         for mixer in mixers
     ]
+
+
+def test_ways_of_waiting() -> None:
+    """The table of docs/performance.md is the kept measurement's, which supports the default."""
+    record = json.loads((ROOT / "benchmarks/results/waiting-amd-epyc-2-threads.json").read_text())
+    speed = {(row["experiment"], row["busy"], row["way"]): row["images_per_second"] for row in record["rows"]}
+    places = [(name, busy) for name in record["options"]["experiments"] for busy in record["options"]["busy"]]
+    ways = list(dict.fromkeys(row["way"] for row in record["rows"]))
+    lines = (ROOT / "docs/performance.md").read_text().split("| waiting threads |")[1].split("\n\n")[0].splitlines()[2:]
+    assert [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines] == [
+        [way, *(f"{speed[*place, way]:,.0f}" for place in places)] for way in ways
+    ]
+    ours = next(way for way in ways if way.endswith("(ours)"))
+    for name, busy in places:
+        fastest = max(speed[name, 0, way] for way in ways)
+        assert speed[name, busy, ours] > fastest * (0.9 if busy == 0 else 0.25)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 log = logging.getLogger(__name__)
 
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# Rounds of a loop, some microseconds: chosen from the measurements in docs/performance.md.
+SPIN_COUNT = 1_000
 
 
 class Threads(NamedTuple):
@@ -26,13 +28,13 @@ class Threads(NamedTuple):
 
 
 def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP's threads sleep while they wait, unless the user has chosen how they do.
+    """Let OpenMP's threads spin for microseconds and then sleep while they wait, unless the user has chosen how they do.
 
-    By default they first spin for milliseconds. On CPUs that other processes need too, a spinning thread keeps the one that
+    By default they spin for milliseconds. On CPUs that other processes need too, a spinning thread keeps the one that
     it waits for from running (docs/performance.md has figures). OpenMP reads the variable when PyTorch is imported.
     """
     if not any(name in environment for name in WAIT_VARIABLES):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def use_given_cpus() -> int:
