@@ -1,7 +1,7 @@
 """Training steps to be timed: ours, a package's with correct autocast, and the paper's own way.
 
-A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.training.train_step.TrainStep`'s, with the model, optimizer and
-options that ``train.py`` would build from the same overrides.
+A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.training.train_step.TrainStep`'s,
+with the model, optimizer and options that ``train.py`` would build from the same overrides.
 """
 
 import math

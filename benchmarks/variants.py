@@ -10,7 +10,7 @@ from vix.build import build_model
 from vix.models.counts import training_flops
 from vix.system.device import resolve_device, resolve_precision
 
-# ours is compiled, as train.py does in runs of the paper's length; selective and full save memory by trainer.activation_checkpointing; eager
+# ours is compiled, as train.py does in runs of the paper's length; selective and full checkpoint activations; eager
 # is not compiled, and the two graphs use CUDA graphs as well.
 OURS = {
     "ours": ("trainer.compile=true",),

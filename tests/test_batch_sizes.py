@@ -78,5 +78,5 @@ def test_the_largest_seed(compose_config: Compose) -> None:
 
 def test_augmentation_of_images_that_are_too_small(compose_config: Compose) -> None:
     cfg = compose_config("data=imagefolder", "data.classes=2", "data.image_size=2", "augment.trivial_augment=1.0")
-    with pytest.raises(ConfigError, match=r"^data\.trivial_augment=1\.0: needs images of 3 pixels"):
-        assert parse(cfg).data
+    with pytest.raises(ConfigError, match=r"^augment\.trivial_augment=1\.0: needs images of 3 pixels"):
+        assert parse(cfg).augmentation

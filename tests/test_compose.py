@@ -91,7 +91,7 @@ def test_the_command_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
-    """vix.cli.plan, vix.cli.summary and sweep.sh find configs where train.py finds them, and name a directory that is not there."""
+    """plan, summary and sweep.sh find configs where train.py finds them, and name a directory that is not there."""
     write(tmp_path / "mine", {"experiment/tiny": f"{SMALL}model: {{dim: 24, depth: 1}}\nattention: {{heads: 2}}"})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 

@@ -12,8 +12,7 @@ from conftest import ROOT, TINY, run_train
 from omegaconf import DictConfig, OmegaConf
 
 import vix
-from vix.build import GROUPS, parse
-from vix.config import validated_partial
+from vix.build import GROUPS, parse, parse_group
 from vix.errors import ConfigError
 from vix.models.counts import parameter_counts
 from vix.runs.identity import run_name
@@ -54,7 +53,7 @@ def test_the_default_is_hybrid_vin(compose_config: Compose) -> None:
 def test_every_key_reaches_a_constructor(compose_config: Compose, option: str) -> None:
     """Each file's keys are parameters of its class, have the types it declares, and are all of them."""
     group = option.split("=")[0]
-    make = validated_partial(compose_config(option), group)
+    make = parse_group(compose_config(option), group)
     accepted = set(inspect.signature(make.func).parameters) - GROUPS[group][1]
     if group == "optimizer":  # PyTorch's have many more
         assert set(make.keywords) <= accepted
@@ -107,7 +106,7 @@ REFUSED = {
     "~attention": ["attention", "attention=NAME"],
     "attention._target_=os.system": ["attention._target_=os.system", "VIX_PACKAGES"],
     "attention._target_=torch.load": ["attention._target_", "VIX_PACKAGES"],
-    "attention._target_=vix.build.build": ["attention._target_", "Module"],
+    "attention._target_=vix.build.parse": ["attention._target_", "Module"],
     "attention._target_=vix.system.files.os.system": ["attention._target_"],
     "attention._target_=vix.attention.nowhere.Mixer": ["cannot be imported"],
     "attention._target_=torch.optim.AdamW": ["attention._target_", "Module"],

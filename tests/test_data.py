@@ -36,7 +36,7 @@ def test_real_cifar10(cifar10_root: Path) -> None:
     assert (len(train), len(test)) == (50_000, 10_000)
     assert train.images.nbytes + test.images.nbytes == 184_320_000
     reference = datasets.CIFAR10(str(cifar10_root), train=False)
-    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, normalize=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
     images, labels = next(test.eval_batches(8))
     expected = torch.stack([to_tensor(reference[i][0]) for i in range(8)])
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)

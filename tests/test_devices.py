@@ -162,7 +162,7 @@ def test_trivial_augment_stays_on_the_gpu() -> None:
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, None), (None, 1.0)])
 def test_mixed_images_stay_on_the_gpu(mixup: float | None, cutmix: float | None) -> None:
-    mix = Mix(mixup, cutmix, 10, 1, torch.Generator().manual_seed(0))
+    mix = Mix(mixup, cutmix, 10, 1, 32, 32, torch.Generator().manual_seed(0))
     with pretended_gpu():
         images, labels = mix(torch.empty(BATCH, 3, 32, 32, device=GPU), torch.zeros(BATCH, dtype=torch.int64, device=GPU), 0)
     assert (images.device, labels.device, labels.shape) == (GPU, GPU, (BATCH, 10))

@@ -59,7 +59,7 @@ def assert_bf16_is_close(cfg: DictConfig, compiled: bool = False, batch_size: in
             assert difference < ZERO_IN_BF16 * total, name
             continue
         bound = BOUND if gradient.norm() > SMALL * total else BOUND_OF_SMALL
-        if cfg.embedding._target_.endswith(".CCT") and name == "embedding.layers.0.weight":
+        if cfg.embedding._target_.endswith(".CCTTokenizer") and name == "embedding.layers.0.weight":
             bound = BOUND_BEHIND_RELU
         error = (difference / gradient.norm()).item()
         if error > bound:

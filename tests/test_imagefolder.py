@@ -23,6 +23,7 @@ from vix.data.loader import Split
 from vix.errors import ConfigError, DataError
 from vix.reporting.tensorboard import METRICS, TensorBoard
 from vix.runs.run import RunDirectory
+from vix.training.evaluate import predictions
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -437,7 +438,7 @@ def test_the_end_of_a_small_set(tmp_path: Path, classes: int, images: int) -> No
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))
         results = {**dict.fromkeys(METRICS, 1.0), "epochs": 1}
         with TensorBoard(RunDirectory(directory, {}, {}), 1, model, test, names, False) as board:
-            board.finish(results, test.eval_batches(2), torch.autocast("cpu", enabled=False))
+            board.finish(results, *predictions(model, test.eval_batches(2), torch.autocast("cpu", enabled=False)))
         events = EventAccumulator(str(directory)).Reload()
         assert events.Tags()["images"] == ["test/confusion_matrix", "test/worst_images"]
 

@@ -40,7 +40,7 @@ def runs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
     """What can be printed is, with names as they are; typographic signs become plain ones."""
-    done = shell("$PYTHON -m vix.cli.report --no-files", runs, PYTHONIOENCODING=encoding)
+    done = shell("$PYTHON -m vix report --no-files", runs, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
     text = done.stdout.decode(encoding)
     name = NAME if encoding == "utf-8" else NAME.replace("猫", "\\u732b")
@@ -51,7 +51,7 @@ def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("way", ["| head -1", "| true", ">&-", ">/dev/full", ">&- 2>&-"])
 def test_the_report_writes_its_files_whatever_happens_to_its_output(runs: Path, way: str) -> None:
-    done = shell(f"$PYTHON -m vix.cli.report {way}", runs)
+    done = shell(f"$PYTHON -m vix report {way}", runs)
     assert done.returncode == 0
     lost = b"warning: standard output is lost from here on (No space left on device)\n"
     assert done.stderr == (lost if "full" in way else b"")

@@ -10,11 +10,10 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
-from vix.composition.messages import dotted
 
 import vix
 from vix.build import GROUPS, OVERLAYS, parse
-from vix.composition.compose import compose, format_error, is_hydra_error
+from vix.composition.compose import compose, dotted, format_error, is_hydra_error
 from vix.errors import ConfigError
 
 OPTIONS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}

@@ -42,7 +42,7 @@ def as_row(real: dict[str, Any], experiment: str, seed: int, *overrides: str, **
 
 
 def module(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"vix.{name}", *map(str, arguments)]
+    command = [sys.executable, "-m", "vix", name, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANGS, check=False)
 
@@ -198,7 +198,8 @@ def test_a_thousand_runs_take_little_longer_than_one(real: dict[str, Any], tmp_p
 
 
 def test_nothing_here_imports_torch() -> None:
-    code = "import sys, vix.cli.report, vix.reporting.plots, vix.cli.diff; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
+    modules = "vix.__main__, vix.cli.report, vix.reporting.plots, vix.cli.diff"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -259,7 +259,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tupl
     assert "the output of blocks.0" in line
     assert all(t.isfinite().all() for t in saved["model"].values())  # the weights from before the step broke them
     command = line.split("`")[1].split(" ")
-    assert command[:3] == ["python", "-m", "vix", "replay"]
+    assert command[:4] == ["python", "-m", "vix", "replay"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     again = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, env=environment, check=True)
     assert again.stdout.strip() == line.removeprefix("error: ").split(";")[0]

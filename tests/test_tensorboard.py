@@ -24,7 +24,7 @@ from test_training import fit
 import vix
 from vix.attention.inspection import softmax_error
 from vix.build import parse
-from vix.reporting import images
+from vix.reporting import images as pictures
 from vix.reporting.tensorboard import METRICS, TensorBoard, hyperparameters
 from vix.runs.run import RunDirectory
 
@@ -210,10 +210,10 @@ def test_the_confusion_matrix_shows_where_mistakes_are() -> None:
     """A darker cell in the row of the true and the column of the predicted class, for any number of classes."""
     for classes in (2, 10, 30, 120):
         true = np.arange(classes).repeat(4)
-        right = images.confusion_matrix(true, true, list(map(str, range(classes))))
+        right = pictures.confusion_matrix(true, true, list(map(str, range(classes))))
         wrong = true.copy()
         wrong[:4] = classes - 1  # the first class is taken for the last
-        picture = images.confusion_matrix(true, wrong, list(map(str, range(classes))))
+        picture = pictures.confusion_matrix(true, wrong, list(map(str, range(classes))))
         assert picture.shape == right.shape
         assert max(picture.shape) < 1500
         y, x, _ = np.nonzero(right.astype(int) - picture > 60)  # darker
@@ -227,8 +227,8 @@ def test_worst_images_and_captions() -> None:
     images = np.random.default_rng(0).integers(256, size=(11, 8, 8, 3), dtype=np.uint8)
     true, names = np.zeros(11, int), ["a", "b"]
     loss = np.arange(11.0)
-    right = images.worst_images(images, true, true, loss, names)
-    wrong = images.worst_images(images, true, true + 1, loss, names)
+    right = pictures.worst_images(images, true, true, loss, names)
+    wrong = pictures.worst_images(images, true, true + 1, loss, names)
     for image in images:
         enlarged = image.repeat(12, axis=0).repeat(12, axis=1)
         places = np.argwhere((right == enlarged[0, 0]).all(axis=2))
@@ -242,20 +242,20 @@ def test_names_of_any_kind_are_drawn() -> None:
     """Too long, in letters that the font lacks, or what would be a formula: a picture of the usual size, and no error."""
     names = ["$x^{2$", "a very long name of a class, with $ and $", "猫", ""]
     true, images = np.arange(4), np.zeros((4, 8, 8, 1), np.uint8)
-    odd = images.attention_maps(images, true, true, [np.ones((4, 8, 8))], names), images.confusion_matrix(true, true, names)
-    even = images.attention_maps(images, true, true, [np.ones((4, 8, 8))], ["a"] * 4)
+    odd = pictures.attention_maps(images, true, true, [np.ones((4, 8, 8))], names), pictures.confusion_matrix(true, true, names)
+    even = pictures.attention_maps(images, true, true, [np.ones((4, 8, 8))], ["a"] * 4)
     assert odd[0].shape == even.shape
     assert (odd[0] != even).any()
     assert odd[1].var() > 100
 
 
 def test_heat_is_black_at_nothing_bright_at_the_most_and_blue_below() -> None:
-    (none, most, half, below) = images.heat(np.array([[0.0, 2.0, 1.0, -1.0]]))[0].astype(int)
+    (none, most, half, below) = pictures.heat(np.array([[0.0, 2.0, 1.0, -1.0]]))[0].astype(int)
     assert none.max() < 10
     assert most.min() > 150
     assert half[0] > 150 > half[2]
     assert below[2] > 100 > below[0]
-    assert not images.heat(np.zeros((3, 3))).max() > 10
+    assert not pictures.heat(np.zeros((3, 3))).max() > 10
 
 
 @pytest.mark.slow

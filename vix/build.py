@@ -46,7 +46,7 @@ CONSTRUCTOR_ERRORS = (ValueError, TypeError, RuntimeError)
 class Experiment:
     """A checked config: everything of one run, ready to be constructed.
 
-    parts: for each group its class with the config's options.
+    parts: for each group of the config its class with the config's options.
     own_options: for each group the options that the program reads itself.
 
     Constructing raises ConfigError, one line that names the key, where parts do not go together.
@@ -58,39 +58,45 @@ class Experiment:
     parts: Mapping[str, functools.partial[Any]]
     own_options: Mapping[str, Mapping[str, Any]]
 
+    def part(self, group: str) -> functools.partial[Any]:
+        """One group's class with its options. Raises ConfigError where the config lacks the group."""
+        if group not in self.parts:
+            raise ConfigError(f"{group}: no option of this group is chosen; add {group}=NAME with a file of conf/{group}/")
+        return self.parts[group]
+
     @functools.cached_property
     def data(self) -> ImageData:
         """The image set. Constructing it reads no images; an image folder is listed."""
-        return construct("data", self.parts["data"])
+        return construct("data", self.part("data"))
 
     @functools.cached_property
     def augmentation(self) -> Augmentation:
         """How training images are changed."""
-        augmentation: Augmentation = construct("augment", self.parts["augment"])
+        augmentation: Augmentation = construct("augment", self.part("augment"))
         augmentation.check(self.data.image_size)
         return augmentation
 
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The trainer, on its device, which becomes the current one."""
-        return construct("trainer", self.parts["trainer"])
+        return construct("trainer", self.part("trainer"))
 
     def build_model(self) -> nn.Module:
         """A new model: (B, C, Y, X) images in [−1, 1] → (B, K) logits. Works under ``torch.device("meta")`` too."""
         return construct(
             "model",
-            self.parts["model"],
+            self.part("model"),
             image_size=self.data.image_size,
             channels=self.data.channels,
             classes=self.data.classes,
-            embedding=functools.partial(construct, "embedding", self.parts["embedding"]),
-            posenc=functools.partial(construct, "posenc", self.parts["posenc"]),
-            attention=mixer_builder(self.parts["attention"]),
+            embedding=functools.partial(construct, "embedding", self.part("embedding")),
+            posenc=functools.partial(construct, "posenc", self.part("posenc")),
+            attention=mixer_builder(self.part("attention")),
         )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """A new optimizer of the model's parameters."""
-        make, no_decay = self.parts["optimizer"], self.own_options["optimizer"].get("no_decay_on_norm_and_bias")
+        make, no_decay = self.part("optimizer"), self.own_options["optimizer"].get("no_decay_on_norm_and_bias")
         if no_decay and "weight_decay" not in inspect.signature(make.func).parameters:
             raise ConfigError(f"optimizer.no_decay_on_norm_and_bias=true: {make.func.__name__} has no weight decay; use false")
         params = param_groups_weight_decay(model) if no_decay else model.parameters()
@@ -118,7 +124,7 @@ def parse(cfg: DictConfig) -> Experiment:
         seed=settings["seed"] or 0,
         rerun=bool(settings["rerun"]),
         fail_fast=bool(settings["fail_fast"]),
-        parts={group: parse_group(cfg, group) for group in GROUPS},
+        parts={group: parse_group(cfg, group) for group in GROUPS if group in cfg},
         own_options=own_options,
     )
 

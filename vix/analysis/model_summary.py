@@ -34,8 +34,8 @@ class Layer(NamedTuple):
 class Summary(NamedTuple):
     """A model's layers, from the whole to its parts, and its totals.
 
-    paper_mb is the size as the paper prints it (:mod:`vix.analysis.paper_size`, MB of 2²⁰ bytes); checkpoint_mb that of the weights as
-    saved (MB of 10⁶ bytes); the FLOPs are for one image.
+    paper_mb is the size as the paper prints it (:mod:`vix.analysis.paper_size`, MB of 2²⁰ bytes); checkpoint_mb that of
+    the weights as saved (MB of 10⁶ bytes); the FLOPs are for one image.
     """
 
     layers: list[Layer]

@@ -6,9 +6,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.layers.heads import MultiHeadMixer
 from vix.layers.attend import ScaledDotProduct
-from vix.layers.heads import merge_heads
+from vix.layers.heads import MultiHeadMixer, merge_heads
 from vix.layers.tokens import TokenGrid
 from vix.types import Fraction, Positive
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.layers.heads import MultiHeadMixer
 from vix.layers.attend import linear_attention
+from vix.layers.heads import MultiHeadMixer
 from vix.layers.precision import no_autocast, upcast_fp32
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive

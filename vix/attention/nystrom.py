@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.layers.heads import MultiHeadMixer
 from vix.layers.attend import softmax_attention
-from vix.layers.heads import merge_heads, split_heads
+from vix.layers.heads import MultiHeadMixer, merge_heads, split_heads
 from vix.layers.precision import no_autocast, upcast_fp32
 from vix.layers.tokens import TokenGrid
 from vix.types import NotNegative, Positive

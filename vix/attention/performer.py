@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vix.layers.heads import MultiHeadMixer
 from vix.layers.attend import linear_attention
+from vix.layers.heads import MultiHeadMixer
 from vix.layers.precision import no_autocast, upcast_fp32
 from vix.layers.tokens import TokenGrid
 from vix.types import NotNegative, Positive

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import nn
 
-from vix.layers.heads import MultiHeadMixer
 from vix.layers.attend import ScaledDotProduct
+from vix.layers.heads import MultiHeadMixer
 from vix.layers.tokens import TokenGrid
 from vix.types import Fraction, Positive
 

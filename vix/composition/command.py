@@ -15,7 +15,7 @@ from vix.runs.identity import START_ONLY_KEYS
 from vix.system.distributed import world_size
 from vix.system.files import expand_home
 
-CONFIG_DIR = Path(__file__).parents[1].resolve() / "conf"
+CONFIG_DIR = Path(__file__).parents[2].resolve() / "conf"
 CONFIG_NAME = "config"
 
 

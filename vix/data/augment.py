@@ -69,7 +69,8 @@ class EpochAugmentation:
         if options.random_erasing:
             self.random_erasing = RandomErasing(options.random_erasing, count, height, width, random, device)
         if options.mixup or options.cutmix:
-            self.mix = Mix(options.mixup, options.cutmix, classes, math.ceil(count / batch_size), random)
+            batches = math.ceil(count / batch_size)
+            self.mix = Mix(options.mixup, options.cutmix, classes, batches, height, width, random)
 
     def before_normalization(self, images: Tensor, number: int) -> Tensor:
         """Batch ``number`` of the epoch, uint8 (B, C, Y, X) → the same shape and type."""
@@ -78,7 +79,7 @@ class EpochAugmentation:
         return self.trivial_augment(images, number) if self.trivial_augment else images
 
     def after_normalization(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Batch ``number`` of the epoch, images in [−1, 1] and labels (B,) → images, and labels or class probabilities (B, K)."""
+        """Batch ``number``, images in [−1, 1] and labels (B,) → images and labels, or class probabilities (B, K)."""
         batch = self.batch(number)
         if self.options.flip:
             images = torch.where(self.flips[batch, None, None, None], images.flip(-1), images)
@@ -134,23 +135,31 @@ class Mix:
     mixup, cutmix: α of the Beta(α, α) distribution of the first image's share; None: off.
     classes: number K of classes.
     batches: per epoch.
-
-    Every batch has a seed of its own, so that an interrupted epoch continues with the same draws.
+    height, width: of an image, in pixels.
     """
 
-    def __init__(self, mixup: float | None, cutmix: float | None, classes: int, batches: int, random: torch.Generator) -> None:
+    def __init__(
+        self,
+        mixup: float | None,
+        cutmix: float | None,
+        classes: int,
+        batches: int,
+        height: int,
+        width: int,
+        random: torch.Generator,
+    ) -> None:
         from torchvision.transforms.v2 import CutMix, MixUp  # imports torchvision, which takes seconds
 
-        self.transforms = [
-            kind(alpha=alpha, num_classes=classes) for kind, alpha in ((MixUp, mixup), (CutMix, cutmix)) if alpha
-        ]
-        self.kinds = torch.randint(len(self.transforms), (batches,), generator=random).tolist()
-        self.seeds = torch.randint(2**62, (batches,), generator=random).tolist()
+        transforms = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((MixUp, mixup), (CutMix, cutmix)) if alpha]
+        kinds = torch.randint(len(transforms), (batches,), generator=random).tolist()
+        image = torch.empty(1, 1, height, width)
+        # torchvision draws from the host's global generator (and torch.manual_seed would seed those of GPUs, too).
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=random)))
+            self.draws = [(transforms[kind], transforms[kind].make_params([image])) for kind in kinds]
 
     def __call__(self, images_BCYX: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Batch ``number`` of the epoch, images in [−1, 1] → mixed images and class probabilities (B, K)."""
-        with torch.random.fork_rng(devices=[]):
-            # The host's generator alone: torch.manual_seed would reset those of GPUs, too.
-            torch.default_generator.manual_seed(self.seeds[number])
-            images_BCYX, labels_BK = self.transforms[self.kinds[number]](images_BCYX, labels_B)
-        return images_BCYX, labels_BK
+        transform, params = self.draws[number]
+        params = {**params, "labels": labels_B, "batch_size": len(labels_B)}
+        return transform.transform(images_BCYX, params), transform.transform(labels_B, params)

@@ -1,7 +1,7 @@
 """Where a token is: a table added to the tokens, a rotation of queries and keys, a bias on attention, or nothing.
 
-Contract: the constructor takes ``dim`` and the :class:`vix.layers.tokens.TokenGrid` of the first tokens, then keyword-only options;
-``forward`` is applied once to those tokens (B, N, D). What mixers get is in :meth:`PositionEncoding.offers`.
+Contract: the constructor takes ``dim`` and the :class:`vix.layers.tokens.TokenGrid` of the first tokens, then keyword-only
+options; ``forward`` is applied once to those tokens (B, N, D). :meth:`PositionEncoding.attention_kwargs` is for mixers.
 """
 
 from collections.abc import Callable

@@ -16,7 +16,8 @@ from vix.training.micro_batch import dry_run
 from vix.training.train_step import TrainStep, mean_loss, shard_batch
 
 log = logging.getLogger(__name__)
-# It warns of operations in place among those of trainer.activation_checkpointing=selective, and they are right there (tests/test_recompute.py).
+# It warns of in-place operations under trainer.activation_checkpointing=selective, which compute the right gradients
+# (tests/test_recompute.py).
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 # Compiling takes half a minute to a minute, and a CPU's steps gain up to 50 %: at some 1.5e11 FLOP/s, which two cores do, ten
