@@ -85,7 +85,7 @@ def test_a_run_finishes_without_its_output(tmp_path: Path, way: str) -> None:
 def test_every_command_prints_in_ascii_and_to_nobody(command: str, tmp_path: Path) -> None:
     run = ROOT / "results/cpu/cpu_vit"
     arguments = {"diff": f"{run}/seed=0 {run}/seed=1", "replay": "."}.get(command, "experiment=quickstart")
-    program = f"$PYTHON -m vix.{command} {arguments}"
+    program = f"$PYTHON -m vix {command} {arguments}"
     status = 1 if command == "replay" else 0  # it is told that there is no such run
     for way in ("| true", ">&-"):
         done = shell(f"{program} {way}", tmp_path, PYTHONIOENCODING="ascii")
