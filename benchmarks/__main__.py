@@ -59,7 +59,7 @@ def summarize(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dic
     return row
 
 
-def show(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -> None:
+def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -> None:
     """The table of ratios, then that of figures."""
 
     def times(value: float | None) -> str:
@@ -147,7 +147,7 @@ def main() -> None:
         for b in batches
     ]
     path = write("side-by-side", device, chosen, {"ceilings": top, "rows": rows, "means": means, "refused": refused})
-    show(rows, means, str(device))
+    print_table(rows, means, str(device))
     print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s in a matrix product, {top['copy'] / 1e9:.1f} GB/s in a copy")
     print(f"Written: {path}")
 

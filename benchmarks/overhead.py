@@ -12,12 +12,12 @@ from typing import Any
 
 from benchmarks.isolated import isolated, processes
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
-from benchmarks.runs import Job, run_together
+from benchmarks.runs import TimedProcess, run_together
 from benchmarks.variants import bare_step
 from vix.reporting.table import Table
 
 
-def first_step(job: Job, images: int) -> float:
+def first_step(job: TimedProcess, images: int) -> float:
     """Seconds from the command to the end of the first step, of a run whose only epoch is that step.
 
     What was told was the end of the epoch, after the test: that is taken off.
@@ -26,7 +26,7 @@ def first_step(job: Job, images: int) -> float:
     return job.first_epoch - (results["seconds"] - images / results["images_per_second"])
 
 
-def epoch_step(job: Job, batch_size: int) -> float:
+def epoch_step(job: TimedProcess, batch_size: int) -> float:
     """Seconds a step within an epoch, the median of all epochs but the first, which warms up."""
     (results,) = job.results
     speeds = [row["images_per_second"] for row in results["history"]]

@@ -15,7 +15,7 @@ from vix.errors import UserError
 PROGRAM = Path(__file__).parents[1].resolve() / "train.py"
 
 
-class Job(NamedTuple):
+class TimedProcess(NamedTuple):
     """What processes of train.py took, in seconds from their start.
 
     wall: until the last one ended.
@@ -28,7 +28,7 @@ class Job(NamedTuple):
     results: list[dict[str, Any]]
 
 
-def run_together(commands: Sequence[Sequence[str]], threads: int, **variables: str) -> Job:
+def run_together(commands: Sequence[Sequence[str]], threads: int, **variables: str) -> TimedProcess:
     """Start ``python train.py ARGUMENTS`` for each of the commands at once, in an empty directory, and wait for all.
 
     variables: of their environment.
@@ -74,4 +74,4 @@ def run_together(commands: Sequence[Sequence[str]], threads: int, **variables: s
                 last = "".join(lines).strip().rpartition("\n")[2]
                 raise UserError(f"train.py ended with {process.returncode}: {last.removeprefix('error: ')}")
         results = [json.loads(path.read_text()) for path in sorted(Path(directory).glob("outputs/**/results.json"))]
-    return Job(wall, first_epoch, results)
+    return TimedProcess(wall, first_epoch, results)

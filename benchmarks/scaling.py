@@ -61,7 +61,7 @@ def too_much(smaller: list[dict[str, Any]], tokens: int, seconds: float, gigabyt
     return None
 
 
-def show(points: list[dict[str, Any]], sizes: list[int], device: str) -> None:
+def print_table(points: list[dict[str, Any]], sizes: list[int], device: str) -> None:
     for name in PASSES:
         for quantity, unit, scale in (("seconds", "ms", 1e3), ("bytes", "peak MB", 1e-6)):
             lines = []
@@ -121,7 +121,7 @@ def main() -> None:
     told = [sentence(points, mixer, "softmax") for mixer in chosen.mixers if mixer != "softmax"]
     path = write("scaling", device, chosen, {"batch": batch_size, "points": points, "skipped": skipped, "sentences": told})
     draw(points, path.with_suffix(".png"), f"ViT of 4 blocks, width 128, batch {batch_size}, on {device.type}")
-    show(points, sizes, str(device))
+    print_table(points, sizes, str(device))
     print("\n".join(told))
     for gap in skipped:
         print(f"Not measured: {gap['mixer']}, {gap['pass']}, {gap['tokens']:,} tokens: {gap['reason']}")

@@ -14,7 +14,7 @@ import vix
 from vix.build import parse
 from vix.cli.plan import plan
 from vix.composition.command import Flags
-from vix.composition.compose import compose, compose_with_hydra, left_out
+from vix.composition.compose import compose, compose_with_hydra, left_out_messages
 from vix.errors import ConfigError
 
 # The experiment's settings are Nyström's landmarks and a model's width.
@@ -24,7 +24,7 @@ SMALLER = ("experiment=quickstart", "model.dim=16", "model.depth=1", *TRAINING)
 
 def composed(*overrides: str, directory: Path | None = None) -> tuple[dict[str, dict[str, object]], list[str]]:
     cfg = compose_with_hydra(overrides, Flags(str(directory) if directory else None))
-    notes = left_out(cfg.hydra)
+    notes = left_out_messages(cfg.hydra)
     return {key: dict(value) for key, value in cfg.items() if key not in ("hydra", "seed", "rerun", "fail_fast")}, notes
 
 

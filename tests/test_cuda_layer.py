@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import vix.training.train_step
 from benchmarks.measure import measure
 from benchmarks.record import chosen_device, hardware
-from vix.analysis.cost import Allocations, Fused
+from vix.analysis.cost import AllocationCounter, FusedAttention
 from vix.build import build_model, parse
 from vix.data.loader import Split
 from vix.errors import ConfigError, UserError
@@ -403,10 +403,10 @@ def test_the_gradient_of_a_bias_is_counted_for_every_image() -> None:
     """Fused attention on a GPU writes it for the whole batch: 8 images, 4 heads, 1,025² pairs, float32."""
 
     def peak(biased: bool) -> int:
-        with FakeTensorMode(), Allocations() as allocations:
+        with FakeTensorMode(), AllocationCounter() as allocations:
             q, k, v = (torch.empty(8, 4, 1025, 8, requires_grad=True) for _ in range(3))
             bias = torch.empty(1, 4, 1025, 1025, requires_grad=biased)
-            Fused.apply(q, k, v, bias).sum().backward()
+            FusedAttention.apply(q, k, v, bias).sum().backward()
         return allocations.peak
 
     assert peak(True) - peak(False) > 0.9 * 8 * 4 * 1025**2 * 4

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TINY, run_train
 from matplotlib.image import imread
 
-from vix.reporting.console import ERRORS, LossyFile, protected
+from vix.reporting.console import ERRORS, LossyFile, protect_stream
 
 NAME = "a[bold]b[/] :car: $x^{2$ _猫"  # markup, an emoji code, a formula that is none, and a letter that most fonts lack
 
@@ -99,9 +99,9 @@ def test_a_protected_stream(tmp_path: Path) -> None:
     handler = logging.StreamHandler(stream)
     logging.getLogger("vix.tried").addHandler(handler)
     try:
-        safe = protected(stream, stream.fileno())
+        safe = protect_stream(stream, stream.fileno())
         assert handler.stream is safe
-        assert protected(safe, stream.fileno()) is safe
+        assert protect_stream(safe, stream.fileno()) is safe
         assert (safe.encoding, safe.errors) == ("ascii", ERRORS)
         for _ in range(3):
             print("± 猫", file=safe, flush=True)
@@ -110,7 +110,7 @@ def test_a_protected_stream(tmp_path: Path) -> None:
         logging.getLogger("vix.tried").removeHandler(handler)
         stream.close()
     memory = io.TextIOWrapper(io.BytesIO())
-    assert protected(memory, 1) is memory
+    assert protect_stream(memory, 1) is memory
 
 
 def test_a_pipe_that_is_not_ready_is_waited_for() -> None:

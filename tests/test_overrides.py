@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import vix
 from vix.build import GROUPS, OVERLAYS, parse
-from vix.composition.compose import compose, dotted, format_error, is_hydra_error
+from vix.composition.compose import compose, dotted_keys, format_error, is_hydra_error
 from vix.errors import ConfigError
 
 OPTIONS = {group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in GROUPS}
@@ -127,7 +127,7 @@ def test_the_keys_are_the_configs(parts: Callable[[dict[str, str]], DictConfig])
     """The strategies above draw from all keys there are."""
     for group, options in OPTIONS.items():
         for option in options:
-            assert {key for key in dotted(parts({group: option})) if key.startswith(f"{group}.")} <= {
+            assert {key for key in dotted_keys(parts({group: option})) if key.startswith(f"{group}.")} <= {
                 *KEYS,
-                *(k for k in dotted(parts({})) if k.startswith(f"{group}.")),
+                *(k for k in dotted_keys(parts({})) if k.startswith(f"{group}.")),
             }

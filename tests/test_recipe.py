@@ -462,7 +462,7 @@ def test_runs_from_before_these_options_are_continued(compose_config: Compose, t
         group, _, name = key.partition(".")
         assert results["config"][group].pop(name) is None
     (tmp_path / "results.json").write_text(json.dumps({**results, "status": "finished"}))
-    assert RunDirectory(tmp_path, {}, today).finished("auto")
+    assert RunDirectory(tmp_path, {}, today).finished_results("auto")
     today["data"]["validation_size"] = 20
     with pytest.raises(ConfigError, match=r"data\.validation_size was None and is 20"):
-        RunDirectory(tmp_path, {}, today).finished("auto")
+        RunDirectory(tmp_path, {}, today).finished_results("auto")

@@ -21,7 +21,7 @@ from vix.training.state import TrainState
 WARM_UP, STEPS = 3, 5
 
 
-class Allocations(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive in its context, of which ``peak`` is the most so far."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Allocations(TorchDispatchMode):
         self.alive -= size
 
 
-class Fused(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """What fused attention keeps for its backward pass: q, k, v, the output and a number a query.
 
     The gradient of a bias is written for every image before it is summed over the images that share the bias.
@@ -71,11 +71,11 @@ class Fused(torch.autograd.Function):
         return *(torch.empty_like(t) for t in (q_BHNE, k_BHME, v_BHME)), bias
 
 
-def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+def fused_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
     """In place of PyTorch's, which on a CPU uses plain operations for a bias with a gradient: the fused kernel has none."""
     if q_BHNE.is_cpu and attn_mask is not None and attn_mask.requires_grad:
         return torch.ops.aten._scaled_dot_product_attention_math(q_BHNE, k_BHME, v_BHME, attn_mask)[0]
-    return Fused.apply(q_BHNE, k_BHME, v_BHME, attn_mask)
+    return FusedAttention.apply(q_BHNE, k_BHME, v_BHME, attn_mask)
 
 
 def peak_memory(experiment: Experiment) -> int:
@@ -92,7 +92,7 @@ def peak_memory(experiment: Experiment) -> int:
     if isinstance(trainer.micro_batch, int):
         size = min(trainer.micro_batch, size)
     fused = F.scaled_dot_product_attention
-    with FakeTensorMode(allow_non_fake_inputs=True), Allocations() as allocations:
+    with FakeTensorMode(allow_non_fake_inputs=True), AllocationCounter() as allocations:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -105,7 +105,7 @@ def peak_memory(experiment: Experiment) -> int:
         images = torch.empty(size, data.channels, data.image_size, data.image_size, device=device)
         labels = torch.empty(size, dtype=torch.int64, device=device)
         adam = [(torch.empty_like(p), torch.empty_like(p)) for p in model.parameters()]
-        F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+        F.scaled_dot_product_attention = fused_attention  # type: ignore[assignment]
         try:
             for _ in range(2):  # in the second step there are gradients from the start where micro-batches add up
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
@@ -119,7 +119,7 @@ def peak_memory(experiment: Experiment) -> int:
     return allocations.peak
 
 
-def measure(experiment: Experiment) -> tuple[float, int | None]:
+def measure_step(experiment: Experiment) -> tuple[float, int | None]:
     """Seconds of a step of this run on its device, and the bytes that it allocates there at most (None on a CPU).
 
     Trains a fresh model on random images for a few steps; reads no data and writes nothing.

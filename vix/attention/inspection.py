@@ -24,7 +24,7 @@ def attention_weights(mixer: Any, x_BND: Tensor) -> Tensor:
     They are what it makes of the identity matrix as values. An approximate mixer's need not be positive or add up to 1.
     One image at a time, as they are N times as large as its tokens.
     """
-    with inspection(mixer, x_BND):
+    with inspecting(mixer, x_BND):
         weights = []
         for x_1ND in x_BND.split(1):
             q_BHNE, k_BGME, _ = mixer.qkv(x_1ND)
@@ -39,7 +39,7 @@ def class_token_weights(mixer: Any, x_BND: Tensor) -> Tensor:
     As the output is linear in the values, the row is the gradient of the class token's output by them: one backward pass and
     no N×M matrix.
     """
-    with inspection(mixer, x_BND):
+    with inspecting(mixer, x_BND):
         q_BHNE, k_BGME, v_BGME = mixer.qkv(x_BND)
         with torch.enable_grad():
             values_BGME = torch.zeros_like(v_BGME, requires_grad=True)
@@ -92,7 +92,7 @@ def map_mixers(
     hooks = [mixer.register_forward_pre_hook(hook) for mixer in mixers]
     try:
         if mixers:
-            with inspection(model, images_BCYX):
+            with inspecting(model, images_BCYX):
                 model(images_BCYX)
     finally:
         for handle in hooks:
@@ -101,7 +101,7 @@ def map_mixers(
 
 
 @contextmanager
-def inspection(module: nn.Module, x: Tensor) -> Iterator[None]:
+def inspecting(module: nn.Module, x: Tensor) -> Iterator[None]:
     """Eval mode without gradients or autocast, and the modes as they were afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()

@@ -19,7 +19,14 @@ from rich.table import Table
 
 from vix.build import GROUPS, parse
 from vix.composition.command import CONFIG_DIR, expand_arguments, parse_command, reproduce_command
-from vix.composition.compose import digest_of_images, format_error, is_hydra_error, left_out, refusal, sweep_outputs
+from vix.composition.compose import (
+    digest_of_images,
+    format_error,
+    is_hydra_error,
+    left_out_messages,
+    refused_reason,
+    sweep_outputs,
+)
 from vix.errors import ConfigError, UserError, first_paragraph
 from vix.reporting.console import console, protect_output
 from vix.reporting.progress import print_results
@@ -63,7 +70,7 @@ def run_job(cfg: DictConfig) -> float:
         with JobStatus(parts, number, cfg.get("fail_fast") is True, outputs) as this_job, held, process_group():
             run = RunDirectory(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             results = train(cfg, run)
-            this_job.finished(results, before=results is run.earlier)
+            this_job.finished(results, before=results is run.previous_results)
             return float(results["top1"])
     except Exception as error:
         if isinstance(error, LockedError) and job.mode == RunMode.RUN:
@@ -80,9 +87,9 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
     hydra_config = HydraConfig.get()
     try:
         use_given_cpus()
-        if reason := refusal(hydra_config):
+        if reason := refused_reason(hydra_config):
             raise ConfigError(reason)
-        for note in left_out(hydra_config):
+        for note in left_out_messages(hydra_config):
             log.info(note)
         experiment = parse(cfg)  # refuses, like all up to check_batches, before any data is read
         torch.manual_seed(experiment.seed)
@@ -90,7 +97,7 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         experiment.build_optimizer(model)
         trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
         check_batches(experiment.build_model, data, trainer)
-        run.identify(image_set=data.image_set)
+        run.add_identity(image_set=data.image_set)
         results = broadcast_from_rank0(lambda: run.prepare(experiment.rerun, trainer.resume))
         if results:
             log.info("Already finished, and not run again: rerun=true starts over")

@@ -25,11 +25,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vix.analysis.cost import measure, peak_memory
+from vix.analysis.cost import measure_step, peak_memory
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import Experiment, parse
 from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out, loader
+from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages, make_loader
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
@@ -115,7 +115,7 @@ def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[st
     if sweeper != "basic":
         raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs as it goes, so they cannot be planned")
     params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
-    parser = OverridesParser.create(config_loader=loader(flags or Flags()))
+    parser = OverridesParser.create(config_loader=make_loader(flags or Flags()))
     parsed = parser.parse_overrides([*params, *master.hydra.overrides.task])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     hydra_overrides = list(master.hydra.overrides.hydra)
@@ -127,7 +127,7 @@ def plan_run(number: int, overrides: list[str], models: dict[str, Summary], flag
     job = PlannedRun(" ".join(overrides))
     try:
         cfg = compose_with_hydra(overrides, flags)
-        job.left_out = left_out(cfg.hydra)
+        job.left_out = left_out_messages(cfg.hydra)
         job.directory = output_directory(cfg, number)
         job.outputs = Path(str(cfg.hydra.sweep.dir))
         job.name = "/".join(job.directory.parts[-2:])
@@ -169,9 +169,9 @@ def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> N
     job.image_set = data.image_set
     check_unlocked(directory)
     run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {})
-    if experiment.rerun and not run.continues_rerun():
-        job.state = "again" if run.earlier else "new"
-    elif run.finished(trainer.resume):
+    if experiment.rerun and not run.is_interrupted_rerun():
+        job.state = "again" if run.previous_results else "new"
+    elif run.finished_results(trainer.resume):
         job.state, job.left = "finished", 0
     elif saved := run.load_checkpoint(trainer.resume):
         job.state, job.left = "continues", max(0, trainer.epochs - saved["progress"]["epoch"])
@@ -210,7 +210,7 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool) -> None:
         experiment, kind = job.experiment, json.dumps([job.image_set, cost_key(job.config)], sort_keys=True)
         assert experiment is not None
         if kind not in known:
-            known[kind] = *(measure(experiment) if measuring else (None, None)), peak_memory(experiment)
+            known[kind] = *(measure_step(experiment) if measuring else (None, None)), peak_memory(experiment)
         seconds, measured, foreseen = known[kind]
         if job.gpu_gb is None:
             job.gpu_gb, job.measured = (foreseen if measured is None else measured) / 1e9, measured is not None

@@ -10,7 +10,7 @@ import sys
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import parse
 from vix.composition.command import add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out
+from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
@@ -53,7 +53,7 @@ def main() -> None:
     overrides, flags = parsed.overrides, flags_from(parsed)
     try:
         cfg = compose_with_hydra(overrides, flags)
-        for note in left_out(cfg.hydra):
+        for note in left_out_messages(cfg.hydra):
             print(note)
         print_summary(summarize(parse(cfg)))
     except Exception as error:

@@ -29,7 +29,7 @@ from omegaconf.resolvers import oc
 
 from vix.build import GROUPS, OVERLAYS, SETTINGS, construct, parse_group
 from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home
-from vix.composition.overlays import OverlayOptions, name_of, raw
+from vix.composition.overlays import OverlayOptions, option_name, unresolved
 from vix.composition.yaml_files import Repository, check_permissions
 from vix.errors import UserError, first_paragraph, nearest
 from vix.overrides import parse_or_none, parse_override
@@ -118,7 +118,7 @@ class Loader(ConfigLoaderImpl):
                 if parsed.key_or_group in SETTINGS:
                     job[parsed.key_or_group] = parsed.value()
                 elif isinstance(parsed.value(), str | list) and self.repository.group_exists(parsed.key_or_group):
-                    job.hydra.runtime.choices[parsed.key_or_group] = name_of(parsed.value())
+                    job.hydra.runtime.choices[parsed.key_or_group] = option_name(parsed.value())
         return job
 
     def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
@@ -135,13 +135,13 @@ def expand_homes(node: Any) -> None:
     if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation() or node._is_missing():
         return
     for key in range(len(node)) if isinstance(node, ListConfig) else [key for key in node if key != "hydra"]:
-        value = raw(node, key)
+        value = unresolved(node, key)
         if isinstance(value, str) and value.startswith("~"):
             node[key] = expand_home(value)
         expand_homes(value)
 
 
-def environment(key: str, *default: Any) -> str | None:
+def oc_env(key: str, *default: Any) -> str | None:
     """``${oc.env:KEY,default}`` with a leading ``~`` as the home directory."""
     value = oc.env(key, *default)
     return expand_home(value) if isinstance(value, str) else value
@@ -163,7 +163,7 @@ def compose_with_hydra(overrides: Sequence[str] = (), flags: Flags | None = None
     flags = flags or Flags()
     single = mode == RunMode.RUN
     name = flags.config_name or CONFIG_NAME
-    return loader(flags).load_configuration(name, list(overrides), mode, from_shell=True, validate_sweep_overrides=single)
+    return make_loader(flags).load_configuration(name, list(overrides), mode, from_shell=True, validate_sweep_overrides=single)
 
 
 def sweep_outputs(command: Command) -> Path | None:
@@ -189,7 +189,7 @@ def sweep_directory(cfg: DictConfig) -> Path:
         HydraConfig.instance().cfg = before
 
 
-def loader(flags: Flags) -> Loader:
+def make_loader(flags: Flags) -> Loader:
     """A loader that looks where Hydra looks for these flags. Raises UserError where the directory is absent."""
     main = compute_search_path_dir(str(CONFIG_DIR.parent / "train.py"), None, expand_home(flags.config_path or str(CONFIG_DIR)))
     search_path = create_config_search_path(main)
@@ -201,12 +201,12 @@ def loader(flags: Flags) -> Loader:
     return Loader(search_path)
 
 
-def refusal(hydra_config: Any) -> str | None:
+def refused_reason(hydra_config: Any) -> str | None:
     """Why the config of a sweep's job could not be composed, or None."""
     return OmegaConf.select(hydra_config, "runtime.refused")
 
 
-def left_out(hydra_config: Any) -> list[str]:
+def left_out_messages(hydra_config: Any) -> list[str]:
     """What a composed config does not have of its experiment and recipe, one sentence for each file and group."""
     return list(OmegaConf.select(hydra_config, "runtime.left_out") or ())
 
@@ -271,11 +271,11 @@ def valid_keys(arguments: Sequence[str], wrong_key: str, flags: Flags | None = N
             cfg = compose(overrides, flags)
         except (HydraException, UserError):
             continue
-        return sorted({*GROUPS, *OVERLAYS, *dotted(cfg)})
+        return sorted({*GROUPS, *OVERLAYS, *dotted_keys(cfg)})
     return sorted({*GROUPS, *OVERLAYS})
 
 
-def dotted(cfg: DictConfig) -> list[str]:
+def dotted_keys(cfg: DictConfig) -> list[str]:
     """``a.b`` for every leaf of a config."""
     keys: list[str] = []
 
@@ -290,5 +290,5 @@ def dotted(cfg: DictConfig) -> list[str]:
 version.setbase(VERSION_BASE)
 setup_globals()
 OmegaConf.register_new_resolver("run_name", run_name_of_config, replace=True)
-OmegaConf.register_new_resolver("oc.env", environment, replace=True)
+OmegaConf.register_new_resolver("oc.env", oc_env, replace=True)
 hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]

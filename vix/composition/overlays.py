@@ -81,13 +81,13 @@ class OverlayOptions:
                 foreign.append(group)
                 shown = ", ".join(f"{key}={value}" for key, value in plain_items(options))
                 self.left_out.append(
-                    f"{group}={name_of(self.chosen.get(group))}: left out what {path} sets for {group}={meant}: {shown}"
+                    f"{group}={option_name(self.chosen.get(group))}: left out what {path} sets for {group}={meant}: {shown}"
                 )
                 continue
             for key in options:
                 self.origin[group][str(key)] = path
             if path.partition("/")[0] == group and "_target_" in options:
-                self.first_target[group] = raw(options, "_target_")
+                self.first_target[group] = unresolved(options, "_target_")
         if not foreign:
             return loaded
         loaded = copy.copy(loaded)
@@ -101,7 +101,7 @@ class OverlayOptions:
         """Hydra keeps no choice for a list of options, such as ``experiment=[a,b]``: it becomes ``a+b``."""
         for group, options in self.chosen.items():
             if len(options) > 1 and not cfg.hydra.runtime.choices.get(group):
-                cfg.hydra.runtime.choices[group] = name_of(options)
+                cfg.hydra.runtime.choices[group] = option_name(options)
 
     def drop_unaccepted(self, cfg: DictConfig, overrides: Iterable[Override]) -> None:
         """Drop options that were written for another class than the group's, and that this one lacks.
@@ -162,12 +162,12 @@ def plain_items(options: DictConfig) -> Iterator[tuple[str, Any]]:
         yield str(key), value
 
 
-def name_of(option: Any) -> str:
+def option_name(option: Any) -> str:
     """``[a, b]`` → ``a+b``"""
     return "+".join(map(str, option)) if isinstance(option, list | ListConfig) else str(option)
 
 
-def raw(node: Any, key: Any) -> Any:
+def unresolved(node: Any, key: Any) -> Any:
     """The value of a key with its interpolation as it is written."""
     child = node._get_node(key)
     return child if isinstance(child, DictConfig | ListConfig) else child._value() if child is not None else None

@@ -58,7 +58,7 @@ class CCT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.attention_pool = nn.Linear(dim, 1)
         self.head = nn.Linear(dim, classes)
-        self.apply(initialise)
+        self.apply(init_weights)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         x_BND = self.embedding(images_BCYX).flatten(2).mT
@@ -82,7 +82,7 @@ class CCTBlock(Block):
         return x_BND + self.drop(self.mlp(x_BND))
 
 
-def initialise(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """Start of CCT's linear layers."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -88,11 +88,11 @@ def protect_output() -> None:
     Called by every command, and by every job of a sweep, as a launcher may have started its process. A stream that is not on
     a file descriptor (a notebook's, a test's) is left as it is, and so is one that is protected already.
     """
-    sys.stdout = protected(sys.stdout, 1)
-    sys.stderr = protected(sys.stderr, 2)
+    sys.stdout = protect_stream(sys.stdout, 1)
+    sys.stderr = protect_stream(sys.stderr, 2)
 
 
-def protected(stream: "TextIO | None", descriptor: int) -> TextIO:
+def protect_stream(stream: "TextIO | None", descriptor: int) -> TextIO:
     """A stream that never raises in place of one that may; logging handlers that write to the old one get the new one."""
     if stream is None:  # closed by whoever started the program (``>&-``)
         try:

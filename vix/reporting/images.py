@@ -50,7 +50,7 @@ def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) 
             color = "white" if share > 35 else "black"
             text = f"{share:.0f}" if share >= 0.5 else "<1"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    return rendered(figure)
+    return render(figure)
 
 
 @rc_context({"text.parse_math": False})  # dollars in names are text
@@ -115,7 +115,7 @@ def grid(
             place = ((left + CELL / 2) / width, 1 - (top + CELL + 2) / height)
             figure.text(*place, texts[i][j], ha="center", va="top", fontsize=7, color=colors[i][j])
     figure.figimage(canvas)
-    return rendered(figure)
+    return render(figure)
 
 
 def short(name: str) -> str:
@@ -124,7 +124,7 @@ def short(name: str) -> str:
     return name if len(name) <= 12 else f"{name[:11]}…"
 
 
-def rendered(figure: Figure) -> Array:
+def render(figure: Figure) -> Array:
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
         canvas.draw()

@@ -26,7 +26,7 @@ from vix.reporting import images
 from vix.runs.identity import IGNORED_ON_RESUME
 from vix.runs.results import flatten
 from vix.runs.run import RunDirectory
-from vix.system.memory import process_gigabytes
+from vix.system.memory import process_peak_gb
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class TensorBoard:
             "accuracy/top5": row["top5"],
             "train/lr": row["lr"],
             "train/images_per_second": row["images_per_second"],
-            "memory/process_peak_gb": process_gigabytes(),
+            "memory/process_peak_gb": process_peak_gb(),
             **{f"memory/{name}": value for name, value in memory.items() if value is not None},
         }
         if self.probe:

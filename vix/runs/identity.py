@@ -34,15 +34,14 @@ Changes = Mapping[str, tuple[Any, Any]]  # changed keys of the config: their val
 
 # Groups whose class cannot be replaced in the middle of a run, and those that make the model.
 CLASSES = ("model", "attention", "embedding", "posenc", "optimizer", "data")
-MODEL = ("model", "attention", "embedding", "posenc")
-FIXED = {
+FIXED_KEYS = {
     "seed": "weights and order of the images began with the other seed",
     "data.image_size": "the images would be others",
     "data.channels": "the images would be others",
     "data.test_size": "its epochs were evaluated on other images",
     "data.validation_size": "its epochs were evaluated on other images",
 }
-FIXED_WITHIN_EPOCH = ("trainer.batch_size", "data.train_size")
+FIXED_WITHIN_EPOCH_KEYS = ("trainer.batch_size", "data.train_size")
 
 
 def check_changeable(changed: Changes, epoch: int, batch: int, directory: Path) -> None:
@@ -50,17 +49,17 @@ def check_changeable(changed: Changes, epoch: int, batch: int, directory: Path) 
     for key, (then, now) in changed.items():
         group, _, option = key.partition(".")
         if option == "_target_" and group in CLASSES:
-            raise refusal(directory, {key: (then, now)}, f"its state is that of another {group}")
-        if key in FIXED:
-            raise refusal(directory, {key: (then, now)}, FIXED[key])
-        if key in FIXED_WITHIN_EPOCH and batch:
-            raise refusal(directory, {key: (then, now)}, f"it stopped within epoch {epoch + 1}, whose batches it decides")
+            raise cannot_resume(directory, {key: (then, now)}, f"its state is that of another {group}")
+        if key in FIXED_KEYS:
+            raise cannot_resume(directory, {key: (then, now)}, FIXED_KEYS[key])
+        if key in FIXED_WITHIN_EPOCH_KEYS and batch:
+            raise cannot_resume(directory, {key: (then, now)}, f"it stopped within epoch {epoch + 1}, whose batches it decides")
         if key == "trainer.epochs" and now < epoch + (batch > 0):
             done = f"{epoch} epochs" + (f" and {batch} steps" if batch else "")
-            raise refusal(directory, {key: (then, now)}, f"{done} are done already")
+            raise cannot_resume(directory, {key: (then, now)}, f"{done} are done already")
 
 
-def refusal(directory: Path, changed: Changes, reason: str) -> ConfigError:
+def cannot_resume(directory: Path, changed: Changes, reason: str) -> ConfigError:
     keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
     return ConfigError(
         f"trainer.resume=force cannot continue {directory} ({keys}): {reason}; keep the value, or start over with rerun=true"
@@ -72,7 +71,7 @@ def changes_row(changed: Changes, epoch: int, batch: int) -> dict[str, Any]:
     return {"epochs_before": epoch, "steps_before": batch, "changed": {key: list(values) for key, values in changed.items()}}
 
 
-def differing(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """Keys of two flat configs whose values differ, with both values (None where one lacks the key), sorted."""
     keys = sorted({*then, *now} - {*ignored})
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}

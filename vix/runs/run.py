@@ -10,7 +10,7 @@ from typing import Any
 
 from vix.errors import ConfigError, UserError
 from vix.runs.checkpoint import read_checkpoint, write_tensors
-from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changes_row, check_changeable, differing
+from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable
 from vix.runs.results import UNFINISHED, flatten, wrong_fields
 from vix.system.distributed import rank
 from vix.system.files import link_or_copy, nan_to_none, write_json
@@ -40,20 +40,20 @@ class RunDirectory:
         self.identity = identity
         self.begun = False  # whether this start has written anything of the run
         self.results: dict[str, Any] = {}
-        self.begin({})
+        self.reset_results({})
 
-    def begin(self, earlier: dict[str, Any]) -> None:
+    def reset_results(self, previous_results: dict[str, Any]) -> None:
         """Go on from the results of an earlier start; empty: there are none."""
-        kept = {key: value for key, value in earlier.items() if key not in NOT_IN_CHECKPOINT}
+        kept = {key: value for key, value in previous_results.items() if key not in NOT_IN_CHECKPOINT}
         self.results = {**kept, "status": "running", **self.identity, "config": self.config}
 
-    def identify(self, **fields: Any) -> None:
+    def add_identity(self, **fields: Any) -> None:
         """Add fields that are known before training, but not as early as the others."""
         self.identity |= fields
         self.results |= fields
 
     @cached_property
-    def earlier(self) -> dict[str, Any]:
+    def previous_results(self) -> dict[str, Any]:
         """Results of the earlier starts: results.json, or where that is lost or damaged, those that the checkpoint keeps.
 
         Empty where there are none. Writes nothing.
@@ -83,36 +83,36 @@ class RunDirectory:
         Raises ConfigError where the earlier run cannot be continued, and UserError where its files cannot be moved.
         """
         self.undo_archiving()
-        if rerun and not self.continues_rerun():
+        if rerun and not self.is_interrupted_rerun():
             self.archive_previous()
             self.results["started_by_rerun"] = True
             return None
         if rerun:
             log.info("Continuing an interrupted rerun; without its checkpoint*.pt it would start over")
-        finished = self.finished(resume)
-        if finished and finished["status"] != read_results(self.results_path).get("status"):
-            write_json(self.results_path, finished)
-        if not finished:
-            self.begin(self.earlier)
-        return finished
+        finished_results = self.finished_results(resume)
+        if finished_results and finished_results["status"] != read_results(self.results_path).get("status"):
+            write_json(self.results_path, finished_results)
+        if not finished_results:
+            self.reset_results(self.previous_results)
+        return finished_results
 
-    def finished(self, resume: str) -> dict[str, Any] | None:
+    def finished_results(self, resume: str) -> dict[str, Any] | None:
         """The results of an earlier start that finished this very run, else None.
 
         Raises ConfigError where it finished with another config and ``resume`` is ``auto``, or on other images.
         """
-        if self.earlier.get("status") != "finished":
+        if self.previous_results.get("status") != "finished":
             return None
-        changed = self.check_same_run(self.earlier["config"], self.earlier.get("image_set"), resume)
-        return None if changed else self.earlier
+        changed = self.check_same_run(self.previous_results["config"], self.previous_results.get("image_set"), resume)
+        return None if changed else self.previous_results
 
-    def continues_rerun(self) -> bool:
+    def is_interrupted_rerun(self) -> bool:
         """Whether the directory holds an interrupted run of this config and image set that was itself begun by ``rerun``."""
-        earlier = self.earlier
-        if not earlier.get("started_by_rerun") or earlier["status"] == "finished":
+        previous_results = self.previous_results
+        if not previous_results.get("started_by_rerun") or previous_results["status"] == "finished":
             return False
         try:
-            self.check_same_run(earlier["config"], earlier.get("image_set"), "auto")
+            self.check_same_run(previous_results["config"], previous_results.get("image_set"), "auto")
             self.load_checkpoint("auto")
         except UserError:  # another run, or damaged
             return False
@@ -124,7 +124,7 @@ class RunDirectory:
         Raises ConfigError where it differs and ``resume`` is ``auto``, or where that run's images are others.
         """
         here = self.identity.get("image_set")
-        changed = differing(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
+        changed = changed_keys(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
         if image_set and here and image_set != here:
             raise ConfigError(
                 f"data.root: {self.directory} holds a run on other images ({image_set}) than this one's ({here}); start over "
@@ -194,7 +194,7 @@ class RunDirectory:
         """
         state = self.read_newest_checkpoint()
         if state is None:
-            if self.earlier.get("status") == "finished":
+            if self.previous_results.get("status") == "finished":
                 raise ConfigError(
                     f"trainer.resume={resume}: the run in {self.directory} is finished and its checkpoint is lost, so it "
                     "cannot be continued; start over with rerun=true"
@@ -212,10 +212,10 @@ class RunDirectory:
         if state is None:
             if self.results.get("epochs"):
                 log.warning("%s has no checkpoint any more: training starts over", self.directory)
-            self.begin({key: value for key, value in self.results.items() if key == "started_by_rerun"})
+            self.reset_results({key: value for key, value in self.results.items() if key == "started_by_rerun"})
             return {}
-        self.begin(state["results"])
-        changed = differing(flatten(state["config"]), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
+        self.reset_results(state["results"])
+        changed = changed_keys(flatten(state["config"]), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
         if changed:
             row = changes_row(changed, state["progress"]["epoch"], state["progress"]["batch"])
             self.results["config_changes"] = [*self.results.get("config_changes", ()), row]
@@ -247,8 +247,8 @@ class RunDirectory:
                     "as it was. Fix that and run the same command again"
                 ) from error
             log.info("The earlier run was moved to %s", archive)
-        self.earlier = {}
-        self.begin({})
+        self.previous_results = {}
+        self.reset_results({})
 
     def make_archive(self) -> Path:
         """A new, empty directory ``previous-N``."""

@@ -14,7 +14,7 @@ SAVED = ("config.yaml", "hydra.yaml", "overrides.yaml")  # by Hydra, in its fold
 
 
 @dataclass
-class Before:
+class DirectoryState:
     """State of a run's directory before this start.
 
     made: the directories that this start makes, deepest first.
@@ -28,10 +28,10 @@ class Before:
     log_size: int | None
 
 
-before: Before | None = None  # of the single run that this process starts
+before: DirectoryState | None = None  # of the single run that this process starts
 
 
-class Snapshot(Callback):
+class DirectorySnapshot(Callback):
     """Hydra's callback: notes the state of a single run's directory. Jobs of a sweep keep theirs, with the reason."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -42,12 +42,12 @@ class Snapshot(Callback):
         try:
             hydra_config.set_config(config)  # the directory's name asks it for the overrides
             with suppress(Exception):  # what is wrong with it is said when Hydra makes it; nothing is removed then
-                before = look(config)
+                before = snapshot_directory(config)
         finally:
             hydra_config.cfg = earlier
 
 
-def look(config: DictConfig) -> Before:
+def snapshot_directory(config: DictConfig) -> DirectoryState:
     """What is there before Hydra makes the directory of this config."""
     directory = Path(os.path.abspath(str(config.hydra.run.dir)))
     subdir = config.hydra.output_subdir
@@ -56,7 +56,7 @@ def look(config: DictConfig) -> Before:
     contents = {path: path.read_bytes() if os.path.lexists(path) else None for path in paths}
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     log = directory / f"{config.hydra.job.name}.log"
-    return Before(made, contents, log, log.stat().st_size if os.path.lexists(log) else None)
+    return DirectoryState(made, contents, log, log.stat().st_size if os.path.lexists(log) else None)
 
 
 def undo_start(locked: bool = False) -> None:

@@ -39,10 +39,10 @@ class JobStatus:
         }
 
     def __enter__(self) -> Self:
-        if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read(self.folder)):
-            self.note(state="not run", error="fail_fast=true, and a job before it failed")
+        if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read_jobs(self.folder)):
+            self.update(state="not run", error="fail_fast=true, and a job before it failed")
             raise UserError(f"not run: {self.state['error']}")
-        self.note()
+        self.update()
         return self
 
     def finished(self, results: dict[str, Any], before: bool) -> None:
@@ -55,9 +55,9 @@ class JobStatus:
         elif error is not None:
             state = "refused" if isinstance(error, ConfigError) else "failed"
             self.state |= {"state": state, "error": str(error) or type(error).__name__}
-        self.note(seconds=time.time() - self.began)
+        self.update(seconds=time.time() - self.began)
 
-    def note(self, **fields: Any) -> None:
+    def update(self, **fields: Any) -> None:
         self.state |= fields
         if self.folder and self.folder.is_dir():
             with suppress(UserError):  # a full disk is the run's to tell
@@ -94,9 +94,9 @@ class Sweep:
 
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs' notes so far, in the order of the jobs."""
-        return read(self.folder)
+        return read_jobs(self.folder)
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """The jobs' notes, in the order of the jobs."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]

@@ -33,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     except ConfigError:
         raise
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"trainer.device={name}: {unusable(error)}; auto, cpu and cuda:N are names") from error
+        raise ConfigError(f"trainer.device={name}: {unusable_reason(error)}; auto, cpu and cuda:N are names") from error
     if device.type == "meta":
         raise ConfigError("trainer.device=meta: nothing can be trained there; auto, cpu and cuda:N are names")
     if device.type == "cpu":
@@ -80,7 +80,7 @@ def probe(device: torch.device) -> None:
         torch.ones(2, device=device).sum().item()
 
 
-def unusable(error: Exception) -> str:
+def unusable_reason(error: Exception) -> str:
     """Why ``probe`` failed, for an error message."""
     reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
     if "no kernel image" in str(error):

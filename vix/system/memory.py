@@ -53,13 +53,13 @@ class PeakMemory:
         }
 
 
-def process_gigabytes() -> float:
+def process_peak_gb() -> float:
     """Peak resident memory of this process so far, in GB (10⁹ bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 STATUS = Path("/proc/self/status")
-STARTED_WITH = resource.getrlimit(resource.RLIMIT_DATA)
+INITIAL_LIMIT = resource.getrlimit(resource.RLIMIT_DATA)
 OOM_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "std::bad_alloc",
@@ -116,14 +116,14 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
         total = torch.cuda.get_device_properties(device).total_memory / 1e9
         torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes / total, device)
         return
-    resource.setrlimit(resource.RLIMIT_DATA, STARTED_WITH)
+    resource.setrlimit(resource.RLIMIT_DATA, INITIAL_LIMIT)
     torch.backends.mkldnn.set_flags(_enabled=gigabytes is None)
     if gigabytes is not None:
         torch.ones(2**18).sum()  # starts OpenMP's threads: where there is no memory for one it ends the process
         release_memory(device)
         held = next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmData"))
         allowed = held + round(gigabytes * 1e9)
-        soft, hard = STARTED_WITH
+        soft, hard = INITIAL_LIMIT
         resource.setrlimit(resource.RLIMIT_DATA, (allowed if soft == resource.RLIM_INFINITY else min(allowed, soft), hard))
     if any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)):
         return_freed_memory()

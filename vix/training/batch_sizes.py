@@ -23,8 +23,8 @@ def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer:
     smallest = smallest_part(images, batch, micro_batch)
     with torch.device("meta"):
         model = make_model().train()
-    reason = refusal(model, data, smallest)
-    fewest = next((n for n in range(smallest + 1, LARGEST_TRIED + 1) if not refusal(model, data, n)), None)
+    reason = forward_error(model, data, smallest)
+    fewest = next((n for n in range(smallest + 1, LARGEST_TRIED + 1) if not forward_error(model, data, n)), None)
     if not reason or fewest is None:
         return
     key, size, works = "batch_size", batch, [n for n in range(1, images + 1) if smallest_part(images, n, micro_batch) >= fewest]
@@ -53,7 +53,7 @@ def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
     return min(parts)
 
 
-def refusal(model: nn.Module, data: ImageData, images: int) -> str:
+def forward_error(model: nn.Module, data: ImageData, images: int) -> str:
     """Why the model cannot train on this many images at a time; empty where it can."""
     shape = images, data.channels, data.image_size, data.image_size
     try:

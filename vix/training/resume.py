@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vix.runs.identity import MODEL, Changes, refusal
+from vix.runs.identity import Changes, cannot_resume
+from vix.runs.results import MODEL_GROUPS
 
 
 def check_state_fits(
@@ -28,8 +29,8 @@ def check_weights_fit(changed: Changes, model: nn.Module, saved: Mapping[str, Te
     """Raises ConfigError where the saved weights and buffers are not those of this model."""
     here = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if here != {name: tensor.shape for name, tensor in saved.items()}:
-        model_keys = {key: values for key, values in changed.items() if key.partition(".")[0] in MODEL}
-        raise refusal(directory, model_keys or changed, "its weights do not fit this model")
+        model_keys = {key: values for key, values in changed.items() if key.partition(".")[0] in MODEL_GROUPS}
+        raise cannot_resume(directory, model_keys or changed, "its weights do not fit this model")
 
 
 def check_optimizer_state_fits(
@@ -58,7 +59,7 @@ def check_optimizer_state_fits(
     if missing:
         # Numbers such as a learning rate need no state; where nothing else changed any of them may.
         suspects = {k: v for k, v in optimizer_keys.items() if not all(is_number(x) for x in v)}
-        raise refusal(directory, suspects or optimizer_keys, f"its optimizer has no {', '.join(sorted(missing))}")
+        raise cannot_resume(directory, suspects or optimizer_keys, f"its optimizer has no {', '.join(sorted(missing))}")
 
 
 def is_number(value: Any) -> bool:
