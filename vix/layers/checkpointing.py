@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     The residual stream is float32 under any autocast (float64 in a float64 model). A block upcasts its input for all families:
     its first norm then sums in float32 in its backward pass, which PyTorch's LayerNorm does not do for bfloat16 input on a CPU
-    (17 to 99 % of its weights' gradients were lost, tests/test_gradients.py).
+    (17 to 99 % of its weights' gradients were lost, tests/training/test_gradients.py).
 
     activation_checkpointing: what a training step recomputes in the backward pass instead of storing it:
         None: nothing.

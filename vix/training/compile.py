@@ -17,7 +17,7 @@ from vix.training.train_step import TrainStep, mean_loss, shard_batch
 
 log = logging.getLogger(__name__)
 # It warns of in-place operations under trainer.activation_checkpointing=selective, which compute the right gradients
-# (tests/test_recompute.py).
+# (tests/layers/test_activation_checkpointing.py).
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 # Compiling takes half a minute to a minute, and a CPU's steps gain up to 50 %: at some 1.5e11 FLOP/s, which two cores do, ten

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from common import assert_same, fit, outcome, run_directory
 from conftest import ROOT, TINY, run_train
 from forked import Forked, signal_at_file
 from omegaconf import DictConfig
-from test_robustness import assert_same, outcome, run_directory
-from test_training import fit
 from torch import nn
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode

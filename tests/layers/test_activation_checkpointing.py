@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import fit
 from conftest import ROOT, TINY, run_train
 from omegaconf import DictConfig
-from test_training import fit
 from torch import Tensor, nn
 
 from benchmarks.measure import most_allocated

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import assert_same, outcome, run_directory
 from conftest import HANGS, ROOT, TINY, run_train
 from forked import Forked, before_each_change, kill_at_change, log_changes, signal_at_file
 
@@ -23,30 +24,6 @@ from vix.runs.checkpoint import read_checkpoint
 from vix.runs.run import RunDirectory
 
 SMALL = (*TINY, "trainer.epochs=3", "augment.flip=true", "model.dropout=0.1", "trainer.checkpoint_every=2")
-
-
-def run_directory(directory: Path) -> Path:
-    (found,) = (path.parent for path in directory.glob("outputs/*/*/.hydra"))
-    return found
-
-
-def outcome(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results without timings, and the checkpoint."""
-    run = run_directory(directory)
-    results = json.loads((run / "results.json").read_text())
-    for row in (results, *results["history"]):
-        row.pop("images_per_second")
-    results.pop("seconds")
-    results.pop("git_commit")  # somebody may be at work in the checkout
-    return results, torch.load(run / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(directory: Path, expected: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    results, checkpoint = outcome(directory)
-    assert results == expected[0]
-    for kind in ("model", "best_model"):
-        for name, tensor in expected[1][kind].items():
-            assert torch.equal(checkpoint[kind][name], tensor), name
 
 
 def assert_files_are_whole(run: Path) -> None:

@@ -15,7 +15,7 @@ from vix.errors import ConfigError
 from vix.layers.tokens import TokenGrid
 
 GROUPS = ("model", "attention", "embedding", "posenc")
-OPTIONS = {g: sorted(p.stem for p in (Path(__file__).parents[1] / "conf" / g).glob("*.yaml")) for g in GROUPS}
+OPTIONS = {g: sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / g).glob("*.yaml")) for g in GROUPS}
 CASES = list(itertools.product(*OPTIONS.values()))
 
 # What makes no sense, and nothing else may be refused: an option that is not named here must go with all others.

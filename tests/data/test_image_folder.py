@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import digit_folder
 from conftest import TINY, run_train
 from omegaconf import DictConfig
 from PIL import Image, features
@@ -48,15 +49,6 @@ def folder(tmp_path: Path) -> Path:
         for i in range(3 * count):
             write(tmp_path / "set" / split / ("ape", "bee", "cow")[i % 3] / f"{i}.png", picture(100 * count + i))
     return tmp_path / "set"
-
-
-def digit_folder(root: Path, classes: int, side: int) -> Path:
-    """Real handwritten digits as PNG files of side × side pixels: 20 training and 4 test images of each class."""
-    for digit in range(classes):
-        for i, item in enumerate(np.flatnonzero(DIGITS.target == digit)[:24]):
-            pixels = Image.fromarray((DIGITS.images[item] * 15).astype(np.uint8)).resize((side, side))
-            write(root / ("train" if i < 20 else "test") / f"digit {digit}" / f"{i}.png", np.asarray(pixels))
-    return root
 
 
 def test_pixels_and_labels_are_the_files(folder: Path) -> None:

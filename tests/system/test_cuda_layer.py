@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from common import fit
 from conftest import ROOT, TINY
 from forked import Forked
 from omegaconf import DictConfig
 from pretended_cuda import ALLOCATED, RESERVED, Driver, pretended_gpus
-from test_training import fit
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR

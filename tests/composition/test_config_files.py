@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import ON_DIGITS, table_after, write_configs
 from conftest import TINY, run_train
 from forked import Forked
-from test_runner import table_after
 
 import vix
 from vix.composition.command import Flags
@@ -17,18 +17,10 @@ from vix.composition.compose import compose, compose_with_hydra
 from vix.errors import ConfigError
 
 QUICK = tuple(override for override in TINY if not override.startswith("experiment="))
-SMALL = "# @package _global_\ndefaults:\n  - override /data: digits\n  - override /embedding: linear\n"
-
-
-def write(directory: Path, files: dict[str, str | bytes]) -> None:
-    for name, content in files.items():
-        path = directory / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def global_file(content: str) -> str:
-    return f"{SMALL}{content}\n"
+    return f"{ON_DIGITS}{content}\n"
 
 
 # What a file of a group may not set: the file, and what the message names. PROGRAM creates the file `executed` when it runs.
@@ -73,16 +65,16 @@ def test_no_shared_file_runs_a_program(tmp_path: Path, forked: Forked) -> None:
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     files = {name: text if text.startswith("#") else global_file(text) for name, (text, _) in FORBIDDEN.items()}
     mine = tmp_path / "mine"
-    write(mine / "experiment", {name: text.replace("PROGRAM", str(program)) for name, text in files.items()})
-    write(
+    write_configs(mine / "experiment", {name: text.replace("PROGRAM", str(program)) for name, text in files.items()})
+    write_configs(
         mine,
         {
-            "experiment/good": SMALL,
+            "experiment/good": ON_DIGITS,
             "variables/cxx": f"CXX: {program}",
             "root": f"hydra: {{job: {{env_set: {{CXX: {program}}}}}}}",
         },
     )
-    write(mine, {"hydra/callbacks/evil": f"x: {{_target_: subprocess.Popen, args: [{program}]}}"})
+    write_configs(mine, {"hydra/callbacks/evil": f"x: {{_target_: subprocess.Popen, args: [{program}]}}"})
     status, output = forked.run(
         tmp_path, "--config-dir", "mine", "-m", *QUICK, "trainer.epochs=1", f"experiment={','.join(FORBIDDEN)},good"
     )
@@ -112,7 +104,7 @@ def test_an_experiment_names_no_compiler(tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\nexit 1\n")
     compiler.chmod(0o755)
-    write(tmp_path / "mine" / "experiment", {"evil": global_file(f"hydra: {{job: {{env_set: {{CXX: {compiler}}}}}}}")})
+    write_configs(tmp_path / "mine" / "experiment", {"evil": global_file(f"hydra: {{job: {{env_set: {{CXX: {compiler}}}}}}}")})
     compiled = (*QUICK, "trainer.epochs=1", "trainer.compile=true")
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     refused = run_train(tmp_path, "--config-dir", "mine", *compiled, "experiment=evil", **cache)
@@ -140,7 +132,7 @@ def test_no_option_is_a_program(tmp_path: Path, options: str) -> None:
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
     program.chmod(0o755)
-    write(tmp_path, {"experiment/mine": global_file(f"attention: {options}".replace("PROGRAM", str(program)))})
+    write_configs(tmp_path, {"experiment/mine": global_file(f"attention: {options}".replace("PROGRAM", str(program)))})
     cfg = compose(["experiment=mine"], Flags(str(tmp_path)))
     with pytest.raises(ConfigError, match=r"attention"):
         vix.build_model(cfg)
@@ -149,7 +141,7 @@ def test_no_option_is_a_program(tmp_path: Path, options: str) -> None:
 
 def test_files_of_any_group_are_checked(tmp_path: Path, forked: Forked) -> None:
     """A recipe, an attention, a group of the user's own, and a file that takes the place of Hydra's own."""
-    write(
+    write_configs(
         tmp_path / "mine",
         {
             "recipe/evil": "# @package _global_\nhydra: {job: {env_set: {A: b}}}",
@@ -167,7 +159,7 @@ def test_files_of_any_group_are_checked(tmp_path: Path, forked: Forked) -> None:
     assert compose([*TINY, "+own=good"], Flags(str(tmp_path / "mine"))).model.depth == 1  # the command line's
     assert compose(["+own=good"], Flags(str(tmp_path / "mine"))).model.depth == 3
     for name in ("hydra/launcher/basic", "hydra/config"):
-        write(tmp_path / "mine", {name: "_target_: subprocess.Popen"})
+        write_configs(tmp_path / "mine", {name: "_target_: subprocess.Popen"})
         status, output = forked.run(tmp_path, *flags)
         assert status == 1
         assert f"{name}.yaml: would replace Hydra's own {name}; give it another name" in output
@@ -177,7 +169,7 @@ def test_what_stays_free(tmp_path: Path) -> None:
     """The command line, a primary config, and files of hydra/ that are chosen; in any file the harmless keys of Hydra."""
     params = "{seed: '1,2', experiment: cct}"
     hydra_keys = f"{{run: {{dir: there}}, sweep: {{dir: here, subdir: x}}, sweeper: {{params: {params}}}, mode: MULTIRUN}}"
-    write(
+    write_configs(
         tmp_path,
         {
             "primary": "defaults: [config, override hydra/job_logging: none, _self_]\nhydra: {job: {env_set: {A: b}}}",
@@ -241,7 +233,7 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
 
 @pytest.mark.parametrize(("content", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_named_with_their_line(tmp_path: Path, content: str | bytes, message: str) -> None:
-    write(tmp_path, {"experiment/mine": content})
+    write_configs(tmp_path, {"experiment/mine": content})
     with pytest.raises(ConfigError) as refused:
         compose(["experiment=mine"], Flags(str(tmp_path)))
     assert str(refused.value).startswith(f"{tmp_path}/experiment/mine.yaml")
@@ -252,7 +244,7 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, content: str | bytes
 def test_the_good_jobs_of_a_sweep_run(tmp_path: Path, forked: Forked) -> None:
     """Jobs whose files are broken, absent, or lack an option that was set are refused in the sweep's table."""
     broken = {name: MISTAKES[name][0] for name in ("tab", "no_override")}
-    write(tmp_path / "mine" / "experiment", {**broken, "good": SMALL})
+    write_configs(tmp_path / "mine" / "experiment", {**broken, "good": ON_DIGITS})
     flags = ("--config-dir", "mine", "-m", *QUICK, "trainer.epochs=1")
     status, output = forked.run(tmp_path, *flags, "experiment=tab,no_override,absent,quickstart,good", "seed=3")
     assert status == 1
@@ -272,7 +264,7 @@ def test_the_good_jobs_of_a_sweep_run(tmp_path: Path, forked: Forked) -> None:
 
 
 def test_a_mistake_in_any_file_is_one_line(tmp_path: Path, forked: Forked) -> None:
-    write(
+    write_configs(
         tmp_path / "mine",
         {"experiment/tab": MISTAKES["tab"][0], "attention/empty": "", "primary": "defaults: [config]\nseed 3\n"},
     )
@@ -292,7 +284,7 @@ def test_a_mistake_in_any_file_is_one_line(tmp_path: Path, forked: Forked) -> No
 
 def test_sources_of_any_kind_are_read(tmp_path: Path) -> None:
     """An unreadable file is named, too."""
-    write(tmp_path, {"experiment/secret": SMALL})
+    write_configs(tmp_path, {"experiment/secret": ON_DIGITS})
     if os.geteuid() == 0:
         (tmp_path / "experiment" / "secret.yaml").unlink()
         (tmp_path / "experiment" / "secret.yaml").symlink_to("/proc/self/mem")

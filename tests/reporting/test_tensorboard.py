@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import fit
 from conftest import HANGS, TINY, run_train
 from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import fit
 
 import vix
 from vix.attention.inspection import softmax_error

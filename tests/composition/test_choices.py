@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from common import ON_DIGITS, table_after, write_configs
 from conftest import TINY
 from forked import Forked
-from test_config_files import SMALL, write
-from test_runner import table_after
 from torch import nn
 
 import vix
@@ -82,9 +81,12 @@ def test_each_group(overrides: tuple[str, ...], values: dict[str, object]) -> No
 
 def test_optimizers(tmp_path: Path) -> None:
     """An experiment's AdamW options do not follow to SGD, nor a file's options to a class that lacks them."""
-    chosen = SMALL + "  - override /optimizer: adamw\noptimizer: {betas: [0.8, 0.9], lr: 0.5}"
-    write(tmp_path, {"experiment/chosen": chosen, "experiment/only_set": SMALL + "optimizer: {betas: [0.8, 0.9], lr: 0.5}"})
-    write(tmp_path, {"experiment/typo": SMALL + "  - override /attention: nystrom\nattention: {landmark: 4}"})
+    chosen = ON_DIGITS + "  - override /optimizer: adamw\noptimizer: {betas: [0.8, 0.9], lr: 0.5}"
+    write_configs(
+        tmp_path,
+        {"experiment/chosen": chosen, "experiment/only_set": ON_DIGITS + "optimizer: {betas: [0.8, 0.9], lr: 0.5}"},
+    )
+    write_configs(tmp_path, {"experiment/typo": ON_DIGITS + "  - override /attention: nystrom\nattention: {landmark: 4}"})
     sgd, notes = composed("experiment=chosen", "optimizer=sgd", directory=tmp_path)
     assert (sgd["optimizer"]["lr"], "betas" in sgd["optimizer"]) == (0.1, False)
     assert notes == ["optimizer=sgd: left out what experiment/chosen sets for optimizer=adamw: betas=[0.8, 0.9], lr=0.5"]
@@ -106,10 +108,10 @@ def test_optimizers(tmp_path: Path) -> None:
 def test_a_file_that_names_a_class(tmp_path: Path) -> None:
     """A class in an experiment is an option, too: the group's own options that it lacks go, and its own typos do not."""
     files = {
-        "nadam": SMALL + "optimizer: {_target_: torch.optim.NAdam, momentum_decay: 0.01}",
-        "typo": SMALL + "optimizer: {_target_: torch.optim.NAdam, momentum: 0.01}",
+        "nadam": ON_DIGITS + "optimizer: {_target_: torch.optim.NAdam, momentum_decay: 0.01}",
+        "typo": ON_DIGITS + "optimizer: {_target_: torch.optim.NAdam, momentum: 0.01}",
     }
-    write(tmp_path / "experiment", files)
+    write_configs(tmp_path / "experiment", files)
     cfg, _ = composed("experiment=nadam", directory=tmp_path)
     assert cfg["optimizer"]["momentum_decay"] == 0.01
     assert "fused" not in cfg["optimizer"]
@@ -123,7 +125,7 @@ def test_a_file_that_names_a_class(tmp_path: Path) -> None:
 def test_later_overlays_and_included_ones(tmp_path: Path) -> None:
     """Of two experiments the later one chooses; an experiment that includes another one may choose otherwise."""
     header = "# @package _global_\ndefaults:\n"
-    write(
+    write_configs(
         tmp_path / "experiment",
         {
             "child": f"{header}  - base\n  - _self_\n  - override /attention: performer\nattention: {{features: 8}}",

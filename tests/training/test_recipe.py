@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import assert_same, digit_folder, fit, outcome, run_directory
 from conftest import TINY
 from forked import Forked, signal_at_file
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
-from test_imagefolder import digit_folder
-from test_robustness import assert_same, outcome, run_directory
-from test_training import fit
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from common import ON_DIGITS, table_after, write_configs
 from conftest import ROOT, TINY
 from forked import Forked
 from hydra.errors import HydraException
-from test_config_files import SMALL, write
-from test_runner import table_after
 
 from vix.build import parse
 from vix.cli.plan import plan
@@ -36,8 +35,8 @@ def results_below(directory: Path) -> list[dict[str, Any]]:
 
 def test_the_command_repeats_what_chose_the_config(tmp_path: Path, forked: Forked) -> None:
     """Directories of configs, the primary config and search paths are in the kept command, which then trains the same."""
-    write(tmp_path / "my configs", {"experiment/tiny": SMALL, "primary": "defaults: [config, _self_]\nseed: 5\n"})
-    write(tmp_path / "more", {"experiment/other": f"{SMALL}model: {{dim: 32}}"})
+    write_configs(tmp_path / "my configs", {"experiment/tiny": ON_DIGITS, "primary": "defaults: [config, _self_]\nseed: 5\n"})
+    write_configs(tmp_path / "more", {"experiment/other": f"{ON_DIGITS}model: {{dim: 32}}"})
     starts = (
         ("--config-dir", "my configs", "--config-name=primary", *QUICK, "experiment=tiny"),
         (f"hydra.searchpath=[{tmp_path}/more]", *QUICK, "experiment=other", "hydra.run.dir='here, there'"),
@@ -65,7 +64,7 @@ def test_the_command_repeats_what_chose_the_config(tmp_path: Path, forked: Forke
 
 def test_the_command_of_a_sweeps_job_is_one_run(tmp_path: Path, forked: Forked) -> None:
     """Its files are found again; that it was in a sweep, and how that was started, is no part of it."""
-    write(tmp_path / "mine", {"experiment/tiny": SMALL})
+    write_configs(tmp_path / "mine", {"experiment/tiny": ON_DIGITS})
     status, output = forked.run(
         tmp_path, "-cd", "mine", "-m", *QUICK, "experiment=tiny", "hydra.sweep.dir=runs", "fail_fast=true", "seed=1,2"
     )
@@ -92,7 +91,7 @@ def test_the_command_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
     """plan, summary and sweep.sh find configs where train.py finds them, and name a directory that is not there."""
-    write(tmp_path / "mine", {"experiment/tiny": f"{SMALL}model: {{dim: 24, depth: 1}}\nattention: {{heads: 2}}"})
+    write_configs(tmp_path / "mine", {"experiment/tiny": f"{ON_DIGITS}model: {{dim: 24, depth: 1}}\nattention: {{heads: 2}}"})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +121,7 @@ def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
 
 def test_flags_are_those_of_the_config(tmp_path: Path) -> None:
     """Also where only the composed config is at hand, as in a launcher's process."""
-    write(tmp_path, {"primary": "defaults: [config]\n"})
+    write_configs(tmp_path, {"primary": "defaults: [config]\n"})
     for flags in (Flags(), Flags(str(tmp_path)), Flags(str(tmp_path), None, "primary")):
         assert flags_of(compose_with_hydra(["experiment=vin"], flags).hydra) == flags
 
@@ -200,8 +199,9 @@ def test_a_home_directory_in_any_path(tmp_path: Path, forked: Forked, monkeypatc
     """In overrides with and without quotes, in files, in variables, in flags, and in what reads runs afterwards."""
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
-    write(
-        home / "configs", {"experiment/tiny": f"{SMALL}hydra: {{run: {{dir: ~/from file}}}}", "attention/x": "_target_: ~/no"}
+    write_configs(
+        home / "configs",
+        {"experiment/tiny": f"{ON_DIGITS}hydra: {{run: {{dir: ~/from file}}}}", "attention/x": "_target_: ~/no"},
     )
     monkeypatch.setenv("VIX_DATA", "~/images")
     assert compose(["data=cifar10"]).data.root == f"{home}/images"
@@ -246,8 +246,8 @@ def test_no_directory_is_named_tilde(tmp_path: Path) -> None:
 def test_a_sweep_in_a_file_is_a_sweep(tmp_path: Path, forked: Forked) -> None:
     """``hydra.mode: MULTIRUN`` and parameters in an experiment: table, fail_fast, exit status and plan as with -m."""
     hydra_keys = "hydra: {mode: MULTIRUN, sweeper: {params: {attention.landmarks: '8,1000,16'}}}"
-    nystrom = f"{SMALL}  - override /attention: nystrom\n{hydra_keys}\n"
-    write(tmp_path / "mine", {"experiment/sweep": f"{nystrom}fail_fast: true", "experiment/all": nystrom})
+    nystrom = f"{ON_DIGITS}  - override /attention: nystrom\n{hydra_keys}\n"
+    write_configs(tmp_path / "mine", {"experiment/sweep": f"{nystrom}fail_fast: true", "experiment/all": nystrom})
     flags = ("--config-dir", str(tmp_path / "mine"), *QUICK)
     status, output = forked.run(tmp_path / "one", *flags, "experiment=sweep")
     assert status == 1
@@ -261,9 +261,9 @@ def test_a_sweep_in_a_file_is_a_sweep(tmp_path: Path, forked: Forked) -> None:
 
 
 def test_a_list_of_experiments_has_its_own_directory(tmp_path: Path, forked: Forked) -> None:
-    write(
+    write_configs(
         tmp_path / "mine" / "experiment",
-        {"a": SMALL, "b": "# @package _global_\nmodel: {depth: 2}", "c": "# @package _global_\nseed: 3"},
+        {"a": ON_DIGITS, "b": "# @package _global_\nmodel: {depth: 2}", "c": "# @package _global_\nseed: 3"},
     )
     for names in ("a,b", "a,c"):
         status, output = forked.run(tmp_path, "--config-dir=mine", f"experiment=[{names}]", *QUICK, "model.dim=16")
@@ -289,7 +289,7 @@ def test_names_are_short_enough_for_any_file_system(tmp_path: Path, forked: Fork
         assert ".." not in parts
     one, other = (run_name({**CHOICES, "experiment": wide * 5 + end}, [], 0) for end in "ab")
     assert one != other
-    write(tmp_path / "mine" / "experiment", {wide: SMALL})
+    write_configs(tmp_path / "mine" / "experiment", {wide: ON_DIGITS})
     status, output = forked.run(tmp_path, "--config-dir=mine", f"experiment='{wide}'", *QUICK)
     assert status == 0, output
     status, output = forked.run(tmp_path, "-m", *TINY, f"seed={10**300},-1")

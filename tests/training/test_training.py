@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from common import IDENTITY, fit
 from conftest import TINY
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import vix
 from vix.build import parse
@@ -22,18 +23,6 @@ from vix.training.lr_schedule import lr_lambda
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
-IDENTITY = dict.fromkeys(("name", "experiment", "model", "attention", "embedding", "posenc"), "x")
-
-
-def fit(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], torch.nn.Module]:
-    """What train.py does with a config, in this process."""
-    directory.mkdir(exist_ok=True)
-    torch.manual_seed(cfg.seed)
-    model = vix.build_model(cfg)
-    run = RunDirectory(directory, IDENTITY, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    experiment = parse(cfg)
-    arguments = experiment.build_optimizer, experiment.data, experiment.augmentation, run, cfg.seed
-    return experiment.trainer.fit(model, *arguments), model
 
 
 def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> None:

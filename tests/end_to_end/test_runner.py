@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import table_after
 from conftest import HANGS, ROOT, TINY, run_train
 from forked import Forked, signal_at_file
 from omegaconf import OmegaConf
@@ -241,12 +242,6 @@ def test_multirun(tmp_path: Path) -> None:
 def top1_of(results: list[dict[str, Any]], seed: int) -> float:
     (top1,) = (r["top1"] for r in results if r["seed"] == seed and r["status"] == "finished")
     return float(top1)
-
-
-def table_after(output: str, title: str) -> list[list[str]]:
-    """The rows of the table of that title, each a list of its cells."""
-    lines = output[output.index(title) :].splitlines()
-    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
 
 
 def test_fail_fast(tmp_path: Path) -> None:

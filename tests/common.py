@@ -1,0 +1,78 @@
+"""Parts that several tests share: a run in this process, what a run left, an image folder, and config files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import vix
+from vix.build import parse
+from vix.runs.run import RunDirectory
+
+IDENTITY = dict.fromkeys(("name", "experiment", "model", "attention", "embedding", "posenc"), "x")
+# An experiment on data that needs no download.
+ON_DIGITS = "# @package _global_\ndefaults:\n  - override /data: digits\n  - override /embedding: linear\n"
+
+
+def fit(cfg: DictConfig, directory: Path) -> tuple[dict[str, Any], torch.nn.Module]:
+    """What train.py does with a config, in this process."""
+    directory.mkdir(exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    model = vix.build_model(cfg)
+    run = RunDirectory(directory, IDENTITY, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    experiment = parse(cfg)
+    arguments = experiment.build_optimizer, experiment.data, experiment.augmentation, run, cfg.seed
+    return experiment.trainer.fit(model, *arguments), model
+
+
+def run_directory(directory: Path) -> Path:
+    (found,) = (path.parent for path in directory.glob("outputs/*/*/.hydra"))
+    return found
+
+
+def outcome(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results without timings, and the checkpoint."""
+    run = run_directory(directory)
+    results = json.loads((run / "results.json").read_text())
+    for row in (results, *results["history"]):
+        row.pop("images_per_second")
+    results.pop("seconds")
+    results.pop("git_commit")  # somebody may be at work in the checkout
+    return results, torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(directory: Path, expected: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    results, checkpoint = outcome(directory)
+    assert results == expected[0]
+    for kind in ("model", "best_model"):
+        for name, tensor in expected[1][kind].items():
+            assert torch.equal(checkpoint[kind][name], tensor), name
+
+
+def table_after(output: str, title: str) -> list[list[str]]:
+    """The rows of the table of that title, each a list of its cells."""
+    lines = output[output.index(title) :].splitlines()
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if line.startswith("│")]
+
+
+def digit_folder(root: Path, classes: int, side: int) -> Path:
+    """Real handwritten digits as PNG files of side × side pixels: 20 training and 4 test images of each class."""
+    digits = load_digits()
+    for digit in range(classes):
+        for i, item in enumerate(np.flatnonzero(digits.target == digit)[:24]):
+            path = root / ("train" if i < 20 else "test") / f"digit {digit}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[item] * 15).astype(np.uint8)).resize((side, side)).save(path)
+    return root
+
+
+def write_configs(directory: Path, files: dict[str, str | bytes]) -> None:
+    for name, content in files.items():
+        path = directory / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
