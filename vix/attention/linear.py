@@ -1,6 +1,7 @@
-"""Linear Transformer: Katharopoulos et al., "Transformers are RNNs", 2020."""
+"""Linear attention: Katharopoulos et al., "Transformers are RNNs", 2020, and three other kernels."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +14,14 @@ from vix.types import Positive
 
 
 class LinearAttention(MultiHeadMixer):
-    """Kernel attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1, linear in the number of tokens.
+    """Attention by a kernel of queries and keys, linear in the number of tokens.
 
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    kernel: ``elu``: φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1. ``relu``: the same with φ = relu, and 1e-5 added to the
+        denominator (Cai et al., "EfficientViT", 2022). ``softmax``: softmax of q over its E channels, divided by √E, times
+        (softmax of k over the tokens)ᵀv (Shen et al., "Efficient Attention", 2018). ``cosine``: q ⊙ Σ k ⊙ v with q and k of
+        length 1, which is attention with as many heads as channels, so ``heads`` has no effect (Bolya et al., "Hydra
+        Attention", 2022).
 
     Raises ValueError where ``heads`` does not divide ``dim``.
     """
@@ -28,11 +34,23 @@ class LinearAttention(MultiHeadMixer):
         *,
         heads: Positive = 4,
         dim_head: Positive | None = None,
+        kernel: Literal["elu", "relu", "softmax", "cosine"] = "elu",
     ) -> None:
         super().__init__(dim, rotary, heads, dim_head)
+        self.kernel = kernel
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, values_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
-            out_BHNE = linear_attention(F.elu(q_BHNE) + 1, F.elu(k_BHNE) + 1, values_BHNE)
+            if self.kernel == "elu":
+                out_BHNE = linear_attention(F.elu(q_BHNE) + 1, F.elu(k_BHNE) + 1, values_BHNE)
+            elif self.kernel == "relu":
+                out_BHNE = linear_attention(q_BHNE.relu(), k_BHNE.relu(), values_BHNE, eps=1e-5)
+            elif self.kernel == "softmax":
+                context_BHEE = k_BHNE.softmax(dim=-2).mT @ values_BHNE
+                out_BHNE = q_BHNE.softmax(dim=-1) @ (context_BHEE * q_BHNE.shape[-1] ** -0.5)
+            else:
+                # A channel is a head, so the length is that over all heads' channels.
+                q_BHNE, k_BHNE = (t / t.square().sum(dim=(1, 3), keepdim=True).sqrt().clamp_min(1e-12) for t in (q_BHNE, k_BHNE))
+                out_BHNE = q_BHNE * (k_BHNE * values_BHNE).sum(dim=-2, keepdim=True)
         return out_BHNE.to(v_BHNE.dtype)

@@ -23,7 +23,7 @@ def softmax_attention(
         q_BHNE, k_BHME = upcast_fp32(q_BHNE, k_BHME)
         if bias_1HNM is not None:
             (bias_1HNM,) = upcast_fp32(bias_1HNM)
-        if min(q_BHNE.shape[2], k_BHME.shape[2]) <= EXPLICIT_MAX_LEN:
+        if min(q_BHNE.shape[-2], k_BHME.shape[-2]) <= EXPLICIT_MAX_LEN:
             return explicit_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
         # The fused backward is no faster there in bfloat16, and less exact.
         (v_BHME,) = upcast_fp32(v_BHME)
@@ -60,7 +60,9 @@ class RoundedSoftmax(torch.autograd.Function):
         return (weighted - weights * weighted.sum(dim=-1, keepdim=True)).to(ctx.dtype), None
 
 
-def linear_attention(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor, floor: float = 0.0) -> Tensor:
+def linear_attention(
+    q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor, floor: float = 0.0, eps: float = 0.0
+) -> Tensor:
     """q(kᵀv) / qΣk with ``floor`` added to all features: attention of positive weights and no N×N matrix: → (B, H, N, E)."""
     # A last column of ones becomes the sum of the weights.
     v_BHNE = F.pad(v_BHNE, (0, 1), value=1.0)
@@ -70,7 +72,7 @@ def linear_attention(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor, floor: floa
     out_BHNE = q_BHNM @ context_BHME
     if floor:
         out_BHNE = out_BHNE + floor * context_BHME.sum(dim=-2, keepdim=True)
-    return out_BHNE[..., :-1] / out_BHNE[..., -1:]
+    return out_BHNE[..., :-1] / (out_BHNE[..., -1:] + eps if eps else out_BHNE[..., -1:])
 
 
 class ScaledDotProduct(nn.Module):

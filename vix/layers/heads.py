@@ -38,7 +38,7 @@ class MultiHeadMixer(nn.Module):
     dim: width D of the tokens.
     rotary: function from the head width E to a module that rotates (B, H, N, E) by position; None rotates nothing.
     heads, dim_head: number H of heads and width E of one; ``dim_head`` None means dim / heads.
-    qkv_bias: biases of the projection to queries, keys and values.
+    qkv_bias, out_bias: biases of the projections to queries, keys and values, and of the one back to ``dim``.
 
     Raises ValueError where ``heads`` does not divide ``dim`` and no ``dim_head`` is given.
     """
@@ -52,12 +52,13 @@ class MultiHeadMixer(nn.Module):
         heads: int,
         dim_head: int | None,
         qkv_bias: bool = False,
+        out_bias: bool = True,
     ) -> None:
         super().__init__()
         self.heads, self.dim_head = heads, head_width(dim, heads, dim_head)
         inner = heads * self.dim_head
         self.to_qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
-        self.to_out = nn.Linear(inner, dim)
+        self.to_out = nn.Linear(inner, dim, bias=out_bias)
         self.rotate = rotary(self.dim_head) if rotary else nn.Identity()
 
     def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,16 @@
+"""No mixing: the floor that shows what mixing is worth. Yu et al., "MetaFormer Baselines for Vision", 2022."""
+
+import torch
+from torch import Tensor, nn
+
+from vix.layers.tokens import TokenGrid
+
+
+class Identity(nn.Module):
+    """Returns 0, so that a residual block is its MLP: no token sees another. No parameters."""
+
+    def __init__(self, dim: int, tokens: TokenGrid) -> None:
+        super().__init__()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return torch.zeros_like(x_BND)

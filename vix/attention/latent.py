@@ -1,0 +1,55 @@
+"""Latent attention: Lee et al., "Set Transformer" (ISAB), 2019; the read-process-write pattern of Perceiver."""
+
+import torch
+from torch import Tensor, nn
+
+from vix.layers.attend import softmax_attention
+from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.tokens import TokenGrid
+from vix.types import Positive
+
+
+class LatentAttention(nn.Module):
+    """Learned latents attend to the tokens, then the tokens attend to the result: linear in the number of tokens.
+
+    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    latents: number M of them.
+
+    Raises ValueError where ``heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: TokenGrid,
+        *,
+        heads: Positive = 4,
+        dim_head: Positive | None = None,
+        latents: Positive = 64,
+    ) -> None:
+        super().__init__()
+        # A bare parameter, called neither weight nor bias, like a table of positions.
+        self.latents_MD = nn.Parameter(torch.randn(latents, dim))
+        self.read = CrossAttention(dim, heads, dim_head)
+        self.write = CrossAttention(dim, heads, dim_head)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        latents_BMD = self.latents_MD.unsqueeze(0).expand(x_BND.shape[0], -1, -1)
+        return self.write(x_BND, self.read(latents_BMD, x_BND))
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of (B, N, D) to (B, M, D), without biases: → (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int | None) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * head_width(dim, heads, dim_head)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x_BND: Tensor, context_BMD: Tensor) -> Tensor:
+        q_BHNE = split_heads(self.to_q(x_BND), self.heads)
+        k_BHME, v_BHME = (split_heads(t, self.heads) for t in self.to_kv(context_BMD).chunk(2, dim=-1))
+        return self.to_out(merge_heads(softmax_attention(q_BHNE, k_BHME, v_BHME)))

@@ -1,0 +1,119 @@
+"""Mamba-2: Dao and Gu, "Transformers are SSMs", 2024; in both directions as in Vision Mamba (Zhu et al., 2024)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix.errors import nearest_divisors
+from vix.layers.precision import no_autocast, upcast_fp32
+from vix.layers.tokens import TokenGrid
+from vix.types import Positive, PositiveFloat
+
+CHUNK = 64  # tokens whose mixing is one matrix product; between chunks a state is handed on
+
+
+class Mamba2(nn.Module):
+    """A selective state space over the token sequence, read forwards and backwards with weights of their own, added.
+
+    Linear in the number of tokens, in chunks of matrix products: no kernel of its own has to be built.
+
+    heads: number h of heads of the inner width, each with one decay per token.
+    state: size S of the state.
+    expand: inner width over ``dim``.
+    conv_kernel: taps of the causal depthwise convolution along the tokens.
+    bidirectional: whether the sequence is read backwards as well; forwards only, a token sees those before it alone.
+
+    Raises ValueError where ``heads`` does not divide the inner width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: TokenGrid,
+        *,
+        heads: Positive = 8,
+        state: Positive = 64,
+        expand: PositiveFloat = 2.0,
+        conv_kernel: Positive = 4,
+        bidirectional: bool = True,
+    ) -> None:
+        super().__init__()
+        inner = max(1, round(expand * dim))
+        if inner % heads:
+            near = nearest_divisors(inner, heads)
+            raise ValueError(f"heads={heads} does not divide the inner width {inner}; nearest that do: {near}")
+        self.forwards = StateSpace(dim, inner, heads, state, conv_kernel)
+        self.backwards = StateSpace(dim, inner, heads, state, conv_kernel) if bidirectional else None
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        out_BND = self.forwards(x_BND)
+        return out_BND if self.backwards is None else out_BND + self.backwards(x_BND.flip(1)).flip(1)
+
+
+class StateSpace(nn.Module):
+    """One direction: (B, N, D) → (B, N, D); each token sees itself and those before it.
+
+    y_t = Σ_{s≤t} C_t·B_s exp(Σ_{s<r≤t} a_r) dt_s x_s + skip·x_t with a = −exp(log_decay)·dt, gated by SiLU(z) and normalized.
+    """
+
+    def __init__(self, dim: int, inner: int, heads: int, state: int, conv_kernel: int) -> None:
+        super().__init__()
+        self.inner, self.heads, self.state = inner, heads, state
+        width = inner + 2 * state
+        self.in_proj = nn.Linear(dim, inner + width + heads, bias=False)
+        self.conv = nn.Conv1d(width, width, conv_kernel, padding=conv_kernel - 1, groups=width)
+        # Bare parameters, called neither weight nor bias. The time steps start between 0.001 and 0.1.
+        step_H = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)))
+        self.step_offset_H = nn.Parameter(step_H + torch.log(-torch.expm1(-step_H)))  # the inverse of softplus
+        self.log_decay_H = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.skip_H = nn.Parameter(torch.ones(heads))
+        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        count = x_BND.shape[1]
+        z_BNF, xbc_BNW, step_BNH = self.in_proj(x_BND).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
+        xbc_BNW = F.silu(self.conv(xbc_BNW.mT)[..., :count].mT)
+        with no_autocast(x_BND):
+            z_BNF, xbc_BNW, step_BNH = upcast_fp32(z_BNF, xbc_BNW, step_BNH)
+            x_BNF, b_BNS, c_BNS = xbc_BNW.split([self.inner, self.state, self.state], dim=-1)
+            step_BNH = F.softplus(step_BNH + self.step_offset_H)
+            x_BNHE = x_BNF.unflatten(-1, (self.heads, -1))
+            log_decay_BNH = -self.log_decay_H.exp() * step_BNH
+            y_BNHE = scan(step_BNH[..., None] * x_BNHE, log_decay_BNH, b_BNS, c_BNS) + self.skip_H[:, None] * x_BNHE
+            y_BNF = self.norm(y_BNHE.flatten(2) * F.silu(z_BNF))
+        return self.out_proj(y_BNF.to(x_BND.dtype))
+
+
+def scan(x_BNHE: Tensor, log_decay_BNH: Tensor, b_BNS: Tensor, c_BNS: Tensor) -> Tensor:
+    """y_t = Σ_{s≤t} C_t·B_s exp(Σ_{s<r≤t} log_decay_r) x_s, in chunks: → (B, N, H, E)."""
+    count = x_BNHE.shape[1]
+    length = min(CHUNK, count)
+    chunks = math.ceil(count / length)
+    filling = chunks * length - count
+    x_BNHE, log_decay_BNH = F.pad(x_BNHE, (0, 0, 0, 0, 0, filling)), F.pad(log_decay_BNH, (0, 0, 0, filling))
+    b_BNS, c_BNS = (F.pad(t, (0, 0, 0, filling)) for t in (b_BNS, c_BNS))
+    x_BCHLE = x_BNHE.unflatten(1, (chunks, length)).transpose(2, 3)
+    b_BCLS, c_BCLS = (t.unflatten(1, (chunks, length)) for t in (b_BNS, c_BNS))
+    sums_BCHL = log_decay_BNH.unflatten(1, (chunks, length)).transpose(2, 3).cumsum(dim=-1)
+    # Within a chunk: exp of a difference of sums, of which only those with s ≤ t are wanted.
+    before_LL = torch.ones(length, length, dtype=torch.bool, device=x_BNHE.device).tril()
+    decay_BCHLL = (sums_BCHL[..., :, None] - sums_BCHL[..., None, :]).masked_fill(~before_LL, float("-inf")).exp()
+    weights_BCHLL = decay_BCHLL * (c_BCLS @ b_BCLS.mT)[:, :, None]
+    y_BCHLE = weights_BCHLL @ x_BCHLE
+    if chunks > 1:
+        # The state that each chunk adds, decayed to its end; then what all chunks before one have left for it.
+        to_end_BCHL1 = (sums_BCHL[..., -1:] - sums_BCHL).exp()[..., None]
+        state_BCHSE = b_BCLS.mT[:, :, None] @ (to_end_BCHL1 * x_BCHLE)
+        total_BHC = sums_BCHL[..., -1].transpose(1, 2)
+        # From the end of chunk j to the beginning of chunk i, of which only those with j < i are wanted.
+        until_BHC = total_BHC.cumsum(dim=-1)
+        earlier_CC = torch.ones(chunks, chunks, dtype=torch.bool, device=x_BNHE.device).tril(-1)
+        between_BHCC = (until_BHC - total_BHC)[..., :, None] - until_BHC[..., None, :]
+        between_BHCC = between_BHCC.masked_fill(~earlier_CC, float("-inf")).exp()
+        carried_BHCF = between_BHCC @ state_BCHSE.transpose(1, 2).flatten(3)
+        carried_BCHSE = carried_BHCF.unflatten(-1, state_BCHSE.shape[-2:]).transpose(1, 2)
+        y_BCHLE = y_BCHLE + (c_BCLS[:, :, None] @ carried_BCHSE) * sums_BCHL.exp()[..., None]
+    return y_BCHLE.transpose(2, 3).flatten(1, 2)[:, :count]
