@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_config import GROUPS, OWN_MIXER
 
+from vix.__main__ import COMMANDS
 from vix.__main__ import main as vix_main
 from vix.analysis.model_summary import summarize
 from vix.build import parse
@@ -246,6 +247,11 @@ def test_yaml_is_valid(page: str, text: str) -> None:
 
 
 # Commands
+
+
+def test_commands_of_vix_are_listed() -> None:
+    assert [row[0] for row in table("docs/configuration.md", "command")] == [f"vix {name}" for name in COMMANDS]
+
 
 # Commands of other programs, and of this one that are run by other tests; the start of each.
 OTHER_COMMANDS = (
