@@ -155,7 +155,7 @@ def test_scaling() -> None:
 
 def test_picture_of_scaling(tmp_path: Path) -> None:
     """It is small, and the command of its caption draws one of the same size."""
-    draw = importlib.import_module("docs.scaling").draw
+    draw = importlib.import_module("benchmarks.readme_picture").draw
     kept = ROOT / "docs/scaling.png"
     assert kept.stat().st_size < 150_000
     draw(tmp_path / "again.png")
@@ -264,7 +264,7 @@ OTHER_COMMANDS = (
     "eval $(python train.py -sc install=bash)",  # Hydra's own completion
     "eval $(python train.py -sc uninstall=bash)",
     "python -m benchmarks",  # tests/test_benchmarks.py
-    "python -m docs.scaling",
+    "python -m benchmarks.readme_picture",
 )
 Command = list[str]
 

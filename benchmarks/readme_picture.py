@@ -1,4 +1,4 @@
-"""``python -m docs.scaling``: docs/scaling.png, time and memory of a training step over the number of tokens.
+"""``python -m benchmarks.readme_picture``: docs/scaling.png, time and memory of a training step over the number of tokens.
 
 Draws the kept measurement of ``python -m benchmarks.scaling``.
 """
@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from benchmarks.crossover import curve
 from vix.reporting.plots import COLORS
 
-HERE = Path(__file__).parent
-RECORD = HERE.parent / "benchmarks/results/scaling-amd-epyc-2-threads.json"
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks/results/scaling-amd-epyc-2-threads.json"
 LABELS = {
     "softmax": "softmax",
     "softmax-explicit": "softmax, N×N matrix stored",
@@ -53,4 +53,4 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(HERE / "scaling.png")
+    draw(ROOT / "docs/scaling.png")

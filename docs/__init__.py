@@ -1,1 +1,0 @@
-"""The documentation, and the program that draws its picture."""
