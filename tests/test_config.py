@@ -197,7 +197,7 @@ class MeanMixer(nn.Module):
 
 
 def test_own_attention_is_one_class_and_one_file(tmp_path: Path) -> None:
-    """As the README shows: two new files, no edit elsewhere, and the option trains, is checked and is suggested."""
+    """As docs/extending.md shows: two new files, no edit elsewhere, and the option trains, is checked and is suggested."""
     for name in ("conf", "vix"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", tmp_path)

@@ -144,7 +144,7 @@ def test_without_a_compiler(tmp_path: Path, compose_config: Compose, monkeypatch
     """``auto`` trains all the same, and exactly as without compiling; ``true`` ends in one line."""
     monkeypatch.setenv("CXX", "no-such-compiler")  # for the program; in this process it has been read
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("vix.training.compile.pays", lambda *_: True)
+    monkeypatch.setattr("vix.training.compile.worth_compiling", lambda *_: True)
     plain, _ = fit(compose_config(*UNEVEN, "trainer.compile=false"), tmp_path / "plain")
     with inductor.patch("cpp.cxx", ("no-such-compiler",)):  # pytest's own way would leave it deleted for later tests
         auto, _ = fit(compose_config(*UNEVEN, "trainer.compile=auto"), tmp_path / "auto")

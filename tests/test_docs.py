@@ -1,0 +1,397 @@
+"""README.md and docs/ agree with the tree: figures with kept measurements, commands with options, paths with files."""
+
+import argparse
+import ast
+import csv
+import importlib
+import json
+import re
+import shlex
+import statistics
+import struct
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from test_config import GROUPS, OWN_MIXER
+
+from vix.__main__ import COMMANDS
+from vix.__main__ import main as vix_main
+from vix.analysis.model_summary import summarize
+from vix.build import parse
+from vix.cli.plan import expand
+from vix.composition.command import parse_command
+from vix.composition.compose import compose, compose_with_hydra, format_error, is_hydra_error
+from vix.errors import UserError
+
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES["README.md"]
+PUBLISHED = list(csv.DictReader((ROOT / "vix/runs/published.csv").open()))
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Cells, without code marks, of a page's table below the row that starts with ``heading``."""
+    lines = PAGES[page].split(f"| {heading} |", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def measurement(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}-amd-epyc-2-threads.json").read_text())
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every code block in this language."""
+    return [
+        (page, block) for page, text in PAGES.items() for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    ]
+
+
+# Tables and figures
+
+
+def test_published_rows() -> None:
+    expected = [
+        [
+            *(row[key] for key in ("experiment", "table", "name", "published_top1", "published_top5", "published_gpu_gb")),
+            *(f"{int(row[key]):,}" for key in ("weight_bias_params", "trainable_params")),
+        ]
+        for row in PUBLISHED
+    ]
+    assert table("docs/published-results.md", "`experiment=`") == expected
+    assert len(expected) == 38
+
+
+@pytest.mark.parametrize("experiment", ["pil", "hybrid_pil"])
+def test_rows_that_were_not_published(experiment: str) -> None:
+    counted = summarize(parse(compose([f"experiment={experiment}"]))).weight_bias_params
+    assert f"{counted:,}" in PAGES["docs/published-results.md"]
+
+
+def test_groups_and_their_options() -> None:
+    documented = {group: set(options.split(", ")) for group, options, _ in table("README.md", "group")}
+    experiments = {option.strip() for option in documented.pop("experiment")}
+    assert documented == {
+        group: {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} for group in (*GROUPS, "recipe")
+    }
+    rows = {row["experiment"] for row in PUBLISHED}
+    assert {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")} == rows | experiments - {
+        "the 38 published rows"
+    }
+
+
+@pytest.mark.parametrize(("experiment", "published"), [("cpu_vit", "vit"), ("cpu_hybrid_vin", "hybrid_vin")])
+def test_cpu_results(experiment: str, published: str) -> None:
+    """The measured table, and the experiment's own header, agree with the kept runs."""
+    runs = [json.loads(path.read_text()) for path in (ROOT / "results/cpu").glob(f"{experiment}/*/results.json")]
+    assert sorted(run["seed"] for run in runs) == [0, 1, 2]
+    assert {run["status"] for run in runs} == {"finished"}
+    last = [run["top1"] for run in runs]
+    (cells,) = (row[1:] for row in table("README.md", "on a CPU") if row[0] == experiment)
+    assert cells == [
+        f"{statistics.mean(last):.2f} ± {statistics.stdev(last):.2f}",
+        f"{max(run['best_top1'] for run in runs):.2f}",
+        f"{runs[0]['trainable_params']:,}",
+        f"{statistics.mean(run['seconds'] for run in runs) / 60:.0f}",
+        *(row["published_top1"] for row in PUBLISHED if row["experiment"] == published),
+    ]
+    header = (ROOT / f"conf/experiment/{experiment}.yaml").read_text()
+    assert f"# Measured: top-1 {cells[0]} %, {cells[3]} minutes" in header
+
+
+def test_speed_and_memory() -> None:
+    """The table of the benchmark agrees with the kept measurement."""
+    record = measurement("side-by-side")
+    pairs = (("ours", "package"), ("selective", "package"), ("full", "package"), ("ours", "paper"))
+    measured = [
+        [
+            *(f"{line[f'{own}_speed_over_{other}']:.2f}, {line[f'{own}_memory_over_{other}']:.2f}" for own, other in pairs),
+            f"{line['ours_speed_over_settings']:.2f}",
+        ]
+        for line in (*record["rows"], *record["means"])
+    ]
+    assert [row[2:] for row in table("docs/performance.md", "images/s, memory")] == measured
+    assert all(row["ours_speed_over_package"] > 1 > row["ours_memory_over_package"] for row in record["rows"])
+
+
+def test_scaling() -> None:
+    """The table over the number of tokens, the sentence below it, and the caption of the README's picture."""
+    record = measurement("scaling")
+    points = {(p["mixer"], p["tokens"]): p for p in record["points"] if p["pass"] == "training"}
+    mixers = ("softmax", "performer", "linformer", "nystrom")
+    seconds = {mixer: [points[mixer, tokens]["seconds"] for tokens in (256, 1024, 4096, 16384)] for mixer in mixers}
+    rows = {
+        mixer: [
+            mixer,
+            *(f"{1000 * s:,.0f}" for s in seconds[mixer]),
+            f"{seconds[mixer][3] / seconds[mixer][2]:.1f}",
+            f"{seconds['softmax'][3] / seconds[mixer][3]:.1f}",
+            f"{points[mixer, 16384]['bytes'] / 1e6:,.0f}",
+        ]
+        for mixer in mixers
+    }
+    assert table("docs/performance.md", "`attention=`") == list(rows.values())
+    text = " ".join(PAGES["docs/performance.md"].split())
+    assert "already at 256 tokens, Performer from about 400 tokens, Nyströmformer from about 950 tokens" in text
+    for mixer, where in (
+        ("performer", "about 400 tokens"),
+        ("linformer", "256 tokens or fewer"),
+        ("nystrom", "about 950 tokens"),
+    ):
+        (sentence,) = (s for s in record["sentences"] if s.startswith(f"{mixer},"))
+        assert f"trains faster from {where} " in sentence
+        assert points[mixer, 16384]["bytes"] > 0.95 * points["softmax", 16384]["bytes"]
+    device = record["device"]
+    caption = " ".join(README.split("](docs/scaling.png)")[1].split("\n\n")[1].split())
+    assert f"({device['name']}, {device['threads']} threads, batch {record['batch']}, not compiled)" in caption
+    for name, mixer in (("softmax attention takes", "softmax"), ("Linformer", "linformer")):
+        assert f"{name} {rows[mixer][4]} ms and {rows[mixer][7]} MB" in caption
+
+
+def test_picture_of_scaling(tmp_path: Path) -> None:
+    """It is small, and the command of its caption draws one of the same size."""
+    draw = importlib.import_module("benchmarks.readme_picture").draw
+    kept = ROOT / "docs/scaling.png"
+    assert kept.stat().st_size < 150_000
+    draw(tmp_path / "again.png")
+    sizes = [struct.unpack(">II", path.read_bytes()[16:24]) for path in (kept, tmp_path / "again.png")]
+    assert sizes[0] == sizes[1]
+
+
+def test_overhead() -> None:
+    record = measurement("overhead")
+    assert [cells[1] for cells in table("docs/performance.md", "what | measured")] == [
+        *(f"{record[key]:.1f}" for key in ("seconds_to_first_step", "compile_seconds", "compile_seconds_again")),
+        f"{record['epoch_over_bare_steps']:.2f}",
+        *(f"{record[key]:.0f}" for key in ("jobs_per_hour_alone", "jobs_per_hour_packed")),
+    ]
+
+
+def test_ways_of_waiting() -> None:
+    """The table agrees with the kept measurement, which supports the default."""
+    record = measurement("waiting")
+    speed = {(row["experiment"], row["busy"], row["way"]): row["images_per_second"] for row in record["rows"]}
+    places = [(name, busy) for name in record["options"]["experiments"] for busy in record["options"]["busy"]]
+    ways = list(dict.fromkeys(row["way"] for row in record["rows"]))
+    assert table("docs/performance.md", "waiting threads") == [
+        [way, *(f"{speed[*place, way]:,.0f}" for place in places)] for way in ways
+    ]
+    ours = next(way for way in ways if way.endswith("(ours)"))
+    for name, busy in places:
+        fastest = max(speed[name, 0, way] for way in ways)
+        assert speed[name, busy, ours] > fastest * (0.9 if busy == 0 else 0.25)
+
+
+def test_quickstart_output() -> None:
+    """The printed table agrees with the kept run, and every field of its results.json is documented."""
+    results = json.loads((ROOT / "docs/quickstart.json").read_text())
+    page = PAGES["docs/results.md"]
+    for row in results["history"][-2:]:
+        assert re.search(rf"epoch {row['epoch']}/10  loss {row['train_loss']:.4f}  top-1 {row['top1']:.2f} %", page)
+    for value in (
+        f"{results['top1']:.2f} % │",
+        f"{results['best_top1']:.2f} % (epoch {results['best_epoch']} of {results['epochs']}) │",
+        f"{results['trainable_params']:,} │",
+        f"{results['weight_bias_params']:,} │",
+        f"{results['checkpoint_mb']:.2f} MB │",
+        f"{results['images_per_second']:.0f} images/s │",
+        f"{results['seconds'] / 60:.1f} min on {results['device']}, {results['precision']} │",
+    ):
+        assert f" {value}" in page
+    documented = {field for fields, _ in table("docs/results.md", "fields") for field in fields.split(", ")}
+    assert results.keys() | {"config", "command", "overrides"} <= documented
+
+
+# Paths, links and code
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
+
+
+def test_own_attention_is_the_tested_one() -> None:
+    assert OWN_MIXER.strip() in PAGES["docs/extending.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page: str) -> None:
+    for path in re.findall(r"(?<![\w/.])(?:vix|conf|tests|benchmarks|docs)/[\w/.-]*\w", PAGES[page]):
+        assert (ROOT / path).exists() or "/mean." in path, path
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page]):
+        assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert {page for page in PAGES if page.startswith("docs/")} == set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README))
+
+
+def test_code_map_is_complete() -> None:
+    folders = {f"vix/{path.parent.name}/" for path in (ROOT / "vix").glob("*/__init__.py")}
+    assert {row[0] for row in table("README.md", "folder")} == folders
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_python_imports_what_exists(page: str, code: str) -> None:
+    imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), page, "exec"), {})
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"))
+def test_yaml_is_valid(page: str, text: str) -> None:
+    assert isinstance(yaml.safe_load(text), dict), page
+
+
+# Commands
+
+
+def test_commands_of_vix_are_listed() -> None:
+    assert [row[0] for row in table("docs/configuration.md", "command")] == [f"vix {name}" for name in COMMANDS]
+
+
+# Commands of other programs, and of this one that are run by other tests; the start of each.
+OTHER_COMMANDS = (
+    "python3 -m venv .venv",
+    ". .venv/bin/activate",
+    "pip install -r requirements",
+    "pytest",
+    "tensorboard --logdir outputs",
+    "chromium --headless",
+    "eval $(python train.py -sc install=bash)",  # Hydra's own completion
+    "eval $(python train.py -sc uninstall=bash)",
+    "python -m benchmarks",  # tests/test_benchmarks.py
+    "python -m benchmarks.readme_picture",
+)
+Command = list[str]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(command, comment) of every line of the ```bash blocks; a line may chain commands."""
+    found = []
+    for _, block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            comment = line.partition(" # ")[2]
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="&;")
+            lexer.whitespace_split = True
+            words: Command = []
+            for word in [*lexer, ";"]:
+                if word in ("&&", ";", "&"):
+                    if words:
+                        found.append((shlex.join(words), comment))
+                    words = []
+                else:
+                    words.append(word)
+    return list(dict.fromkeys(found))
+
+
+def arguments_of_train(words: Command) -> Command | None:
+    """The arguments of train.py that a command of the program amounts to; None for other commands."""
+    while words and re.match(r"[A-Z_]+=", words[0]):  # environment variables
+        words = words[1:]
+    if words[:2] == ["python", "train.py"]:
+        return words[2:]
+    if words[0] == "torchrun":
+        return words[words.index("train.py") + 1 :]
+    if words[0] == "./sweep.sh":
+        rest = [word for word in words[1:] if word not in ("--plan", "--measure")]
+        if re.fullmatch(r"table\d|all", rest[0]):
+            rows = [row["experiment"] for row in PUBLISHED if rest[0] in ("all", f"table{row['table']}")]
+            assert rows, rest[0]
+            rest[0] = f"experiment={','.join(rows)}"
+        return ["-m", *rest]
+    name = words[1] if words[0] == "vix" else words[3] if words[:3] == ["python", "-m", "vix"] else ""
+    rest = [word for word in words[words.index(name) + 1 :] if not word.startswith("-")] if name else []
+    return {"plan": ["-m", *rest], "summary": rest}.get(name)
+
+
+class Parsed(BaseException):
+    """Raised once a command has parsed its arguments, before it does anything."""
+
+
+@pytest.mark.parametrize(("command", "comment"), commands())
+def test_command(command: str, comment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options exist: overrides compose, arguments parse; and what needs a GPU or a cluster says so."""
+    words = shlex.split(command)
+    if words[0] == "torchrun" or re.search(r"ray_gpus|cuda", command):
+        assert "needs a GPU" in comment
+    if "slurm" in command and "rehearsal" not in command:
+        assert "needs Slurm" in comment
+    of_vix = words[1:] if words[0] == "vix" else words[3:] if words[:3] == ["python", "-m", "vix"] else None
+    if of_vix is not None:
+        assert parses(of_vix, monkeypatch)
+    arguments = arguments_of_train(words)
+    if arguments is not None:
+        check_overrides(arguments)
+    elif of_vix is None:
+        assert " ".join(words).startswith(OTHER_COMMANDS)
+
+
+def parses(arguments: Command, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether ``python -m vix ARGUMENTS`` parses its arguments."""
+    real = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, args: Command | None = None) -> argparse.Namespace:
+        _, unknown = real(parser, args)
+        if unknown:
+            parser.error(f"unrecognized arguments: {unknown}")
+        raise Parsed
+
+    def parse_and_stop_intermixed(parser: argparse.ArgumentParser, args: Command) -> argparse.Namespace:
+        return parse_and_stop(parser, sorted(args, key=lambda word: word.startswith("-")))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patched.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_and_stop_intermixed)
+        patched.setattr(sys, "argv", ["vix", *arguments])
+        try:
+            vix_main()
+        except Parsed:
+            return True
+    return False
+
+
+def check_overrides(arguments: Command) -> None:
+    """Compose every run of ``python train.py ARGUMENTS``, and check its keys, types and ranges."""
+    parsed = parse_command(arguments)
+    overrides = [word.replace("$PWD", "/tmp") for word in parsed.overrides]
+    for key in ("hydra/launcher", "hydra/sweeper"):
+        for option in (o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")):
+            assert (ROOT / "conf" / key / f"{option}.yaml").exists()
+            if not find_spec("hydra_plugins"):
+                pytest.skip("plugins are not installed: pip install -r requirements-launchers.txt")
+    if not parsed.multirun:
+        parse(compose(overrides))
+        return
+    if any(o.startswith("hydra/sweeper=") for o in overrides):
+        cfg = compose_with_hydra(overrides, mode=RunMode.MULTIRUN)
+        params = OmegaConf.to_container(cfg.hydra.sweeper.params, resolve=True)
+        missing = object()
+        assert params
+        assert all(OmegaConf.select(cfg, key, default=missing) is not missing for key in params)
+        parse(cfg)
+        return
+    for job in {tuple(o for o in job if not o.startswith("seed=")): None for job in expand(overrides)}:
+        parse(compose(job))
+
+
+def refusals() -> list[tuple[str, str]]:
+    """(command, error) of the ```console blocks."""
+    return [
+        (command, error)
+        for _, block in blocks("console")
+        for command, error in re.findall(r"^\$ python train\.py (.*)\nerror: (.*)$", block, re.M)
+    ]
+
+
+@pytest.mark.parametrize(("command", "error"), refusals())
+def test_refusal(command: str, error: str) -> None:
+    """The error that a page shows is the one that the command prints."""
+    overrides = shlex.split(command)
+    with pytest.raises(Exception) as caught, torch.device("meta"):  # noqa: PT011  (which one is checked below)
+        parse(compose(overrides)).build_model()
+    assert isinstance(caught.value, UserError) or is_hydra_error(caught.value)
+    assert format_error(caught.value, overrides) == error
