@@ -13,9 +13,10 @@ from vix.types import Positive
 
 
 class LinearAttention(MultiHeadMixer):
-    """Kernel attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1, linear in the number of tokens.
+    """Linear attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1; time and memory grow with N (Katharopoulos et al., 2020).
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
 
     Raises ValueError where ``heads`` does not divide ``dim``.
     """

@@ -28,7 +28,9 @@ def per_stage(name: str, value: Number | tuple[Number, ...] | list[Number], stag
         return [value] * stages
     if len(value) != stages:
         shown = ",".join(map(str, value))
-        raise ValueError(f"{name}=[{shown}] has {len(value)} values, but {stages} are needed; give one value for all stages, or {stages}")
+        raise ValueError(
+            f"{name}=[{shown}] has {len(value)} values, but {stages} are needed; give one value for all stages, or {stages}"
+        )
     return list(value)
 
 

@@ -111,7 +111,9 @@ class Rotary(PositionEncoding):
         Raises ValueError where the head width does not divide into pairs.
         """
         if width % 2:
-            raise ValueError(f"dim_head={width} is odd, but posenc=rotary rotates pairs; nearest even: {width - 1}, {width + 1}")
+            raise ValueError(
+                f"dim_head={width} is odd, but posenc=rotary rotates pairs; nearest even: {width - 1}, {width + 1}"
+            )
         return position_angles(torch.arange(tokens.count), width, self.base)
 
 
