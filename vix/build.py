@@ -27,7 +27,7 @@ from vix.types import Seed
 # What each group's class must be, and which of its constructor's arguments the program supplies rather than the config.
 GROUPS: dict[str, tuple[type, set[str]]] = {
     "model": (nn.Module, {"image_size", "channels", "classes", "embedding", "posenc", "attention"}),
-    "attention": (nn.Module, {"dim", "tokens", "rotary", "position_bias"}),
+    "attention": (nn.Module, {"dim", "tokens", "rotary", "position_bias", "layer"}),
     "embedding": (nn.Module, {"image_size", "channels", "dim"}),
     "posenc": (nn.Module, {"dim", "tokens"}),
     "optimizer": (torch.optim.Optimizer, {"params"}),
@@ -150,15 +150,26 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
     name = attention.func.__name__
 
     def mixer(
-        *, dim: int, tokens: TokenGrid, posenc: PositionEncoding, heads: int | None = None, inner: int | None = None
+        *,
+        dim: int,
+        tokens: TokenGrid,
+        posenc: PositionEncoding,
+        layer: int,
+        heads: int | None = None,
+        inner: int | None = None,
     ) -> nn.Module:
         """One mixer of (B, N, dim) tokens.
 
         posenc: the model's position encoding; the mixer must take all that it offers.
+        layer: index of the block in the model, from 0.
         heads: number of heads in this stage; None leaves it to ``attention.heads``.
         inner: width of all heads together where ``attention.dim_head`` leaves it open; None means ``dim``.
         """
-        supplied: dict[str, Any] = {}
+        if tokens.prefix and getattr(attention.func, "map_only", False):
+            raise ConfigError(
+                f"attention: {name} mixes the map alone, so a class token would never see the image; use model.pool=mean"
+            )
+        supplied: dict[str, Any] = {"layer": layer} if "layer" in takes else {}
         for parameter, offer in posenc.attention_kwargs(tokens).items():
             if parameter not in takes:
                 raise ConfigError(

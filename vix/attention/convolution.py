@@ -1,4 +1,4 @@
-"""Separable convolution: Yu et al., "MetaFormer Baselines for Vision" (ConvFormer), 2022, after MobileNetV2's inverted block."""
+"""Separable convolution: Yu et al., "MetaFormer Baselines for Vision" (ConvFormer), 2022."""
 
 import torch
 from torch import Tensor, nn

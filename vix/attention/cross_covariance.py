@@ -38,6 +38,8 @@ class CrossCovariance(MultiHeadMixer):
         self.temperature_H11 = nn.Parameter(torch.ones(heads, 1, 1))
         self.local = LocalInteraction(dim) if local_interaction else None
 
+    has_attention_weights = False  # it weighs channels, not tokens
+
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE = (F.normalize(t, dim=2) for t in upcast_fp32(q_BHNE, k_BHNE))

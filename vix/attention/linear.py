@@ -38,6 +38,7 @@ class LinearAttention(MultiHeadMixer):
     ) -> None:
         super().__init__(dim, rotary, heads, dim_head)
         self.kernel = kernel
+        self.has_attention_weights = kernel != "cosine"  # which weighs channels, not tokens
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
         with no_autocast(q_BHNE):
@@ -51,6 +52,8 @@ class LinearAttention(MultiHeadMixer):
                 out_BHNE = q_BHNE.softmax(dim=-1) @ (context_BHEE * q_BHNE.shape[-1] ** -0.5)
             else:
                 # A channel is a head, so the length is that over all heads' channels.
-                q_BHNE, k_BHNE = (t / t.square().sum(dim=(1, 3), keepdim=True).sqrt().clamp_min(1e-12) for t in (q_BHNE, k_BHNE))
+                q_BHNE, k_BHNE = (
+                    t / t.square().sum(dim=(1, 3), keepdim=True).sqrt().clamp_min(1e-12) for t in (q_BHNE, k_BHNE)
+                )
                 out_BHNE = q_BHNE * (k_BHNE * values_BHNE).sum(dim=-2, keepdim=True)
         return out_BHNE.to(v_BHNE.dtype)

@@ -7,7 +7,7 @@ from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width
 from vix.layers.maps import MapMixer, merge_windows, split_windows, window_options
 from vix.layers.tokens import TokenGrid
-from vix.types import NotNegative, Positive
+from vix.types import Positive
 
 
 class WindowAttention(MapMixer):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.layers.blocks import MLP, ChannelNorm, Depths, PreNormBlock, per_stage
+from vix.layers.blocks import MLP, ChannelNorm, Depths, PreNormBlock, drop_rates, per_stage
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid, join
@@ -12,16 +12,21 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class CvT(nn.Module):
-    """Stages of a convolution, a norm over channels and pre-norm blocks with that norm; average over tokens, linear head.
+    """Convolutional vision transformer (Wu et al., 2021), without a class token.
 
-    The first stage's convolution is the embedding (``embedding=conv embedding.hidden=[]`` is CvT's: one 3×3 convolution).
-    The published models have three stages of 32×32 tokens.
+    Each stage consists of a convolution, a norm over channels, and pre-norm blocks with that norm. The last stage's tokens are
+    averaged for the linear head. The first stage's convolution is the embedding; CvT's is ``embedding=conv
+    embedding.hidden=[]``, one 3×3 convolution. The published models have three stages of 32×32 tokens each.
 
-    dim, depth, heads, mlp_ratio: of each stage; ``heads`` None leaves them to ``attention.heads``.
-    stride: of the 3×3 convolutions into the second and later stages.
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    dim: width D of the tokens, per stage.
+    depth: number of blocks, per stage.
+    heads: number H of heads, per stage; None: ``attention.heads``.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
+    stride: stride of the 3×3 convolutions before the second and later stages, one value per convolution.
+    dropout: dropout probability of the mixers' and MLPs' outputs.
+    stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
 
-    Raises ValueError where a list does not fit the number of stages, or a stride exceeds the rows of tokens.
+    Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class CvT(nn.Module):
         mlp_ratio: PositiveFloat | tuple[PositiveFloat, ...] = 2.0,
         stride: Positive | tuple[Positive, ...] = 1,
         dropout: Fraction = 0.0,
+        stochastic_depth: Fraction = 0.0,
     ) -> None:
         super().__init__()
         stages = len(depth)
@@ -47,16 +53,17 @@ class CvT(nn.Module):
         self.embedding, self.norm = embedding(image_size=image_size, channels=channels, dim=dims[0]), ChannelNorm(dims[0])
         tokens = TokenGrid(*self.embedding.grid)
         self.posenc = posenc(dim=dims[0], tokens=tokens)
+        rates = drop_rates(stochastic_depth, sum(depth))
         self.blocks = nn.Sequential()
         for stage in range(stages):
             if stage:
-                step = ConvEmbed(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
-                self.blocks.append(step)
-                tokens = step.out_tokens
-            for _ in range(depth[stage]):
-                mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
+                downsample = ConvEmbed(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
+                self.blocks.append(downsample)
+                tokens = downsample.out_tokens
+            for i in range(sum(depth[:stage]), sum(depth[: stage + 1])):
+                mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, layer=i, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
-                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=ChannelNorm))
+                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=ChannelNorm, stochastic_depth=rates[i]))
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
@@ -65,7 +72,12 @@ class CvT(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """A 3×3 convolution of the token map to the width and grid of the next stage, and a norm over channels."""
+    """Strided 3×3 convolution of the token map and a norm over channels, between stages: (B, N, D) → (B, N′, D′).
+
+    dim, dim_after: widths D and D′ of the tokens before and after.
+    tokens: grid of the input tokens.
+    stride: stride of the convolution.
+    """
 
     def __init__(self, dim: int, dim_after: int, tokens: TokenGrid, stride: int) -> None:
         super().__init__()

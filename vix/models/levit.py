@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.layers.blocks import MLP, Depths, PreNormBlock, per_stage
+from vix.layers.blocks import MLP, Depths, PreNormBlock, drop_rates, per_stage
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
 from vix.layers.precision import upcast_fp32
@@ -13,15 +13,20 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class LeViT(nn.Module):
-    """Convolutional stem, stages of residual blocks without any norm of their own, average over the tokens, linear head.
+    """LeViT (Graham et al., 2021), without a class token.
 
-    The only norms are the BatchNorms within LeViT's own attention. The published models have one stage.
+    Embedding, position encoding, stages of residual blocks, average over the tokens, linear head. The blocks have no norms;
+    only the mixer ``attention=levit`` contains BatchNorms. The published models have one stage.
 
-    dim, depth, heads, mlp_ratio: of each stage; ``heads`` None leaves them to ``attention.heads``.
-    stride: rows and columns between tokens that go on to the next stage, for each step from stage to stage.
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    dim: width D of the tokens, per stage.
+    depth: number of blocks, per stage.
+    heads: number H of heads, per stage; None: ``attention.heads``.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
+    stride: subsampling of rows and columns between stages, one value per transition.
+    dropout: dropout probability of the mixers' and MLPs' outputs.
+    stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
 
-    Raises ValueError where a list does not fit the number of stages, or a stride exceeds the rows of tokens.
+    Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class LeViT(nn.Module):
         mlp_ratio: PositiveFloat | tuple[PositiveFloat, ...] = 2.0,
         stride: Positive | tuple[Positive, ...] = 2,
         dropout: Fraction = 0.0,
+        stochastic_depth: Fraction = 0.0,
     ) -> None:
         super().__init__()
         stages = len(depth)
@@ -47,17 +53,20 @@ class LeViT(nn.Module):
         self.embedding = embedding(image_size=image_size, channels=channels, dim=dims[0])
         tokens = TokenGrid(*self.embedding.grid)
         self.posenc = posenc(dim=dims[0], tokens=tokens)
+        rates = drop_rates(stochastic_depth, sum(depth))
         self.blocks = nn.Sequential()
         for stage in range(stages):
             if stage:
-                mixer = attention(dim=dims[stage - 1], tokens=tokens, posenc=self.posenc, heads=all_heads[stage - 1])
-                shrink = Downsample(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
-                self.blocks.append(shrink)
-                tokens = shrink.out_tokens
-            for _ in range(depth[stage]):
-                mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
+                mixer = attention(
+                    dim=dims[stage - 1], tokens=tokens, posenc=self.posenc, layer=sum(depth[:stage]), heads=all_heads[stage - 1]
+                )
+                downsample = Downsample(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
+                self.blocks.append(downsample)
+                tokens = downsample.out_tokens
+            for i in range(sum(depth[:stage]), sum(depth[: stage + 1])):
+                mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, layer=i, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
-                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=nn.Identity))
+                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=nn.Identity, stochastic_depth=rates[i]))
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
@@ -66,10 +75,20 @@ class LeViT(nn.Module):
 
 
 class Downsample(nn.Module):
-    """From stage to stage: x + mixer(x) at every ``stride``-th row and column, a linear layer to the new width, an MLP.
+    """Transition between stages: (B, N, D) → (B, N′, D′).
 
-    LeViT's shrinking attention asks with those tokens alone; to drop the others' answers computes the same and works with
-    any mixer. The residual, which LeViT leaves out here, lets a mixer that starts at zero pass the image on.
+    x + mixer(x), subsampled to every ``stride``-th row and column, followed by a linear layer to the new width and an MLP.
+
+    LeViT's shrinking attention computes queries for the subsampled tokens only. Subsampling the mixer's output instead gives
+    the same result and works with any mixer. The residual connection, which LeViT omits here, passes the input on where the
+    mixer's output is initialized to zero.
+
+    dim, dim_after: widths D and D′ of the tokens before and after.
+    tokens: grid of the input tokens.
+    stride: distance of the rows and columns that remain.
+    mixer: mixer of the input tokens.
+    mlp_ratio: hidden width of the MLP divided by ``dim_after``.
+    dropout: dropout probability of both branches' outputs.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vix.layers.blocks import MLP, PreNormBlock
+from vix.layers.blocks import MLP, PreNormBlock, drop_rates
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
@@ -14,14 +14,16 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class ViT(nn.Module):
-    """Embedding, position, ``depth`` pre-norm blocks, LayerNorm, pooling, linear head.
+    """Vision transformer (Dosovitskiy et al., 2021).
+
+    Embedding, position encoding, ``depth`` pre-norm blocks, LayerNorm, pooling, linear head.
 
     dim: width D of the tokens.
     depth: number of blocks.
-    mlp_ratio: hidden width of the MLPs over ``dim``.
-    pool: ``class_token`` puts a learned token in front and reads the class off it (ViT); ``mean`` averages all tokens
-        (MLP-Mixer).
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``.
+    pool: ``class_token`` prepends a learned token and classifies from it (ViT); ``mean`` averages all tokens (MLP-Mixer).
+    dropout: dropout probability of the mixers' and MLPs' outputs.
+    stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ViT(nn.Module):
         mlp_ratio: PositiveFloat = 2.0,
         pool: Literal["class_token", "mean"] = "class_token",
         dropout: Fraction = 0.0,
+        stochastic_depth: Fraction = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = embedding(image_size=image_size, channels=channels, dim=dim)
@@ -48,11 +51,12 @@ class ViT(nn.Module):
             *(
                 PreNormBlock(
                     dim,
-                    attention(dim=dim, tokens=tokens, posenc=self.posenc),
+                    attention(dim=dim, tokens=tokens, posenc=self.posenc, layer=i),
                     MLP(dim, mlp_ratio, dropout),
                     dropout,
+                    stochastic_depth=rate,
                 )
-                for _ in range(depth)
+                for i, rate in enumerate(drop_rates(stochastic_depth, depth))
             )
         )
         self.norm = nn.LayerNorm(dim)
@@ -63,6 +67,6 @@ class ViT(nn.Module):
         if self.class_token is not None:
             x_BND = torch.cat([self.class_token.expand(len(x_BND), 1, -1), x_BND], dim=1)
         x_BND = self.blocks(self.posenc(x_BND))
-        # LayerNorm works on each token by itself, so where one token is read only that one needs it.
+        # LayerNorm acts on each token separately, so only the class token needs it.
         pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])
         return self.head(pooled_BD)
