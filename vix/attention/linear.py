@@ -33,6 +33,7 @@ class LinearAttention(MultiHeadMixer):
         super().__init__(dim, rotary, heads, dim_head)
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """Linear attention: queries, keys and values (B, H, N, E) → (B, H, N, E), in at least float32."""
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, values_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
             out_BHNE = linear_attention(F.elu(q_BHNE) + 1, F.elu(k_BHNE) + 1, values_BHNE)
