@@ -205,7 +205,7 @@ def test_an_archive_is_unpacked(
     changed[len(changed) // 2] ^= 255
     for damage in (whole[: len(whole) // 2], b"no archive", bytes(changed), b"", (tmp_path / "other.tar.gz").read_bytes()):
         archive.write_bytes(damage)
-        with pytest.raises(DataError, match=r"root/cifar-100-python\.tar\.gz is damaged.*take it away or replace it") as error:
+        with pytest.raises(DataError, match=r"root/cifar-100-python\.tar\.gz is damaged.*remove or replace it") as error:
             Cifar100(root=str(root)).load(CPU)
         assert "\n" not in str(error.value)
         assert not (root / "cifar-100-python").exists()
@@ -245,10 +245,10 @@ def test_the_program_names_what_is_wrong_with_an_archive(tmp_path: Path) -> None
             assert part in done.stderr
 
     archive.symlink_to(tmp_path / "gone.tar.gz")
-    refused(f"error: {archive} is a link to {tmp_path}/gone.tar.gz, which is not there; ")
+    refused(f"error: {archive} is a link to {tmp_path}/gone.tar.gz, which does not exist; ")
     archive.unlink()
     archive.write_bytes(b"no archive")
-    refused(f"error: {archive} is damaged (", "take it away or replace it")
+    refused(f"error: {archive} is damaged (", "remove or replace it")
     assert not (archive.parent / "cifar-10-batches-py").exists()
     (archive.parent / "cifar-10-batches-py").mkdir()
     refused("cifar-10-batches-py is incomplete or damaged (", f"remove that folder to unpack {archive} again")

@@ -29,7 +29,7 @@ SMALL = {"landmarks": 8, "projected_length": 8, "window": 16, "dim_head": 4}
 
 def reason_to_refuse(attention: str, posenc: str) -> str | None:
     if posenc in ROTARY and attention in NO_QUERIES_AND_KEYS:
-        return "turn queries and keys"
+        return "rotate queries and keys"
     if posenc == "relative2d" and attention not in WITH_LOGITS_OF_PAIRS:
         return "attention logits of pairs"
     return None

@@ -564,12 +564,12 @@ def test_every_embedding_sees_every_pixel_at_any_patch_size(model_of):
     [
         (["model=pit", "embedding=linear", "embedding.patch_size=3"], r"embedding\.patch_size=3 .* nearest that do: 2, 4"),
         (["model=cct", "embedding=cct", "embedding.patch_size=5"], r"embedding\.patch_size=5 .* nearest that do: 2, 4"),
-        (["model=pit", "model.stride=9", "attention=softmax"], r"model\.stride=9 exceeds the 8×8 tokens .* at most 8"),
-        (["model=cvt", "model.stride=[8,2]", "attention=softmax"], r"model\.stride=2 exceeds the 1×1 tokens .* at most 1"),
+        (["model=pit", "model.stride=9", "attention=softmax"], r"model\.stride=9 exceeds the 8×8 tokens; at most 8"),
+        (["model=cvt", "model.stride=[8,2]", "attention=softmax"], r"model\.stride=2 exceeds the 1×1 tokens; at most 1"),
         (["model=pit"], r"attention\.landmarks=64 is more than the 17 tokens; at most 17"),
-        (["model=pit", "model.dim=[32,48]"], r"model\.dim=\[32,48\]: 48 is no multiple of 32, .* nearest: 64"),
-        (["model=levit", "model.dim=[32,48]"], r"model\.dim=\[32,48\] is 2 numbers where 1 are needed"),
-        (["model=cvt", "model.heads=[1,2]"], r"model\.heads=\[1,2\] is 2 numbers where 3 are needed"),
+        (["model=pit", "model.dim=[32,48]"], r"model\.dim=\[32,48\]: 48 is not a multiple of .* 32; nearest: 64"),
+        (["model=levit", "model.dim=[32,48]"], r"model\.dim=\[32,48\] has 2 values, but 1 are needed"),
+        (["model=cvt", "model.heads=[1,2]"], r"model\.heads=\[1,2\] has 2 values, but 3 are needed"),
         (["model=cvt", "model.depth=[]"], r"model\.depth=\[\]: .*at least 1 item"),
         (["model=cvt", "model.dim=0"], r"model\.dim=0: .*greater than 0"),
         (["model=cvt", "model.heads=2", "attention=fourier"], r"model\.heads=2: Fourier has no heads; use model\.heads=null"),
@@ -578,8 +578,8 @@ def test_every_embedding_sees_every_pixel_at_any_patch_size(model_of):
         (["model=cct", "attention=levit", "attention.heads=5"], r"attention\.heads=5 does not divide the width 128"),
         (["model=vit", "attention=cvt", "attention.conv_kernel=4"], r"attention\.conv_kernel=4 is even; nearest odd: 3, 5"),
         (["attention=cvt", "attention.kv_stride=9"], r"attention\.kv_stride=9 is more than the 8×8 tokens; at most 8"),
-        (["attention=cvt", "attention.kv_stride=2", "posenc=rotary"], r"attention\.kv_stride=2 puts keys between .* use 1"),
-        (["attention=cvt", "attention.dim_head=6", "posenc=rotary2d"], r"attention\.dim_head=6 .* nearest that have: 4, 8"),
+        (["attention=cvt", "attention.kv_stride=2", "posenc=rotary"], r"attention\.kv_stride=2 subsamples the keys.* use 1"),
+        (["attention=cvt", "attention.dim_head=6", "posenc=rotary2d"], r"attention\.dim_head=6 .* nearest: 4, 8"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_nearest_that_does(model_of, overrides, message):

@@ -180,4 +180,4 @@ def test_cuda_graphs_need_a_gpu(tmp_path: Path) -> None:
     """Refused before any data is read."""
     done = run_train(tmp_path, *TINY, "trainer.compile=cuda_graphs", "trainer.device=cpu")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=cuda_graphs: this run is on no GPU")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=cuda_graphs: needs a CUDA GPU")

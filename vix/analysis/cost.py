@@ -1,4 +1,4 @@
-"""What a run will cost before it starts: memory from the shapes alone, or memory and time from a few real steps."""
+"""Cost of a run before it starts: peak memory estimated from shapes, or memory and time measured over a few steps."""
 
 import statistics
 import time
@@ -18,11 +18,14 @@ from vix.layers.checkpointing import set_activation_checkpointing
 from vix.system.device import resolve_precision
 from vix.training.state import TrainState
 
-WARM_UP, STEPS = 3, 5
+WARMUP_STEPS, MEASURED_STEPS = 3, 5
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive in its context, of which ``peak`` is the most so far."""
+    """Track the bytes of all tensors that are allocated within its context.
+
+    ``alive`` is the current number of bytes, ``peak`` the largest so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +40,7 @@ class AllocationCounter(TorchDispatchMode):
         return result
 
     def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
@@ -45,14 +49,15 @@ class AllocationCounter(TorchDispatchMode):
             weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
 
     def forget(self, storage: int, size: int) -> None:
+        """Subtract a freed storage of ``size`` bytes."""
         self.known.discard(storage)
         self.alive -= size
 
 
 class FusedAttention(torch.autograd.Function):
-    """What fused attention keeps for its backward pass: q, k, v, the output and a number a query.
+    """Allocates what fused attention saves for its backward pass: q, k, v, the output and one float32 per query.
 
-    The gradient of a bias is written for every image before it is summed over the images that share the bias.
+    The gradient of a bias is computed per image before it is summed over the batch.
     """
 
     @staticmethod
@@ -72,16 +77,21 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """In place of PyTorch's, which on a CPU uses plain operations for a bias with a gradient: the fused kernel has none."""
+    """Replacement for ``F.scaled_dot_product_attention`` that allocates the same memory without computing.
+
+    On a CPU, PyTorch uses its unfused implementation for a bias that requires a gradient.
+    """
     if q_BHNE.is_cpu and attn_mask is not None and attn_mask.requires_grad:
         return torch.ops.aten._scaled_dot_product_attention_math(q_BHNE, k_BHME, v_BHME, attn_mask)[0]
     return FusedAttention.apply(q_BHNE, k_BHME, v_BHME, attn_mask)
 
 
 def peak_memory(experiment: Experiment) -> int:
-    """Bytes that the steps of a run will have allocated at most, without the image set: no number is computed.
+    """Estimated peak memory of a run's training steps in bytes, without the image set. Nothing is computed.
 
-    PyTorch's own temporary memory within an operation and what the allocator reserves beyond come on top.
+    The estimate excludes temporary memory within PyTorch's operations and memory that the allocator reserves.
+
+    experiment: the parsed config.
     """
     model = experiment.build_model()
     trainer, data = experiment.trainer, experiment.data
@@ -107,7 +117,7 @@ def peak_memory(experiment: Experiment) -> int:
         adam = [(torch.empty_like(p), torch.empty_like(p)) for p in model.parameters()]
         F.scaled_dot_product_attention = fused_attention  # type: ignore[assignment]
         try:
-            for _ in range(2):  # in the second step there are gradients from the start where micro-batches add up
+            for _ in range(2):  # with micro-batches, gradients exist from the start of the second pass
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
                     loss = F.cross_entropy(model(images), labels)
                 loss.backward()
@@ -120,9 +130,11 @@ def peak_memory(experiment: Experiment) -> int:
 
 
 def measure_step(experiment: Experiment) -> tuple[float, int | None]:
-    """Seconds of a step of this run on its device, and the bytes that it allocates there at most (None on a CPU).
+    """Measure the median duration of a training step in seconds, and its peak GPU memory in bytes (None on a CPU).
 
-    Trains a fresh model on random images for a few steps; reads no data and writes nothing.
+    Trains a new model on random images for a few steps; reads no data and writes no files.
+
+    experiment: the parsed config.
     """
     trainer, data = experiment.trainer, experiment.data
     device = trainer.torch_device
@@ -140,10 +152,10 @@ def measure_step(experiment: Experiment) -> tuple[float, int | None]:
             torch.cuda.synchronize(device)
 
     seconds = []
-    for number in range(WARM_UP + STEPS):
+    for number in range(WARMUP_STEPS + MEASURED_STEPS):
         clock = time.perf_counter()
         step.forward_backward(number, images, labels)
         step.optimizer_step()
         wait()
         seconds.append(time.perf_counter() - clock)
-    return statistics.median(seconds[WARM_UP:]), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return statistics.median(seconds[WARMUP_STEPS:]), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

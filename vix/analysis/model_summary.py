@@ -1,6 +1,6 @@
-"""A model as a table of its layers, and what it costs: parameters, FLOPs and sizes.
+"""Summary of a model: a table of its layers, and its parameters, FLOPs and sizes.
 
-The model runs on PyTorch's meta device, which works out shapes alone.
+The model runs on PyTorch's meta device, which computes only shapes.
 """
 
 from collections import defaultdict
@@ -18,10 +18,13 @@ from vix.runs.checkpoint import saved_megabytes
 
 
 class Layer(NamedTuple):
-    """A module that a forward pass of one image calls, with all that is in it.
+    """A module that is called in the forward pass, including its submodules.
 
-    name: its path in the model; the model itself has none.
-    output: shape of what it last returned, with a batch of 1.
+    name: path in the model; empty for the model itself.
+    kind: name of the module's class.
+    output: shape of its last output, for a batch of one image.
+    parameters: number of trainable parameters.
+    multiply_adds: multiply-adds of a forward pass of one image.
     """
 
     name: str
@@ -32,10 +35,13 @@ class Layer(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A model's layers, from the whole to its parts, and its totals.
+    """A model's layers and totals.
 
-    paper_mb is the size as the paper prints it (:mod:`vix.analysis.paper_size`, MB of 2²⁰ bytes); checkpoint_mb that of
-    the weights as saved (MB of 10⁶ bytes); the FLOPs are for one image.
+    layers: the model itself, then its submodules, parents before children.
+    trainable_params, weight_bias_params: parameter counts (:func:`vix.models.counts.parameter_counts`).
+    paper_mb: size as printed in the paper, in MB of 2²⁰ bytes (:mod:`vix.analysis.paper_size`).
+    checkpoint_mb: size of the saved weights, in MB of 10⁶ bytes.
+    forward_flops, training_flops: FLOPs for one image of a forward pass, and of a forward and backward pass.
     """
 
     layers: list[Layer]
@@ -48,7 +54,12 @@ class Summary(NamedTuple):
 
 
 def summarize(experiment: Experiment) -> Summary:
-    """The summary of the model that a composed config describes. Raises ConfigError."""
+    """Summarize the model of a config.
+
+    experiment: the parsed config.
+
+    Raises ConfigError where the model cannot be built.
+    """
     model, data = experiment.build_model(), experiment.data
     counts, checkpoint_mb = parameter_counts(model), saved_megabytes(model.state_dict())
     model = model.to("meta")
@@ -60,7 +71,7 @@ def summarize(experiment: Experiment) -> Summary:
     flops = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
 
     def layer(name: str, module: nn.Module) -> Layer:
-        path = f"{type(model).__name__}.{name}".rstrip(".")  # as the counter calls it
+        path = f"{type(model).__name__}.{name}".rstrip(".")  # the name that the FLOP counter uses
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         return Layer(name, type(module).__name__, calls[module][-1].output, parameters, flops.get(path, 0) // 2)
 
@@ -78,13 +89,13 @@ def summarize(experiment: Experiment) -> Summary:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[Calls]:
-    """Shapes of the calls of all modules of the model while the context lasts."""
+    """Context that records the input and output shapes of every call of the model's modules."""
     calls: defaultdict[nn.Module, list[Call]] = defaultdict(list)
 
-    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         calls[module].append(Call(tuple(arguments[0].shape) if arguments else (), tuple(output.shape)))
 
-    handles = [module.register_forward_hook(note) for module in model.modules()]
+    handles = [module.register_forward_hook(record) for module in model.modules()]
     try:
         yield calls
     finally:

@@ -1,26 +1,28 @@
-"""Token mixers, one per file, behind one contract.
+"""Token mixers, one per file, with a common interface.
 
-A mixer is an ``nn.Module`` whose constructor takes
+A mixer is an ``nn.Module``. Its constructor takes
 
-    dim       width D of the tokens,
-    tokens    their :class:`vix.layers.tokens.TokenGrid`: a mixer that needs the 2-D map makes it with ``tokens.split``,
+    dim: width D of the tokens,
+    tokens: :class:`vix.layers.tokens.TokenGrid` of the tokens; ``tokens.split`` returns the 2-D map,
 
-then, where it supports them, the arguments that a position encoding provides
+then, if the mixer supports them, the arguments that a position encoding provides
 (:meth:`vix.layers.posenc.PositionEncoding.attention_kwargs`), None by default:
 
-    rotary           for queries and keys: a function from the head width E to a module that rotates (B, H, N, E),
-    position_bias    for attention logits: a function from the number of heads H to a module that returns the bias (H, N, N)
-                     when called without arguments,
+    rotary: for queries and keys, a function from the head width E to a module that rotates (B, H, N, E),
+    position_bias: for attention logits, a function from the number of heads H to a module that returns the bias (H, N, N) when
+        called without arguments,
 
-and then keyword-only options, which are exactly the keys of its file in ``conf/attention/``. A position encoding that
-provides what a mixer's constructor does not take is refused. ``forward`` maps ``x_BND`` to the same shape. An invalid option
-raises a ``ValueError`` that starts with the option's name. Where the options ``heads`` and ``dim_head`` exist, families may
-set them per stage (:func:`vix.build.mixer_builder`). A method ``on_train_step(step)`` is called before every training step.
+then keyword-only options, exactly the keys of its file in ``conf/attention/``. A config is refused if its position encoding
+provides an argument that the mixer's constructor does not take.
 
-A mixer that weighs values by queries and keys has two methods of which ``forward`` is composed
-(:class:`vix.layers.heads.MultiHeadMixer`), so that its attention can be inspected (:mod:`vix.attention.inspection`):
+``forward`` maps ``x_BND`` to the same shape. An invalid option raises a ``ValueError`` that starts with the option's name.
+Families may set the options ``heads`` and ``dim_head``, where they exist, per stage (:func:`vix.build.mixer_builder`). A
+method ``on_train_step(step)``, if there is one, is called before every training step.
 
-    qkv(x_BND)         queries (B, H, N, E), and keys and values (B, G, M, E), after any rotation; H is a multiple of G, the
-                       heads of the keys, and M is N unless keys stand in other places than queries,
-    attend(q, k, v)    the mixing alone: (B, H, N, E), linear in the values.
+A mixer with queries, keys and values implements ``forward`` by two methods (:class:`vix.layers.heads.MultiHeadMixer`), so that
+its attention can be inspected (:mod:`vix.attention.inspection`):
+
+    qkv(x_BND): returns queries (B, H, N, E), keys and values (B, G, M, E), after any rotation. H is a multiple of G, and M is
+        N unless the keys are on another grid than the queries.
+    attend(q, k, v): the mixing alone; returns (B, H, N, E), linear in the values.
 """

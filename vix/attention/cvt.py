@@ -13,15 +13,16 @@ from vix.types import Fraction, Positive
 
 
 class CvTAttention(nn.Module):
-    """Softmax attention whose queries, keys and values come from depthwise convolutions of the token map.
+    """Softmax attention with queries, keys and values from depthwise convolutions of the token map (Wu et al., 2021).
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
-    conv_kernel: side of the depthwise convolutions; odd.
-    kv_stride: stride of the convolution before keys and values; 2 leaves a quarter of them, as CvT does at 224 pixels.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
+    conv_kernel: kernel size of the depthwise convolutions; odd.
+    kv_stride: stride of the convolution for keys and values. 2 reduces their number to a quarter, as in CvT at 224 pixels.
     implementation, dropout: as in :class:`vix.attention.softmax.Softmax`.
 
-    Raises ValueError where ``heads`` does not divide ``dim``, ``conv_kernel`` is even, ``kv_stride`` is more than the side of
-    the grid, or keys stand in other places than queries while positions are told to the attention.
+    Raises ValueError where ``heads`` does not divide ``dim``, ``conv_kernel`` is even, ``kv_stride`` exceeds the side of the
+    grid, or ``kv_stride`` is more than 1 together with rotary positions or a position bias.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class CvTAttention(nn.Module):
         if kv_stride > side:
             raise ValueError(f"kv_stride={kv_stride} is more than the {tokens.height}×{tokens.width} tokens; at most {side}")
         if kv_stride > 1 and (rotary or position_bias):
-            raise ValueError(f"kv_stride={kv_stride} puts keys between queries, which posenc cannot tell to attention; use 1")
+            raise ValueError(f"kv_stride={kv_stride} subsamples the keys, which this posenc does not support; use 1")
         self.heads = heads
         width = head_width(dim, heads, dim_head)
         self.to_q = ConvProjection(dim, heads * width, tokens, conv_kernel, 1)
@@ -66,7 +67,7 @@ class CvTAttention(nn.Module):
 class ConvProjection(nn.Module):
     """Depthwise convolution of the token map, BatchNorm, linear layer without bias: (B, N, D) → (B, M, F).
 
-    A class token stands in no place of the map: it goes through the linear layer alone, as in CvT.
+    A class token, which is not part of the map, passes through the linear layer only, as in CvT.
     """
 
     def __init__(self, dim: int, width: int, tokens: TokenGrid, kernel: int, stride: int) -> None:
@@ -79,6 +80,6 @@ class ConvProjection(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         prefix_BPD, map_BDYX = self.tokens.split(x_BND)
         conv_BDYX = self.conv(map_BDYX)
-        if conv_BDYX.is_cpu:  # a CPU's BatchNorm loses small sums in its backward pass for bfloat16 input; a GPU's does not
+        if conv_BDYX.is_cpu:  # its BatchNorm accumulates bfloat16 gradients inaccurately; a GPU's does not
             (conv_BDYX,) = upcast_fp32(conv_BDYX)
         return self.project(join(prefix_BPD, self.norm(conv_BDYX)))

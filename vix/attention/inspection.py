@@ -1,7 +1,7 @@
-"""What mixers attend to, and how far the approximate ones are from softmax attention.
+"""Attention weights of mixers, and the error of approximate mixers relative to softmax attention.
 
-All in eval mode and float32; the model's modes and the random generators are left as they were. Only mixers that have the
-methods ``qkv`` and ``attend`` (:mod:`vix.attention`) can be looked at.
+Everything is computed in eval mode and without autocast. The modules' training modes are restored, and no random numbers are
+drawn. Only mixers with the methods ``qkv`` and ``attend`` (:mod:`vix.attention`) can be inspected.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from vix.layers.attend import ScaledDotProduct
 from vix.layers.precision import no_autocast
 
-Seen = TypeVar("Seen")
+Result = TypeVar("Result")
 
 
 def attention_weights(mixer: Any, x_BND: Tensor) -> Tensor:
-    """The attention weights (B, H, N, M) that a mixer of tokens x_BND implies, whether or not it ever computes them.
+    """Attention weights (B, H, N, M) of a mixer, whether or not it ever computes them explicitly.
 
-    They are what it makes of the identity matrix as values. An approximate mixer's need not be positive or add up to 1.
-    One image at a time, as they are N times as large as its tokens.
+    They are the mixer's output for the identity matrix as values. Those of an approximate mixer need not be positive or sum to
+    1. Images are processed one by one, because the weights take N times the memory of the tokens.
+
+    mixer: mixer with ``qkv`` and ``attend``.
+    x_BND: its input tokens (B, N, D).
     """
     with inspecting(mixer, x_BND):
         weights = []
@@ -34,10 +37,13 @@ def attention_weights(mixer: Any, x_BND: Tensor) -> Tensor:
 
 
 def class_token_weights(mixer: Any, x_BND: Tensor) -> Tensor:
-    """Row 0 of the attention weights, the mean of the heads: (B, M).
+    """Attention weights of the class token (row 0), averaged over the heads: (B, M).
 
-    As the output is linear in the values, the row is the gradient of the class token's output by them: one backward pass and
-    no N×M matrix.
+    The output is linear in the values, so the row is the gradient of the class token's output with respect to them. This takes
+    one backward pass and no N×M matrix.
+
+    mixer: mixer with ``qkv`` and ``attend``.
+    x_BND: its input tokens (B, N, D), the class token first.
     """
     with inspecting(mixer, x_BND):
         q_BHNE, k_BGME, v_BGME = mixer.qkv(x_BND)
@@ -49,9 +55,11 @@ def class_token_weights(mixer: Any, x_BND: Tensor) -> Tensor:
 
 
 def class_token_maps(model: nn.Module, images_BCYX: Tensor) -> list[Tensor]:
-    """For each layer the class token's attention weights on the token map, (B, Y, X), the mean of the heads.
+    """Per layer, the class token's attention weights on the token map, averaged over the heads: (B, Y, X).
 
-    Empty where the model has no class token or its mixers have no weights (FNet, MLP-Mixer).
+    model: a model of :mod:`vix.models`.
+    images_BCYX: images (B, C, Y, X) in [−1, 1].
+    Returns an empty list where the model has no class token or its mixers have no attention weights (FNet, MLP-Mixer).
     """
     if getattr(model, "class_token", None) is None:
         return []
@@ -60,10 +68,13 @@ def class_token_maps(model: nn.Module, images_BCYX: Tensor) -> list[Tensor]:
 
 
 def softmax_error(model: nn.Module, images_BCYX: Tensor) -> list[float]:
-    """For each layer, how far its mixing is from softmax attention with the same queries, keys and values.
+    """Per layer, the relative error of the mixer compared with softmax attention on the same queries, keys and values.
 
-    ‖attend(q, k, v) − softmax(q·kᵀ/√E)·v‖ / ‖softmax(q·kᵀ/√E)·v‖, the Frobenius norms over all images, heads and tokens.
-    Empty for mixers that are softmax attention themselves, or have neither queries nor keys.
+    ‖attend(q, k, v) − softmax(q·kᵀ/√E)·v‖ / ‖softmax(q·kᵀ/√E)·v‖, Frobenius norms over all images, heads and tokens.
+
+    model: a model of :mod:`vix.models`.
+    images_BCYX: images (B, C, Y, X) in [−1, 1].
+    Returns an empty list for mixers that are exact softmax attention, or have no queries and keys.
     """
 
     def error(mixer: Any, x_BND: Tensor) -> float:
@@ -79,14 +90,20 @@ def softmax_error(model: nn.Module, images_BCYX: Tensor) -> list[float]:
 def map_mixers(
     model: nn.Module,
     images_BCYX: Tensor,
-    look: Callable[[Any, Tensor], Seen],
+    function: Callable[[Any, Tensor], Result],
     of: Callable[[Any], bool] = lambda mixer: True,
-) -> list[Seen]:
-    """What ``look`` makes of each mixer and the tokens that it gets from these images, in the order of the layers."""
-    seen: list[Seen] = []
+) -> list[Result]:
+    """Call ``function`` with each mixer and its input tokens, in the order of the layers, and return the results.
+
+    model: module whose mixers are inspected.
+    images_BCYX: images (B, C, Y, X) of the forward pass that provides the tokens.
+    function: called with a mixer and its input tokens (B, N, D).
+    of: which of the mixers to inspect.
+    """
+    results: list[Result] = []
 
     def hook(mixer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.append(look(mixer, arguments[0]))
+        results.append(function(mixer, arguments[0]))
 
     mixers = [m for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "attend") and of(m)]
     hooks = [mixer.register_forward_pre_hook(hook) for mixer in mixers]
@@ -97,12 +114,12 @@ def map_mixers(
     finally:
         for handle in hooks:
             handle.remove()
-    return seen
+    return results
 
 
 @contextmanager
 def inspecting(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Eval mode without gradients or autocast, and the modes as they were afterwards."""
+    """Context with the module in eval mode, without gradients and autocast; the training modes are restored afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:

@@ -13,12 +13,13 @@ from vix.types import Fraction, Positive
 
 
 class LeViTAttention(MultiHeadMixer):
-    """Softmax attention with BatchNorm after every projection and a GELU before the last one.
+    """Softmax attention with BatchNorm after every projection and a GELU before the last one (Graham et al., 2021).
 
-    The last BatchNorm's weight starts at zero, so a residual block starts as the identity. A 1×1 convolution of a map is a
-    linear layer of its tokens, so a class token needs no exception.
+    The last BatchNorm's weight is initialized to zero, so that a residual block starts as the identity. LeViT's 1×1
+    convolutions are implemented as linear layers on tokens, which also apply to a class token.
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
     implementation, dropout: as in :class:`vix.attention.softmax.Softmax`.
 
     Raises ValueError where ``heads`` does not divide ``dim``.
@@ -51,7 +52,7 @@ class LeViTAttention(MultiHeadMixer):
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of each channel over all tokens of all images: (B, N, D) → the same."""
+    """BatchNorm of each channel over all tokens of all images: (B, N, D) → (B, N, D)."""
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return super().forward(x_BND.flatten(0, 1)).view(x_BND.shape)

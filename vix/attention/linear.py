@@ -13,9 +13,10 @@ from vix.types import Positive
 
 
 class LinearAttention(MultiHeadMixer):
-    """Kernel attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1, linear in the number of tokens.
+    """Linear attention φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1; time and memory grow with N (Katharopoulos et al., 2020).
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
 
     Raises ValueError where ``heads`` does not divide ``dim``.
     """
@@ -32,6 +33,7 @@ class LinearAttention(MultiHeadMixer):
         super().__init__(dim, rotary, heads, dim_head)
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """Linear attention: queries, keys and values (B, H, N, E) → (B, H, N, E), in at least float32."""
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, values_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
             out_BHNE = linear_attention(F.elu(q_BHNE) + 1, F.elu(k_BHNE) + 1, values_BHNE)

@@ -13,15 +13,15 @@ from vix.types import Positive
 
 
 class Linformer(nn.Module):
-    """Softmax attention to ``projected_length`` learned mixtures of the keys and values instead of to all N of them.
+    """Softmax attention to M learned linear combinations of the N keys and values (Wang et al., 2020).
 
-    A learned N×M matrix per layer compresses the sequence, so the model fits one token count only.
+    Each layer has a learned N×M projection along the tokens, so the number of tokens is fixed.
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
-    projected_length: M, the length that keys and values are compressed to.
-    kv_heads: heads of the keys and values, each serving heads / kv_heads query heads (tables 1 and 2: 1; table 5: 4).
-    share_kv: values *are* the keys, compressed by the same matrix; otherwise they have a projection and a matrix of
-        their own.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
+    projected_length: number M of projected keys and values.
+    kv_heads: number G of heads of keys and values, each shared by heads / kv_heads query heads (tables 1 and 2: 1; table 5: 4).
+    share_kv: whether the values are the keys, projected by the same N×M matrix. Otherwise they have their own projections.
 
     Raises ValueError where ``heads`` does not divide ``dim``, or ``kv_heads`` does not divide ``heads``.
     """
@@ -46,7 +46,7 @@ class Linformer(nn.Module):
         self.to_q = nn.Linear(dim, heads * width, bias=False)
         self.to_k = nn.Linear(dim, kv_heads * width, bias=False)
         self.to_v = None if share_kv else nn.Linear(dim, kv_heads * width, bias=False)
-        # Bare parameters, called neither weight nor bias: the paper's count leaves them out.
+        # Not named weight or bias: the paper's parameter count excludes them.
         bound = projected_length**-0.5
         self.length_k = nn.Parameter(torch.empty(tokens.count, projected_length).uniform_(-bound, bound))
         self.length_v = None if share_kv else nn.Parameter(torch.empty_like(self.length_k).uniform_(-bound, bound))
@@ -54,19 +54,23 @@ class Linformer(nn.Module):
         self.rotate = rotary(width) if rotary else nn.Identity()
 
     def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values have ``kv_heads`` heads. Without rotation, shared values are the very tensor of the keys."""
+        """Project tokens (B, N, D) to queries (B, H, N, E), and keys and values (B, G, N, E).
+
+        Without rotation, shared values are the same tensor object as the keys.
+        """
         q_BHNE = self.rotate(split_heads(self.to_q(x_BND), self.heads))
         k_BHNE = split_heads(self.to_k(x_BND), self.kv_heads)
         v_BHNE = k_BHNE if self.to_v is None else split_heads(self.to_v(x_BND), self.kv_heads)
         return q_BHNE, self.rotate(k_BHNE), v_BHNE
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """Attention to the projected keys and values: queries (B, H, N, E), keys and values (B, G, N, E) → (B, H, N, E)."""
         k_BHME = self.length_k.T @ k_BHNE
-        # Values are never rotated, so without rotation (and with shared weights) they are the compressed keys themselves.
-        same = v_BHNE is k_BHNE and self.length_v is None
-        v_BHME = k_BHME if same else (self.length_k if self.length_v is None else self.length_v).T @ v_BHNE
-        # The query heads of a key head stand below one another: it is read, not copied, for them, and with one key head
-        # neither the queries nor the result move in memory.
+        # Values are never rotated. Without rotation, shared values are the projected keys.
+        shared = v_BHNE is k_BHNE and self.length_v is None
+        v_BHME = k_BHME if shared else (self.length_k if self.length_v is None else self.length_v).T @ v_BHNE
+        # Query heads that share a key head are stacked along the token axis, so that keys and values are not copied. With one
+        # key head this reshape copies neither the queries nor the result.
         rows_BHQE = rearrange(q_BHNE, "b (h shared) n e -> b h (n shared) e", h=self.kv_heads)
         out_BHQE = softmax_attention(rows_BHQE, k_BHME, v_BHME)
         return rearrange(out_BHQE, "b h (n shared) e -> b (h shared) n e", n=q_BHNE.shape[2])

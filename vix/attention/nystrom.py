@@ -14,13 +14,16 @@ from vix.types import NotNegative, Positive
 
 
 class Nystrom(MultiHeadMixer):
-    """softmax(q·k̃ᵀ) · softmax(q̃·k̃ᵀ)⁺ · softmax(q̃·kᵀ) · v, where q̃ and k̃ are means over segments of the tokens.
+    """Nyström attention softmax(q·k̃ᵀ) · softmax(q̃·k̃ᵀ)⁺ · softmax(q̃·kᵀ) · v (Xiong et al., 2021).
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
-    landmarks: number M of segments.
-    pinv_iterations: steps of the pseudo-inverse's iteration (the paper's: 6).
-    conv_kernel: taps of the depthwise convolution of the values along the tokens, one filter a head, that is added to the
-        result; odd, or 0 for none.
+    The landmarks q̃ and k̃ are means over segments of the tokens. Time and memory grow with N.
+
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
+    landmarks: number M of landmarks.
+    pinv_iterations: iterations of the pseudo-inverse (in the paper 6).
+    conv_kernel: kernel size of the depthwise convolution of the values along the tokens, one filter per head, that is added to
+        the result; odd, or 0: no convolution.
 
     Raises ValueError where ``heads`` does not divide ``dim``, there are fewer tokens than landmarks, or ``conv_kernel``
     is even.
@@ -58,11 +61,11 @@ class Nystrom(MultiHeadMixer):
         return self.to_out(merge_heads(out_BHNE))
 
     def convolved(self, v_BHNE: Tensor) -> Tensor:
-        """Each head's filter along the tokens: → (B, H, N, E)."""
+        """Convolve the values of each head along the tokens: (B, H, N, E) → (B, H, N, E)."""
         assert self.conv is not None
         if not v_BHNE.is_cpu:
             return self.conv(v_BHNE)
-        # The same with every channel of every head as one of the convolution's, innermost in memory: 2 to 3 times faster there.
+        # The same convolution with all H·E channels as groups in a channels-last layout: 2 to 3 times faster on a CPU.
         width, taps = v_BHNE.shape[-1], self.conv.kernel_size[0]
         weight_F1T1 = self.conv.weight.repeat_interleave(width, dim=0)
         v_BFN1 = merge_heads(v_BHNE).mT.unsqueeze(-1)
@@ -70,9 +73,10 @@ class Nystrom(MultiHeadMixer):
         return split_heads(out_BFN1.squeeze(-1).mT, self.heads)
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
-        """(B, H, N, E) each → (B, H, N, E), in float32 under any autocast: the pseudo-inverse magnifies rounding.
+        """Nyström attention without the convolution: queries, keys and values (B, H, N, E) → (B, H, N, E).
 
-        Two of the three softmaxes are attentions themselves: of landmarks to tokens, and of tokens to landmarks.
+        It runs in float32 under any autocast dtype, because the pseudo-inverse amplifies rounding errors. Two of the three
+        softmaxes are computed as attention: of landmarks to tokens, and of tokens to landmarks.
         """
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, v_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
@@ -84,10 +88,14 @@ class Nystrom(MultiHeadMixer):
 
 
 def segment_means(t_BHNE: Tensor, segments: int) -> Tensor:
-    """Means over M contiguous segments: (B, H, N, E) → (B, H, M, E).
+    """Means over M contiguous segments of the tokens: (B, H, N, E) → (B, H, M, E).
 
-    Where M does not divide N the first N mod M segments are one token longer. (Padding to a multiple instead adds zeros
-    that attend and are attended to.) With a class token, 1,025 tokens and 64 landmarks, that is the class token's own.
+    Where M does not divide N, the first N mod M segments are one token longer. Padding to a multiple, as common
+    implementations do, adds zero tokens that take part in the attention. With 1,025 tokens and 64 landmarks, only the segment
+    of the class token is longer.
+
+    t_BHNE: queries or keys (B, H, N, E).
+    segments: number M of segments.
     """
     size, longer = divmod(t_BHNE.shape[2], segments)
     border = longer * (size + 1)
@@ -99,15 +107,18 @@ def segment_means(t_BHNE: Tensor, segments: int) -> Tensor:
 
 
 def pseudo_inverse(a_BHMM: Tensor, iterations: int) -> Tensor:
-    """Moore–Penrose pseudo-inverse of row-stochastic matrices by the iteration of Razavi et al., 2014 (order 3).
+    """Moore–Penrose pseudo-inverse of row-stochastic matrices by a third-order iteration (Razavi et al., 2014).
 
-    It starts from Aᵀ / (max row sum · max column sum) of each matrix by itself; the maximum over the batch, which is
-    often taken, makes an image's result depend on its batch-mates while the iteration has not converged.
+    The iteration starts from Aᵀ / (max row sum · max column sum), with maxima per matrix. Common implementations take the
+    maxima over the batch, so that the result for an image depends on the other images until the iteration has converged.
+
+    a_BHMM: matrices (B, H, M, M).
+    iterations: number of iterations.
     """
     row_sum = a_BHMM.abs().sum(dim=-1).amax(dim=-1)
     column_sum = a_BHMM.abs().sum(dim=-2).amax(dim=-1)
     z_BHMM = a_BHMM.mT / (row_sum * column_sum)[..., None, None]
-    # Z ← Z(13I − AZ(15I − AZ(7I − AZ)))/4, with each sum done by the matrix product that it belongs to.
+    # Z ← Z(13I − AZ(15I − AZ(7I − AZ)))/4, with each addition fused into a matrix product.
     eye_1MM = torch.eye(a_BHMM.shape[-1], dtype=a_BHMM.dtype, device=a_BHMM.device).unsqueeze(0)
     seven, fifteen, thirteen_fourths = 7 * eye_1MM, 15 * eye_1MM, 3.25 * eye_1MM
     a_BMM, z_BMM = a_BHMM.flatten(0, 1), z_BHMM.flatten(0, 1)

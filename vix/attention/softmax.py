@@ -12,12 +12,13 @@ from vix.types import Fraction, Positive
 
 
 class Softmax(MultiHeadMixer):
-    """softmax(q·kᵀ/√E)·v over all tokens; time grows with N², memory with N (``fused``) or N² (``explicit``).
+    """Multi-head attention softmax(q·kᵀ/√E)·v; time grows with N², memory with N (``fused``) or N² (``explicit``).
 
-    heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
-    implementation: ``fused`` is PyTorch's scaled_dot_product_attention, which never stores the N×N matrix (a CPU does store
-        one of few tokens: it is faster); ``explicit`` writes that matrix out, as the paper's measurements did.
-    dropout: probability with which an attention weight is dropped in training.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
+    implementation: ``fused`` is PyTorch's scaled_dot_product_attention, which does not store the N×N matrix (except for
+        short sequences on a CPU, where that is faster); ``explicit`` stores it, as in the paper's measurements.
+    dropout: probability of dropping an attention weight in training.
 
     Raises ValueError where ``heads`` does not divide ``dim``.
     """

@@ -8,9 +8,11 @@ from vix.types import Positive
 
 
 class TokenMLP(nn.Module):
-    """Two linear layers with biases and a GELU along the token axis, the same for every channel; N is fixed.
+    """Two linear layers with biases and a GELU along the token axis: (B, N, D) → (B, N, D).
 
-    hidden: width between the two layers; None means the number of tokens.
+    All channels share the weights. The number N of tokens is fixed.
+
+    hidden: width between the two layers; None: the number of tokens.
     """
 
     def __init__(self, dim: int, tokens: TokenGrid, *, hidden: Positive | None = None) -> None:

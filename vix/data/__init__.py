@@ -1,1 +1,1 @@
-"""Image sets. Each is a class that knows its shape without reading anything and loads onto the device as uint8."""
+"""Image sets. The shape of an image set is known before its files are read; the images are loaded onto the device as uint8."""

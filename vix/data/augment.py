@@ -1,7 +1,7 @@
-"""Augmentation of training images on the device, a whole batch at a time.
+"""Augmentation of training images on the device, one batch at a time.
 
-All draws of an epoch are made on the host with the epoch's generator and moved to the device in one piece: which change an
-image undergoes does not depend on where an interrupted epoch continues, and nothing waits for the device.
+All random numbers of an epoch are drawn on the host with the epoch's generator and copied to the device at its start. So the
+augmentation of an image does not depend on where an interrupted epoch continues, and the host never waits for the device.
 """
 
 import math
@@ -17,12 +17,12 @@ from vix.types import NotNegative, PositiveFloat, UnitInterval
 
 @dataclass(kw_only=True)
 class Augmentation:
-    """How training images are changed.
+    """Options of the augmentation of training images.
 
     flip: flip horizontally with probability 1/2.
     crop_padding: pad by this many black pixels and crop at random; 0: off.
     trivial_augment: TrivialAugment (Müller and Hutter, 2021) with at most this magnitude, in (0, 1]; null: off.
-    random_erasing: probability of a grey rectangle (Zhong et al., 2020), in (0, 1]; null: off.
+    random_erasing: probability of a gray rectangle (Zhong et al., 2020), in (0, 1]; null: off.
     mixup: α of MixUp's Beta(α, α) distribution (Zhang et al., 2018); null: off.
     cutmix: α of CutMix's Beta(α, α) distribution (Yun et al., 2019); null: off. With both, each batch gets one of them.
     """
@@ -35,17 +35,25 @@ class Augmentation:
     cutmix: PositiveFloat | None = None
 
     def check(self, image_size: int) -> None:
-        """Raises ConfigError where images of this size, in pixels, cannot be augmented so."""
+        """Check these options against the images' size.
+
+        image_size: side of the images, in pixels.
+
+        Raises ConfigError where images of this size cannot be augmented.
+        """
         if self.trivial_augment and image_size < 3:
             raise ConfigError(f"augment.trivial_augment={self.trivial_augment}: needs images of 3 pixels and more; use null")
 
 
 class EpochAugmentation:
-    """The draws of one epoch.
+    """The augmentation of one epoch, with its random numbers.
 
+    options: options of the augmentation.
     shape: (count, C, Y, X) of the training images.
+    batch_size: images per batch.
     classes: number K of classes, for mixed labels.
     random: the epoch's generator, on the host.
+    device: device of the images.
     """
 
     def __init__(
@@ -73,13 +81,23 @@ class EpochAugmentation:
             self.mix = Mix(options.mixup, options.cutmix, classes, batches, height, width, random)
 
     def before_normalization(self, images: Tensor, number: int) -> Tensor:
-        """Batch ``number`` of the epoch, uint8 (B, C, Y, X) → the same shape and type."""
+        """Crop and TrivialAugment, on uint8 images: (B, C, Y, X) → the same shape and dtype.
+
+        images: images of the batch.
+        number: number of the batch in the epoch, from 0.
+        """
         if self.options.crop_padding:
             images = crop(images, self.options.crop_padding, *self.corners[:, self.batch(number)])
         return self.trivial_augment(images, number) if self.trivial_augment else images
 
     def after_normalization(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Batch ``number``, images in [−1, 1] and labels (B,) → images and labels, or class probabilities (B, K)."""
+        """Flip, random erasing, MixUp and CutMix, on normalized images.
+
+        images: images (B, C, Y, X) of the batch, in [−1, 1].
+        labels: their labels (B,).
+        number: number of the batch in the epoch, from 0.
+        Returns images, and labels (B,) or, with MixUp or CutMix, class probabilities (B, K).
+        """
         batch = self.batch(number)
         if self.options.flip:
             images = torch.where(self.flips[batch, None, None, None], images.flip(-1), images)
@@ -88,12 +106,17 @@ class EpochAugmentation:
         return self.mix(images, labels, number) if self.mix else (images, labels)
 
     def batch(self, number: int) -> slice:
-        """Positions of the batch's images in the epoch."""
+        """Positions of batch ``number``'s images in the epoch."""
         return slice(number * self.batch_size, (number + 1) * self.batch_size)
 
 
 def crop(images_BCYX: Tensor, padding: int, top_B: Tensor, left_B: Tensor) -> Tensor:
-    """Pad with black on all sides, and crop each image at its own position to the old size."""
+    """Pad images with black on all sides and crop each at its own position to the original size.
+
+    images_BCYX: images (B, C, Y, X).
+    padding: width of the padding, in pixels.
+    top_B, left_B: corner of each crop in the padded image, from 0 to 2 · padding, (B,).
+    """
     height, width = images_BCYX.shape[2:]
     padded_BYXC = F.pad(images_BCYX, (padding,) * 4).permute(0, 2, 3, 1)
     batch = torch.arange(len(images_BCYX), device=images_BCYX.device)[:, None, None]
@@ -103,11 +126,15 @@ def crop(images_BCYX: Tensor, padding: int, top_B: Tensor, left_B: Tensor) -> Te
 
 
 class RandomErasing:
-    """A grey rectangle over an image with some probability: 2 to 33 % of its area, aspect ratio 0.3 to 3.3.
-
-    count: images per epoch; height, width: of an image, in pixels.
+    """Erase a gray rectangle of 2 to 33 % of the area and aspect ratio 0.3 to 3.3 from images, at random.
 
     Source: Zhong et al., "Random Erasing Data Augmentation", 2020.
+
+    probability: probability that an image is changed.
+    count: images per epoch.
+    height, width: size of an image, in pixels.
+    random: the epoch's generator, on the host.
+    device: device of the images.
     """
 
     def __init__(
@@ -122,7 +149,11 @@ class RandomErasing:
         self.corners = torch.stack([top, top + rows, left, left + columns]).to(device)
 
     def __call__(self, images_BCYX: Tensor, batch: slice) -> Tensor:
-        """Images in [−1, 1] at these places of the epoch; grey is 0."""
+        """Erase rectangles from one batch of normalized images, where gray is 0.
+
+        images_BCYX: images (B, C, Y, X) in [−1, 1].
+        batch: positions of the images in the epoch.
+        """
         top, bottom, left, right = self.corners[:, batch, None, None, None]
         rows, columns = (torch.arange(n, device=images_BCYX.device) for n in images_BCYX.shape[2:])
         inside = (top <= rows[:, None]) & (rows[:, None] < bottom) & (left <= columns) & (columns < right)
@@ -130,12 +161,15 @@ class RandomErasing:
 
 
 class Mix:
-    """torchvision's MixUp and CutMix; with both, each batch is mixed by one of them, with probability 1/2.
+    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019), as implemented by torchvision.
 
-    mixup, cutmix: α of the Beta(α, α) distribution of the first image's share; None: off.
+    With both, each batch is mixed by one of them, with probability 1/2.
+
+    mixup, cutmix: α of the Beta(α, α) distribution of the mixing weight; None: off.
     classes: number K of classes.
-    batches: per epoch.
-    height, width: of an image, in pixels.
+    batches: batches per epoch.
+    height, width: size of an image, in pixels.
+    random: the epoch's generator, on the host.
     """
 
     def __init__(
@@ -153,13 +187,19 @@ class Mix:
         transforms = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((MixUp, mixup), (CutMix, cutmix)) if alpha]
         kinds = torch.randint(len(transforms), (batches,), generator=random).tolist()
         image = torch.empty(1, 1, height, width)
-        # torchvision draws from the host's global generator (and torch.manual_seed would seed those of GPUs, too).
+        # torchvision draws from the host's global generator. torch.manual_seed would also seed the GPUs' generators.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=random)))
             self.draws = [(transforms[kind], transforms[kind].make_params([image])) for kind in kinds]
 
     def __call__(self, images_BCYX: Tensor, labels_B: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Batch ``number`` of the epoch, images in [−1, 1] → mixed images and class probabilities (B, K)."""
+        """Mix the images and labels of a batch.
+
+        images_BCYX: images (B, C, Y, X) in [−1, 1].
+        labels_B: labels (B,).
+        number: number of the batch in the epoch, from 0.
+        Returns mixed images (B, C, Y, X) and class probabilities (B, K).
+        """
         transform, params = self.draws[number]
         params = {**params, "labels": labels_B, "batch_size": len(labels_B)}
         return transform.transform(images_BCYX, params), transform.transform(labels_B, params)

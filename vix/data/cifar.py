@@ -31,8 +31,10 @@ CIFAR10_CLASSES: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "de
 class Cifar10(ImageData):
     """50,000 training and 10,000 test images of 32×32 pixels, 10 classes.
 
-    root: folder that holds (or will hold) ``cifar-10-batches-py``; where that is absent it is unpacked from
-        ``cifar-10-python.tar.gz`` there, or downloaded.
+    root: folder that contains ``cifar-10-batches-py``. If absent, it is unpacked from ``cifar-10-python.tar.gz`` in the same
+        folder, or else downloaded.
+
+    Raises DataError on reading, where the files are damaged, unreadable, or absent and cannot be downloaded.
     """
 
     root: str = "data"
@@ -42,46 +44,52 @@ class Cifar10(ImageData):
     reader, folder = "CIFAR10", "cifar-10-batches-py"
 
     def read(self) -> tuple[LabeledImages, LabeledImages]:
-        from torchvision import datasets  # takes seconds, and only this needs it
+        from torchvision import datasets  # imported here because it takes seconds
 
         reader = getattr(datasets, self.reader)
         where, archive = Path(self.root, self.folder), Path(self.root, reader.filename)
         present = where.is_dir()
         if present and not os.access(where, os.R_OK | os.X_OK):
-            raise DataError(f"{where}: no permission to read it; {self.way_out}")
+            raise DataError(f"{where}: no permission to read it; {self.remedy}")
         if not present and archive.is_symlink() and not archive.exists():
-            raise DataError(f"{archive} is a link to {os.readlink(archive)}, which is not there; {self.way_out}")
+            raise DataError(f"{archive} is a link to {os.readlink(archive)}, which does not exist; {self.remedy}")
         try:
             if not present and archive.is_file() and not os.access(self.root, os.W_OK):
-                log.info("%s is not writable: unpacking %s for this run alone", self.root, archive.name)
-                with tempfile.TemporaryDirectory() as elsewhere:
-                    self.unpack(reader, archive, elsewhere)
-                    train, test = (reader(elsewhere, train=train) for train in (True, False))
+                log.info("%s is not writable: unpacking %s into a temporary directory for this run", self.root, archive.name)
+                with tempfile.TemporaryDirectory() as temporary:
+                    self.unpack(reader, archive, temporary)
+                    train, test = (reader(temporary, train=train) for train in (True, False))
             else:
                 if not present:
                     self.download(reader, archive)
                 train, test = (reader(self.root, train=train) for train in (True, False))
         except PermissionError as error:
-            raise DataError(f"{error.filename}: no permission for it; {self.way_out}") from error
+            raise DataError(f"{error.filename}: no permission to access it; {self.remedy}") from error
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
             unpack = f"remove that folder to unpack {archive} again, or " if present and archive.is_file() else ""
-            raise DataError(f"{where} {what} ({' '.join(str(error).split())}); {unpack}{self.way_out}") from error
+            raise DataError(f"{where} {what} ({' '.join(str(error).split())}); {unpack}{self.remedy}") from error
         self.class_names = tuple(train.classes)
         return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
 
     @property
-    def way_out(self) -> str:
-        """What every error about the files ends with."""
+    def remedy(self) -> str:
+        """What to do about missing or damaged files; the end of every error message about them."""
         return (
-            f"put the original files there, or name the folder that holds {self.folder} with data.root=DIR or VIX_DATA=DIR; "
-            "`python train.py experiment=quickstart` needs none"
+            f"put the original files there, or set the folder that contains {self.folder} with data.root=DIR or VIX_DATA=DIR; "
+            "`python train.py experiment=quickstart` needs no download"
         )
 
     def unpack(self, reader: Any, archive: Path, root: str) -> None:
-        """Unpack the set's files of an archive into ``root`` and verify them. Raises DataError where they are not all sound.
+        """Unpack an archive's files of this image set into ``root`` and verify their checksums.
 
-        Only the contents count: an archive that somebody compressed again is as good as the original.
+        The archive's own checksum is not compared, so a recompressed archive is accepted.
+
+        reader: torchvision's class of this image set.
+        archive: the .tar.gz file.
+        root: existing directory in which ``folder`` is created.
+
+        Raises DataError where the archive is damaged or its files are not the original ones.
         """
         names = [name for name, _ in (*reader.train_list, *reader.test_list)] + [reader.meta["filename"]]
         try:
@@ -90,30 +98,33 @@ class Cifar10(ImageData):
                 for name in names:
                     contents = tar.extractfile(f"{self.folder}/{name}")
                     if contents is None:
-                        raise KeyError(f"{self.folder}/{name} is no file")
+                        raise KeyError(f"{self.folder}/{name} is not a file")
                     with contents, open(Path(root, self.folder, name), "wb") as file:
                         shutil.copyfileobj(contents, file)
         except OSError as error:
             if error.errno is not None and error.errno != errno.EINVAL and not isinstance(error, gzip.BadGzipFile):
-                raise DataError(f"{archive} cannot be unpacked ({error.strerror}); {self.way_out}") from error
-            raise DataError(f"{archive} is damaged ({error}); take it away or replace it, or {self.way_out}") from error
+                raise DataError(f"{archive} cannot be unpacked ({error.strerror}); {self.remedy}") from error
+            raise DataError(f"{archive} is damaged ({error}); remove or replace it, or {self.remedy}") from error
         except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
             reason = " ".join(str(error).split()).strip("\"'")
-            raise DataError(f"{archive} is damaged ({reason}); take it away or replace it, or {self.way_out}") from error
+            raise DataError(f"{archive} is damaged ({reason}); remove or replace it, or {self.remedy}") from error
         try:
             for train in (True, False):
                 reader(root, train=train)
         except RuntimeError as error:
             raise DataError(
-                f"{archive} is damaged or not {self.reader}'s (a file in it has another MD5 checksum); "
-                f"take it away or replace it, or {self.way_out}"
+                f"{archive} is damaged or not {self.reader}'s (a file in it has the wrong MD5 checksum); "
+                f"remove or replace it, or {self.remedy}"
             ) from error
 
     def download(self, reader: Any, archive: Path) -> None:
-        """Download, or take the archive in ``root``, verify and unpack next to the other contents of ``root``, and only then
-        move the folder into its place.
+        """Unpack the archive, or else download it, into ``root``.
 
-        Of several processes that start at once, one downloads and the others wait for it.
+        The files are unpacked and verified in a temporary directory within ``root``, and then moved. If several processes start
+        at the same time, one downloads and the others wait for it.
+
+        reader: torchvision's class of this image set.
+        archive: the .tar.gz file, which need not exist.
         """
         root = Path(self.root)
         root.mkdir(parents=True, exist_ok=True)
@@ -127,7 +138,7 @@ class Cifar10(ImageData):
                     self.unpack(reader, archive, unfinished)
                 else:
                     log.info("Downloading %s into %s", self.reader, root)
-                    # torchvision prints its progress, which is no use in a log.
+                    # torchvision prints a progress bar, which is useless in a log.
                     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                         reader(unfinished, download=True)
                 try:
@@ -135,15 +146,15 @@ class Cifar10(ImageData):
                 except OSError:
                     if not (root / self.folder).is_dir():
                         raise
-                    log.info("%s was brought by another process", root / self.folder)  # without locks both downloaded it
+                    log.info("Another process has created %s", root / self.folder)  # possible on file systems without locks
 
 
 class Cifar100(Cifar10):
     """50,000 training and 10,000 test images of 32×32 pixels, 100 classes (fine labels).
 
-    root: folder that holds (or will hold) ``cifar-100-python``; where that is absent it is unpacked from
-        ``cifar-100-python.tar.gz`` there, or downloaded.
+    root: folder that contains ``cifar-100-python``. If absent, it is unpacked from ``cifar-100-python.tar.gz`` in the same
+        folder, or else downloaded.
     """
 
-    class_names = tuple(map(str, range(100)))  # their names come with the files
+    class_names = tuple(map(str, range(100)))  # placeholders until the files, which contain the names, are read
     reader, folder = "CIFAR100", "cifar-100-python"

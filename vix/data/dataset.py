@@ -1,4 +1,4 @@
-"""Image sets: which images there are, and which of them train and are evaluated."""
+"""Base class of image sets: their shape, and the training, test and validation splits."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -12,7 +12,10 @@ from vix.types import Positive
 
 
 class Images(Protocol):
-    """Images of a set: the positions (count,) of some → those images (count, Y, X, C) as uint8, read by then at the latest."""
+    """Images that are indexed by positions (count,): returns those images (count, Y, X, C) as uint8.
+
+    An implementation may read them from files only when they are indexed.
+    """
 
     def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
@@ -21,25 +24,35 @@ LabeledImages = tuple[Images, np.ndarray]
 
 
 class ImageSet:
-    """The shape of an image set, known without reading it."""
+    """The shape of an image set, which is known without reading the images.
+
+    image_size: side of the square images, in pixels.
+    channels: number C of channels.
+    class_names: names of the classes, in the order of the labels.
+    classes: number K of classes.
+    sizes: numbers of images in the whole training split and the whole test split.
+    """
 
     image_size: int
     channels: int
     class_names: tuple[str, ...]
     classes: int
-    sizes: tuple[int, int]  # images in the whole training and test split
+    sizes: tuple[int, int]
 
 
 @dataclass(kw_only=True)
 class ImageData(ImageSet):
-    """An image set: which of its images are trained on, and which are evaluated.
+    """Base class of image sets, with the options for subsets. Subsets are class-balanced and the same for every seed.
 
-    train_size, test_size: number of images, balanced over the classes, the same ones for every seed; null: all.
-    validation_size: this many training images, balanced, the same ones for every seed, are held out and evaluated instead of
-        the test images: for choices that the test images must not decide. null: none.
-
-    Subclasses provide the attributes of ``ImageSet``, except ``classes``, and ``read``; and ``digest`` where the content can
+    Subclasses provide ``read`` and the attributes of ``ImageSet`` except ``classes``; also ``digest``, where the content can
     change.
+
+    train_size: number of training images; null: all.
+    test_size: number of evaluated images; null: all.
+    validation_size: number of training images that are held out and evaluated instead of the test images, for example in a
+        hyperparameter search; null: the test images are evaluated.
+
+    Raises ConfigError where a size is out of range.
     """
 
     train_size: Positive | None = None
@@ -56,7 +69,7 @@ class ImageData(ImageSet):
             ("test_size", self.test_size, held_out or test),
         ):
             if size is not None and not self.classes <= size <= available:
-                raise ConfigError(f"data.{name}={size}: must be from {self.classes} (one image a class) to {available}")
+                raise ConfigError(f"data.{name}={size}: must be from {self.classes} (one image per class) to {available}")
 
     @property
     def train_images(self) -> int:
@@ -65,44 +78,53 @@ class ImageData(ImageSet):
 
     @property
     def eval_split(self) -> Literal["test", "validation"]:
+        """Name of the split that is evaluated."""
         return "validation" if self.validation_size else "test"
 
     @property
     def digest(self) -> str:
-        """Equal for equal images, wherever they lie; empty for a set that is always the same."""
+        """Digest of the images, independent of their location; empty for image sets whose content never changes."""
         return ""
 
     @property
     def image_set(self) -> str:
-        """Which images these are, as part of a run's identity and for people: the set's name, and where the content of that
-        is not always the same the digest and the counts."""
+        """Description of the images, which is part of a run's identity.
+
+        The image set's name, followed by the digest and the numbers of images where the content can change.
+        """
         return type(self).__name__.lower()
 
     def read(self) -> tuple[LabeledImages, LabeledImages | None]:
-        """Images and labels (count,) of the whole training and of the whole test split; None where the set has none to test.
+        """Images and labels (count,) of the whole training split and the whole test split; None if there is no test split.
 
-        Raises DataError where the files are missing or not what they should be.
+        Raises DataError where the files are missing or invalid.
         """
         raise NotImplementedError
 
     def load(self, device: torch.device) -> tuple[Split, Split]:
-        """Read what trains and what is tested, and move it to the device. Raises DataError."""
+        """Read the training images and the evaluated images, and copy both to the device.
+
+        Raises DataError where the files are missing or invalid.
+        """
         train, test = self.read()
         for labeled, name in ((train, "training"), (test, "test")):
             if labeled and set(np.unique(labeled[1])) != set(range(self.classes)):
-                raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not this image set's")
+                raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not those of this image set")
         training = np.arange(len(train[1]))
         if self.validation_size:
-            test, tested = train, self.held_out(train)
-            training = np.delete(training, tested)
+            test, evaluated = train, self.held_out(train)
+            training = np.delete(training, evaluated)
         else:
-            assert test is not None  # else refused by the constructor of a set that may lack them
-            tested = np.arange(len(test[1]))
+            assert test is not None  # the constructor of an image set without a test split requires validation_size
+            evaluated = np.arange(len(test[1]))
         train_split = to_device(train, subset_indices(train, training, self.train_size), device, self.classes)
-        return train_split, to_device(test, subset_indices(test, tested, self.test_size), device, self.classes)
+        return train_split, to_device(test, subset_indices(test, evaluated, self.test_size), device, self.classes)
 
     def held_out(self, train: LabeledImages) -> np.ndarray:
-        """Positions of the validation images. Raises DataError where a class would have none left to train on."""
+        """Positions of the validation images in the training split.
+
+        Raises DataError where no training image of a class would remain.
+        """
         assert self.validation_size
         positions = subset_indices(train, np.arange(len(train[1])), self.validation_size)
         left = np.bincount(np.delete(train[1], positions), minlength=self.classes)
@@ -111,34 +133,50 @@ class ImageData(ImageSet):
             images = int((train[1] == left.argmin()).sum())
             raise DataError(
                 f"data.validation_size={self.validation_size}: takes all {images} training images of class {name}; "
-                "take fewer, or give that class more images"
+                "use a smaller number, or add images to that class"
             )
         return positions
 
 
 def subset_indices(labeled: LabeledImages, positions: np.ndarray, size: int | None) -> np.ndarray:
-    """``size`` of the positions, balanced over the classes; None takes all. Raises DataError where there are not so many."""
+    """Choose ``size`` of the positions, balanced over the classes; None chooses all.
+
+    labeled: images and labels of a split.
+    positions: positions (count,) to choose from.
+    size: number of positions, or None.
+
+    Raises DataError where there are fewer positions than ``size``.
+    """
     if size is None:
         return positions
-    if size > len(positions):  # else refused by the constructor, but for sets whose sizes only their files tell
-        raise DataError(f"the image set holds {len(positions)} images of a split from which {size} are to be taken")
+    if size > len(positions):  # the constructor checks it only for image sets whose sizes it knows
+        raise DataError(f"the image set has {len(positions)} images in a split of which {size} are requested; request fewer")
     return positions[balanced_subset(labeled[1][positions], size)]
 
 
 def to_device(labeled: LabeledImages, positions: np.ndarray, device: torch.device, classes: int) -> Split:
-    """The images at these positions, with their labels, on the device."""
+    """Copy the images at these positions, and their labels, to the device.
+
+    labeled: images and labels of a split.
+    positions: positions (count,) of the images.
+    device: where the split is kept.
+    classes: number K of classes.
+    """
     images, labels = labeled
     images_BCYX = torch.from_numpy(np.ascontiguousarray(images[positions].transpose(0, 3, 1, 2)))
     return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device), classes)
 
 
 def balanced_subset(labels: np.ndarray, size: int) -> np.ndarray:
-    """Positions, in order, of ``size`` items with as equal a number of every class as there are items for.
+    """Sorted positions of a random subset in which the classes are as balanced as possible.
 
-    Drawn with a fixed seed of its own: runs with different seeds train on the same subset, so they compare.
+    It is drawn with a fixed seed, so that runs with different seeds use the same subset and are comparable.
+
+    labels: labels (count,).
+    size: number of positions to draw.
     """
     random = np.random.default_rng(0)
     by_class = [random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
-    # The first item of every class, then the second of every class, … until there are enough.
+    # Take the first item of every class, then the second of every class, and so on.
     rounds = sorted((i, c, item) for c, items in enumerate(by_class) for i, item in enumerate(items))
     return np.sort([item for _, _, item in rounds[:size]])

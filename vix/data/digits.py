@@ -1,4 +1,4 @@
-"""Handwritten digits that come inside scikit-learn (Alpaydin and Kaynak, UCI, 1998): real data with no download."""
+"""Handwritten digits that are part of scikit-learn (Alpaydin and Kaynak, UCI, 1998): real data without a download."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ TEST_SIZE = 360
 
 
 class Digits(ImageData):
-    """1,437 training and 360 test images of 8×8 grey pixels, 10 classes; the split is fixed and stratified."""
+    """1,437 training and 360 test images of 8×8 gray pixels, 10 classes; the split is fixed and stratified."""
 
     image_size, channels, sizes = 8, 1, (1797 - TEST_SIZE, TEST_SIZE)
     class_names = tuple("0123456789")

@@ -1,4 +1,4 @@
-"""A user's own images, a folder for each class (torchvision's ImageFolder layout), and Tiny ImageNet as it is distributed."""
+"""Images in one folder per class (the layout of torchvision's ImageFolder), and Tiny ImageNet as distributed."""
 
 import functools
 import logging
@@ -20,7 +20,7 @@ from vix.types import Positive
 
 Sample = tuple[str, int]  # the path of an image and its class
 MODES = {1: "L", 3: "RGB"}
-# What file managers, notebooks, archives and file servers leave behind; hidden entries (.DS_Store, ._x.png) besides.
+# Files and folders that file managers, notebooks, archives and file servers create, in addition to hidden ones (.DS_Store).
 SYSTEM_ENTRIES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "__pycache__", "@eadir", "#recycle", "@recycle"),
     *("$recycle.bin", "system volume information", "lost+found"),
@@ -30,42 +30,45 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ImageFolder(ImageData):
-    """Images of any size in ``root/train/<class>/`` and in ``root/val/<class>/`` or ``root/test/<class>/``; or all of them
-    in ``root/<class>/`` or ``root/train/<class>/``, of which ``validation_size`` images are then tested.
+    """Images of any size in one folder per class.
 
-    The test split is ``val`` where there is one, else ``test`` (Tiny ImageNet's and ImageNet's ``test`` have no labels).
-    Folders below that of a class belong to it. Which files are images follows from the endings of their names: all that
-    Pillow reads. Hidden and system entries are skipped; what is left out is logged. A ``val`` with a flat ``images/`` folder
-    and a ``val_annotations.txt``, which is Tiny ImageNet's, is read by that file.
+    Layouts: ``root/train/<class>/`` with ``root/val/<class>/`` or ``root/test/<class>/``; or without a test split,
+    ``root/train/<class>/`` or ``root/<class>/``, which requires ``validation_size``.
 
-    All images are held in memory as uint8: count · channels · image_size² bytes (1.35 GB for Tiny ImageNet).
+    The test split is ``val`` if it exists, else ``test``, because ImageNet's and Tiny ImageNet's ``test`` have no labels.
+    Subfolders of a class folder belong to the class. Images are recognized by the file name extensions that Pillow reads.
+    Hidden and system entries are skipped, and all skipped files are logged. Tiny ImageNet's ``val``, a flat ``images/`` folder
+    with a ``val_annotations.txt``, is also supported.
 
-    root: the folder that holds ``train``, or the folders of the classes.
-    image_size: side of the square that the middle of each image is cut and resized to, in pixels.
-    channels: 3, or 1 to make the images grey.
-    classes: None counts the folders of the classes; a number builds the model where the images are not, and is compared
-        with the folders when they are read.
+    All images are kept in memory as uint8: count · channels · image_size² bytes (1.35 GB for Tiny ImageNet).
 
-    Raises ConfigError where ``root`` has no such folders, and DataError where they hold no images or not the same classes.
+    root: folder that contains ``train`` or the class folders.
+    image_size: side of the square to which each image is center-cropped and resized, in pixels.
+    channels: 3, or 1 to convert the images to grayscale.
+    classes: number of classes; None: the number of class folders. Only needed to build the model without the images; it is
+        compared with the folders when the images are read.
+
+    Raises ConfigError where ``root`` has none of these layouts, and DataError where a class has no images or the splits
+    differ in their classes.
     """
 
     root: str = "data"
     image_size: Positive = 64
     channels: Literal[1, 3] = 3
-    classes: Positive | None = None  # type: ignore[assignment]  # a number once it is made
+    classes: Positive | None = None  # type: ignore[assignment]  # an int after construction
 
     def __post_init__(self) -> None:
         if self.classes is None:
             self.class_names, train, test, _ = self.list_files()
             self.sizes = len(train), len(test or ())
         else:
-            self.class_names = tuple(map(str, range(self.classes)))  # their names come with the files
+            self.class_names = tuple(map(str, range(self.classes)))  # placeholders until the folders are listed
             self.sizes = sys.maxsize, sys.maxsize
         super().__post_init__()
 
     @property
     def train_images(self) -> int:
-        if self.train_size is None and self.sizes[0] == sys.maxsize:  # data.classes: only the files say how many there are
+        if self.train_size is None and self.sizes[0] == sys.maxsize:  # data.classes: the files are not listed yet
             return len(self.list_files()[1]) - (self.validation_size or 0)
         return super().train_images
 
@@ -90,12 +93,16 @@ class ImageFolder(ImageData):
         return self.files(train), None if test is None else self.files(test)
 
     def files(self, samples: list[Sample]) -> LabeledImages:
-        """A split, whose files are read when they are picked."""
+        """Images and labels of a split; the files are read when the images are indexed."""
         paths = [path for path, _ in samples]
         return Files(paths, self.image_size, self.channels), np.array([label for _, label in samples])
 
     def list_files(self) -> tuple[tuple[str, ...], list[Sample], list[Sample] | None, "Listing"]:
-        """Names of the classes, in order, and all images of the training and of the test split (None where it is absent)."""
+        """List the image files.
+
+        Returns the sorted names of the classes, the samples of the training split and of the test split (None if absent), and
+        the listing with the skipped files.
+        """
         train, test = self.split_folders()
         listing = Listing()
         by_class = listing.in_folders(train)
@@ -106,7 +113,9 @@ class ImageFolder(ImageData):
             for a, b, here, there in ((by_class, test_by_class, train, test), (test_by_class, by_class, test, train)):
                 if only := sorted(set(a) - set(b)):
                     names = ", ".join(only[:5]) + (f" and {len(only) - 5} more" if len(only) > 5 else "")
-                    raise DataError(f"{here} and {there} differ in their classes: only {here} has {names}")
+                    raise DataError(
+                        f"{here} and {there} differ in their classes: only {here} has {names}; rename or remove its folders"
+                    )
         classes = sorted(by_class)
         train_files, *test_files = (
             [(path, label) for label, name in enumerate(classes) for path in split[name]] for split in splits
@@ -114,9 +123,12 @@ class ImageFolder(ImageData):
         return tuple(classes), train_files, test_files[0] if test_files else None, listing
 
     def split_folders(self) -> tuple[Path, Path | None]:
-        """The folders of the training and of the test split (None: there is none). Raises ConfigError for another layout."""
+        """The folders of the training split and of the test split (None if absent).
+
+        Raises ConfigError where ``root`` has none of the supported layouts.
+        """
         root, train = Path(self.root), Path(self.root, "train")
-        # A folder of splits holds folders of classes; a class may itself be called train, val or test, and holds images.
+        # A split contains class folders. A class folder may also be named train, val or test, but contains images.
         test = next((folder for name in ("val", "test") if has_folders(folder := root / name)), None)
         if has_folders(train):
             absent = f"{root}/val or {root}/test"
@@ -126,15 +138,20 @@ class ImageFolder(ImageData):
         if works and (test is not None or self.validation_size):
             return train, test
         raise ConfigError(
-            f"data.root={root}: there is no {absent}; the images of each class belong in {root}/train/CLASS/ and "
+            f"data.root={root}: there is no {absent}; put the images of each class in {root}/train/CLASS/ and "
             f"{root}/val/CLASS/ (or test/), or all in {root}/train/CLASS/ or {root}/CLASS/ with data.validation_size=N, which "
-            "keeps N of them for testing; name the folder that holds them with data.root=DIR or VIX_DATA=DIR"
+            "holds out N of them for evaluation; set the folder that contains them with data.root=DIR or VIX_DATA=DIR"
         )
 
 
 @dataclass
 class Files:
-    """Image files that are read when they are picked, as (count, size, size, channels) of uint8."""
+    """Image files that are read when they are indexed, as uint8 (count, size, size, channels).
+
+    paths: paths of the files.
+    size: side of the square that the images are resized to, in pixels.
+    channels: 3, or 1 for grayscale.
+    """
 
     paths: list[str]
     size: int
@@ -144,20 +161,22 @@ class Files:
         log.info("Reading %s images", f"{len(positions):,}")
         images = np.empty((len(positions), self.size, self.size, self.channels), dtype=np.uint8)
 
-        def put(i: int) -> None:
+        def read_into(i: int) -> None:
             images[i] = read_image(self.paths[positions[i]], self.size, self.channels)
 
-        with ThreadPoolExecutor() as threads:  # Pillow decodes without holding the interpreter's lock
-            for _ in threads.map(put, range(len(positions))):
+        with ThreadPoolExecutor() as threads:  # Pillow releases the GIL while it decodes
+            for _ in threads.map(read_into, range(len(positions))):
                 pass
         return images
 
 
 @dataclass
 class Listing:
-    """Finds the images below folders of classes, and keeps count of all that is left out.
+    """Lists the images in class folders and counts the files that are left out.
 
-    skipped: hidden and system entries, by name; others: files that are no images, by the ending of their names.
+    folders: folders of the splits that were listed.
+    skipped: numbers of hidden and system entries, by name.
+    others: numbers of files that are not images, by file name extension.
     """
 
     folders: list[Path] = field(default_factory=list)
@@ -165,7 +184,10 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)
 
     def in_folders(self, folder: Path) -> dict[str, list[str]]:
-        """Paths of the images of each class, which is a folder in ``folder``. Raises DataError where a class has none."""
+        """Paths of the images by class, for a folder with one folder per class.
+
+        Raises DataError where a folder is unreadable, there are no class folders, or a class has no images.
+        """
         self.folders.append(folder)
         try:
             with os.scandir(folder) as found:
@@ -176,59 +198,64 @@ class Listing:
                     self.others["outside of the class folders"] += self.check_link(entry)
             paths = {entry.name: self.images_below(Path(entry.path)) for entry in classes}
         except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); it holds images of {folder}") from error
+            raise DataError(
+                f"{error.filename}: cannot be read ({error.strerror}); make it readable or remove it from {folder}"
+            ) from error
         if not paths:
-            raise DataError(f"{folder}: holds no folders, and each class needs one with its images: {folder}/CLASS/")
+            raise DataError(f"{folder}: contains no class folders; put the images of each class in {folder}/CLASS/")
         if empty := [name for name, images in paths.items() if not images]:
             names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-            raise DataError(f"{folder}: no images in the class folders {names}; put some there, or take these folders away")
+            raise DataError(f"{folder}: no images in the class folders {names}; add some, or remove these folders")
         return paths
 
     def images_below(self, folder: Path) -> list[str]:
-        """Paths of the images in a class's folder and in those below it."""
+        """Paths of the images in a class folder and its subfolders."""
         images = []
         for directory, entries in walk(folder, self.is_listed):
             for entry in filter(self.is_listed, entries):
-                ending = os.path.splitext(entry.name)[1].lower()
-                if ending in image_endings():
+                extension = os.path.splitext(entry.name)[1].lower()
+                if extension in image_extensions():
                     images.append((directory, entry.name))
                 else:
-                    self.others[ending or "no ending"] += self.check_link(entry)
+                    self.others[extension or "no extension"] += self.check_link(entry)
         return [os.path.join(*image) for image in sorted(images)]
 
     def is_listed(self, entry: os.DirEntry[str]) -> bool:
-        """Whether an entry is neither a hidden nor a system one, which are counted."""
+        """Whether an entry is neither hidden nor a system entry. Those are counted as skipped."""
         listed = not entry.name.startswith(".") and entry.name.lower() not in SYSTEM_ENTRIES
         self.skipped["._*" if entry.name.startswith("._") else entry.name] += not listed
         return listed
 
     def check_link(self, entry: os.DirEntry[str]) -> bool:
-        """True, to be counted. Raises DataError for a broken link that may have led to a folder of images."""
+        """Return True, which counts the entry as left out.
+
+        Raises DataError for a broken link without an extension, which may have pointed to a folder of images.
+        """
         if entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
             target = os.readlink(entry.path)
             raise DataError(
-                f"{entry.path}: a link to {target}, which is not there; mount or restore that, or take the link away"
+                f"{entry.path}: a link to {target}, which does not exist; mount or restore that, or remove the link"
             )
         return True
 
     def log_left_out(self) -> None:
-        """Log what was left out, a line for each reason."""
+        """Log the files that were left out, one line per reason."""
         folders = " and ".join(map(str, self.folders))
         if self.skipped.total():
             log.info("Skipped hidden and system entries in %s: %s", folders, counts(self.skipped))
         if self.others.total():
-            log.info("Left out %d files in %s that are no images: %s", self.others.total(), folders, counts(self.others))
+            log.info("Left out %d files in %s that are not images: %s", self.others.total(), folders, counts(self.others))
 
 
 def counts(names: Counter[str]) -> str:
-    """The most frequent names with how often each occurs, for a log line."""
-    there = [f"{name} ({count})" for name, count in names.most_common(8) if count]
-    more = sum(count > 0 for count in names.values()) - len(there)
-    return ", ".join(there) + (f" and {more} more kinds" if more > 0 else "")
+    """The most frequent names with their counts, for a log line."""
+    shown = [f"{name} ({count})" for name, count in names.most_common(8) if count]
+    more = sum(count > 0 for count in names.values()) - len(shown)
+    return ", ".join(shown) + (f" and {more} more kinds" if more > 0 else "")
 
 
 def has_folders(folder: Path) -> bool:
-    """Whether a folder holds another that is neither hidden nor a system's."""
+    """Whether a folder contains a folder that is neither hidden nor a system folder."""
     try:
         with os.scandir(folder) as entries:
             return any(is_directory(entry) and Listing().is_listed(entry) for entry in entries)
@@ -237,8 +264,11 @@ def has_folders(folder: Path) -> bool:
 
 
 @functools.cache
-def image_endings() -> frozenset[str]:
-    """Endings (``.png``) of the files that this machine's Pillow reads as images; not of videos, documents and mere stubs."""
+def image_extensions() -> frozenset[str]:
+    """File name extensions (such as ``.png``) of the image formats that the installed Pillow reads.
+
+    Videos, documents, and formats that Pillow only identifies are excluded.
+    """
     from PIL import Image, ImageFile
 
     def reads(kind: str) -> bool:
@@ -246,11 +276,14 @@ def image_endings() -> frozenset[str]:
         stub = isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
         return opener is not None and not stub and Image.MIME.get(kind, "image/").startswith("image/")
 
-    return frozenset(ending for ending, kind in Image.registered_extensions().items() if reads(kind))
+    return frozenset(extension for extension, kind in Image.registered_extensions().items() if reads(kind))
 
 
 def tiny_imagenet_val(folder: Path) -> dict[str, list[str]]:
-    """Paths of the images of each class by Tiny ImageNet's ``val_annotations.txt``; nothing where the layout is another."""
+    """Paths of the images by class, for Tiny ImageNet's ``val`` folder; empty where the folder has another layout.
+
+    Raises DataError where ``val_annotations.txt`` is invalid.
+    """
     annotations, images = folder / "val_annotations.txt", folder / "images"
     if not (annotations.is_file() and images.is_dir()):
         return {}
@@ -258,23 +291,30 @@ def tiny_imagenet_val(folder: Path) -> dict[str, list[str]]:
     for number, line in enumerate(os.fsdecode(annotations.read_bytes()).splitlines(), start=1):
         name, _, rest = line.partition("\t")
         if not rest:
-            raise DataError(f"{annotations}: line {number} is not a file's name, a tab, and its class")
+            raise DataError(f"{annotations}: line {number} is not a file name, a tab and a class; restore the original file")
         paths.setdefault(rest.split("\t")[0], []).append(str(images / name))
     return paths
 
 
 def read_image(path: str, size: int, channels: int) -> np.ndarray:
-    """The middle square of an image, resized: (size, size, channels) as uint8. Raises DataError, which names the file."""
+    """Read an image file, center-crop it to a square and resize that: (size, size, channels) as uint8.
+
+    path: path of the file.
+    size: side of the square, in pixels.
+    channels: 3, or 1 for grayscale.
+
+    Raises DataError where the file cannot be read as an image of at most 8 bits per channel.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a pixel, which would be cut off; convert it")
-            # Cameras turn pictures by a note in the file.
+                raise ValueError("more than 8 bits per channel, which would be truncated; convert it")
+            # Cameras store the orientation of a picture as EXIF metadata.
             upright = ImageOps.exif_transpose(image).convert(MODES[channels])
             square = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # a damaged file raises almost anything
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or take it out") from error
+        raise DataError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
     return np.asarray(square).reshape(size, size, channels)

@@ -1,6 +1,6 @@
-"""Images that live on the device as uint8 and are normalized and augmented there, a batch at a time.
+"""Batches of images that are kept on the device as uint8, and are augmented and normalized there.
 
-CIFAR-10 takes 184 MB this way. Worker processes are not needed: no image is copied to the device during an epoch.
+CIFAR-10 takes 184 MB this way. Worker processes are not needed, because no images are copied to the device during an epoch.
 """
 
 import math
@@ -15,8 +15,10 @@ from vix.data.augment import Augmentation, EpochAugmentation
 
 @dataclass
 class Split:
-    """Images (count, C, Y, X) as uint8 and labels (count,) as int64, on the device they will be used on.
+    """The images and labels of a split, on the device.
 
+    images: (count, C, Y, X), uint8.
+    labels: (count,), int64.
     classes: number K of classes, for the labels of mixed images.
     """
 
@@ -29,20 +31,27 @@ class Split:
 
     @property
     def nbytes(self) -> int:
+        """Memory of images and labels, in bytes."""
         return self.images.nbytes + self.labels.nbytes
 
     def eval_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (images in [−1, 1], labels) in the order of the set."""
+        """Batches of images (B, C, Y, X) in [−1, 1] and labels (B,), in the order of the split."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield normalize(images), labels
 
     def train_batches(
         self, batch_size: int, seed: int, epoch: int, first_batch: int = 0, augmentation: Augmentation | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a training epoch from ``first_batch`` on, shuffled and augmented.
+        """Shuffled and augmented batches of a training epoch.
 
-        Labels are int64 (B,), or class probabilities (B, K) where images are mixed. Order and augmentation are a function of
-        ``seed`` and ``epoch`` alone, so an interrupted epoch continues exactly.
+        Order and augmentation depend only on ``seed`` and ``epoch``, so that an interrupted epoch continues exactly.
+
+        batch_size: images per batch; the last batch may be smaller.
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+        first_batch: number of the batch to start from.
+        augmentation: options of the augmentation; None: no augmentation.
+        Yields images (B, C, Y, X) in [−1, 1], and int64 labels (B,) or, with MixUp or CutMix, class probabilities (B, K).
         """
         random = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         count, device = len(self), self.images.device
@@ -55,5 +64,5 @@ class Split:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 0…255 → float32 in [−1, 1], the paper's normalization."""
+    """Normalize uint8 images from 0…255 to float32 in [−1, 1], as in the paper."""
     return images.float().div_(127.5).sub_(1)

@@ -1,4 +1,4 @@
-"""TrivialAugment (Müller and Hutter, 2021) on the device, a whole batch at a time."""
+"""TrivialAugment on the device, one batch at a time: Müller and Hutter, "TrivialAugment", 2021."""
 
 import math
 from collections.abc import Callable
@@ -8,16 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-GREY = 127.5  # what is moved into a picture from outside
+GRAY = 127.5  # fill value outside of the image
 
 
 class TrivialAugment:
-    """One of the 14 operations below for each image, with a magnitude drawn uniformly from 0 to ``max_magnitude``.
+    """Apply one of the 14 operations below to each image, with a magnitude drawn uniformly from 0 to ``max_magnitude``.
 
-    max_magnitude: 1 is the paper's "wide" space. Magnitudes are real numbers, where the paper has 31 values.
-    count, batch_size: images per epoch and per batch.
+    An instance has the random numbers of one epoch. Magnitudes are continuous, where the paper has 31 values.
 
-    Holds the draws of one epoch, made on the host with the epoch's generator.
+    max_magnitude: largest magnitude, in (0, 1]; 1 is the paper's "wide" space.
+    count: images per epoch.
+    batch_size: images per batch.
+    random: the epoch's generator, on the host.
+    device: device of the images.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class TrivialAugment:
     ) -> None:
         operation = torch.randint(len(OPERATIONS), (count,), generator=random)
         amount = max_magnitude * (2 * torch.rand(count, generator=random) - 1)
-        # Images that undergo the same operation lie side by side in a batch, so each operation is one call.
+        # Within a batch, images are grouped by operation, so that each operation is one call.
         batch = torch.arange(count) // batch_size
         group = batch * len(OPERATIONS) + operation
         order = group.argsort(stable=True)
@@ -35,7 +38,11 @@ class TrivialAugment:
         self.amount = amount[order].to(device)
 
     def __call__(self, images_BCYX: Tensor, number: int) -> Tensor:
-        """Batch ``number`` of the epoch, uint8 → the same shape and type, each image in its place."""
+        """Augment a batch of images: uint8 (B, C, Y, X) → the same shape, dtype and order.
+
+        images_BCYX: images of the batch.
+        number: number of the batch in the epoch, from 0.
+        """
         batch = slice(number * self.batch_size, (number + 1) * self.batch_size)
         order, amounts, sizes = self.order[batch], self.amount[batch], self.sizes[number]
         groups = zip(OPERATIONS.values(), images_BCYX[order].split(sizes), amounts.split(sizes), strict=True)
@@ -45,41 +52,48 @@ class TrivialAugment:
 
 
 def warp(images_BCYX: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Look each pixel up where an affine map, the identity but for ``entries`` (B,), takes its place in [−1, 1]²; bilinear."""
+    """Warp images by an affine map from output to input coordinates in [−1, 1]², with bilinear interpolation.
+
+    images_BCYX: images (B, C, Y, X), uint8.
+    entries: entries (B,) of the 2×3 matrix of the map by (row, column); all others are those of the identity.
+    """
     map_B23 = torch.eye(2, 3, device=images_BCYX.device).repeat(len(images_BCYX), 1, 1)
     for (row, column), value_B in entries.items():
         map_B23[:, row, column] = value_B
-    places = F.affine_grid(map_B23, list(images_BCYX.shape), align_corners=False)
-    return as_uint8(F.grid_sample(images_BCYX - GREY, places, align_corners=False) + GREY)
+    grid_BYX2 = F.affine_grid(map_B23, list(images_BCYX.shape), align_corners=False)
+    return as_uint8(F.grid_sample(images_BCYX - GRAY, grid_BYX2, align_corners=False) + GRAY)
 
 
 def rotate(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """By up to 135°."""
+    """Rotate by up to 135°."""
     angle = amount_B * (0.75 * math.pi)
     cos, sin = angle.cos(), angle.sin()
     return warp(images_BCYX, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
 
 
 def blend(images_BCYX: Tensor, other: Tensor, amount_B: Tensor) -> Tensor:
-    """From the other image (amount −1) by way of the image itself (0) to as far beyond (1)."""
+    """Interpolate between ``other`` (amount −1) and the image (0), and extrapolate beyond the image (1)."""
     factor = 1 + 0.99 * amount_B[:, None, None, None]
     return as_uint8(other + factor * (images_BCYX - other))
 
 
 def brightness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Blend with black."""
     return blend(images_BCYX, torch.zeros((), device=images_BCYX.device), amount_B)
 
 
 def color(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Blend with the grayscale image."""
     return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float(), amount_B)
 
 
 def contrast(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Blend with the mean of the grayscale image."""
     return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float().mean(dim=(1, 2, 3), keepdim=True), amount_B)
 
 
 def sharpness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """Against the image smoothed with Pillow's kernel, whose middle weighs 5 and whose 8 neighbours 1; the border stays."""
+    """Blend with the image smoothed by Pillow's 3×3 kernel (5 in the center, 1 elsewhere); border pixels are not smoothed."""
     smooth = images_BCYX.float()
     inner = smooth[:, :, 1:-1, 1:-1].clone()
     smooth[:, :, 1:-1, 1:-1] = (4 * inner + 9 * F.avg_pool2d(images_BCYX.float(), 3, stride=1)) / 13
@@ -87,27 +101,28 @@ def sharpness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
 
 
 def posterize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """Forget up to 6 of the 8 bits."""
+    """Clear up to 6 of the 8 bits of each value."""
     bits = (6 * amount_B.abs()).round().to(torch.uint8)[:, None, None, None]
     return images_BCYX >> bits << bits
 
 
 def solarize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
-    """Invert what is at least as bright as a threshold, from 255 down to 0."""
+    """Invert values at or above a threshold that decreases from 255 to 0 with the magnitude."""
     threshold = 255 * (1 - amount_B.abs())[:, None, None, None]
     return torch.where(images_BCYX >= threshold, 255 - images_BCYX, images_BCYX)
 
 
 def as_uint8(images: Tensor) -> Tensor:
+    """Round and clamp to uint8."""
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
-# uint8 images (B, C, Y, X) and amounts (B,) from −1 to 1 → uint8 images.
+# Each maps uint8 images (B, C, Y, X) and signed magnitudes (B,) in [−1, 1] to uint8 images.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda images, amount: images,
     "shear_x": lambda images, amount: warp(images, {(0, 1): 0.99 * amount}),
     "shear_y": lambda images, amount: warp(images, {(1, 0): 0.99 * amount}),
-    "translate_x": lambda images, amount: warp(images, {(0, 2): 2 * amount}),  # by up to the whole width
+    "translate_x": lambda images, amount: warp(images, {(0, 2): 2 * amount}),  # by up to the full width
     "translate_y": lambda images, amount: warp(images, {(1, 2): 2 * amount}),
     "rotate": rotate,
     "brightness": brightness,

@@ -1,4 +1,4 @@
-"""Attention of queries to keys: softmax, fused or written out, and linear in the number of keys."""
+"""Attention of queries to keys: softmax attention (fused or explicit) and linear attention."""
 
 from typing import Any
 
@@ -8,14 +8,22 @@ from torch import Tensor, nn
 
 from vix.layers.precision import no_autocast, upcast_fp32
 
-# Queries or keys up to which a CPU attends 2 to 3 times faster with their matrix than with PyTorch's fused kernel.
+# Up to this many queries or keys, explicit attention is 2 to 3 times faster on a CPU than PyTorch's fused kernel.
 EXPLICIT_MAX_LEN = 128
 
 
 def softmax_attention(
     q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, bias_1HNM: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(q·kᵀ/√E + bias)·v in the fastest way, which seldom stores the N×M matrix: → (B, H, N, E)."""
+    """Scaled dot-product attention, softmax(q·kᵀ/√E + bias)·v, by the fastest implementation for the device.
+
+    The N×M matrix is stored only on a CPU, for short sequences (EXPLICIT_MAX_LEN).
+
+    q_BHNE, k_BHME, v_BHME: queries (B, H, N, E), keys and values (B, H, M, E).
+    bias_1HNM: bias on the attention logits, (1, H, N, M); None adds nothing.
+    dropout: probability of dropping an attention weight.
+    Returns (B, H, N, E).
+    """
     if not q_BHNE.is_cpu:
         return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
     with no_autocast(q_BHNE):
@@ -25,7 +33,7 @@ def softmax_attention(
             (bias_1HNM,) = upcast_fp32(bias_1HNM)
         if min(q_BHNE.shape[2], k_BHME.shape[2]) <= EXPLICIT_MAX_LEN:
             return explicit_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
-        # The fused backward is no faster there in bfloat16, and less exact.
+        # On a CPU the fused backward pass is no faster in bfloat16, and less accurate.
         (v_BHME,) = upcast_fp32(v_BHME)
         out_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
     return out_BHNE.to(dtype)
@@ -34,8 +42,11 @@ def softmax_attention(
 def explicit_attention(
     q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, bias_1HNM: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The same with the matrix written out and its softmax in float32 at least: of it, what is kept has the values' type."""
-    # Scaled before the product, which in float16 could overflow otherwise.
+    """The same as :func:`softmax_attention`, but computes and stores the N×M matrix of attention weights.
+
+    The softmax runs in at least float32; the stored weights have the dtype of the values.
+    """
+    # Scaled before the product, which could otherwise overflow in float16.
     logits_BHNM = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHME.mT
     if bias_1HNM is not None:
         logits_BHNM = logits_BHNM + bias_1HNM
@@ -44,7 +55,7 @@ def explicit_attention(
 
 
 class RoundedSoftmax(torch.autograd.Function):
-    """softmax over the last axis in float32 at least, rounded to ``dtype``, of which nothing else is kept for the gradient."""
+    """Softmax over the last axis in at least float32, rounded to ``dtype``; only the rounded weights are saved for backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,11 +72,17 @@ class RoundedSoftmax(torch.autograd.Function):
 
 
 def linear_attention(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor, floor: float = 0.0) -> Tensor:
-    """q(kᵀv) / qΣk with ``floor`` added to all features: attention of positive weights and no N×N matrix: → (B, H, N, E)."""
-    # A last column of ones becomes the sum of the weights.
+    """Linear attention q(kᵀv) / qΣk with non-negative features; no N×N matrix is computed (Katharopoulos et al., 2020).
+
+    q_BHNM, k_BHNM: features of queries and keys, (B, H, N, M).
+    v_BHNE: values (B, H, N, E).
+    floor: constant that is added to all features.
+    Returns (B, H, N, E).
+    """
+    # The appended column of ones accumulates the sum of the weights, the denominator.
     v_BHNE = F.pad(v_BHNE, (0, 1), value=1.0)
     context_BHME = k_BHNM.mT @ v_BHNE
-    if floor:  # worked out of the products: added to features it would be a pass over the largest tensors
+    if floor:  # applied to the products, because adding it to the features is a pass over the largest tensors
         context_BHME = context_BHME + floor * v_BHNE.sum(dim=-2, keepdim=True)
     out_BHNE = q_BHNM @ context_BHME
     if floor:
@@ -74,10 +91,12 @@ def linear_attention(q_BHNM: Tensor, k_BHNM: Tensor, v_BHNE: Tensor, floor: floa
 
 
 class ScaledDotProduct(nn.Module):
-    """softmax(q·kᵀ/√E + bias)·v, which every softmax mixer ends in: (B, H, N, E), twice (B, H, M, E) → (B, H, N, E).
+    """Scaled dot-product attention softmax(q·kᵀ/√E + bias)·v, shared by all softmax mixers.
 
-    implementation, dropout: as in :class:`Softmax`.
-    position_bias: None, or a module that returns the bias (H, N, M) when called with nothing.
+    Queries (B, H, N, E), keys and values (B, H, M, E) → (B, H, N, E).
+
+    implementation, dropout: as in :class:`vix.attention.softmax.Softmax`.
+    position_bias: module that returns the bias (H, N, M) when called without arguments; None adds no bias.
     """
 
     def __init__(self, implementation: str, dropout: float, position_bias: nn.Module | None) -> None:

@@ -1,4 +1,4 @@
-"""What the families share."""
+"""Building blocks that the model families share: MLP, pre-norm block, norms and stochastic depth."""
 
 from collections.abc import Callable
 from typing import Annotated, TypeVar
@@ -12,24 +12,35 @@ from vix.layers.precision import upcast_fp32
 from vix.types import Positive
 
 Number = TypeVar("Number", int, float, int | None)
-Depths = Annotated[tuple[Positive, ...], Field(min_length=1)]  # blocks of each stage
+Depths = Annotated[tuple[Positive, ...], Field(min_length=1)]  # number of blocks per stage
 
 
 def per_stage(name: str, value: Number | tuple[Number, ...] | list[Number], stages: int) -> list[Number]:
-    """The option's value for each stage, from one number for all of them or a list.
+    """Expand an option to a list with one value per stage.
 
-    Raises ValueError where the list has another length.
+    name: the option's name, for the error message.
+    value: one number for all stages, or a list with one number per stage.
+    stages: number of stages.
+
+    Raises ValueError where the list's length is not the number of stages.
     """
     if not isinstance(value, list | tuple):
         return [value] * stages
     if len(value) != stages:
         shown = ",".join(map(str, value))
-        raise ValueError(f"{name}=[{shown}] is {len(value)} numbers where {stages} are needed; give one for all, or {stages}")
+        raise ValueError(
+            f"{name}=[{shown}] has {len(value)} values, but {stages} are needed; give one value for all stages, or {stages}"
+        )
     return list(value)
 
 
 class MLP(nn.Sequential):
-    """Two linear layers with biases around an exact GELU, on the last axis; ``ratio`` is hidden width over ``dim``."""
+    """Two linear layers with biases and an exact (erf) GELU between them, on the last axis.
+
+    dim: input and output width D.
+    ratio: hidden width divided by ``dim``.
+    dropout: dropout probability after the GELU.
+    """
 
     def __init__(self, dim: int, ratio: float, dropout: float = 0.0) -> None:
         hidden = max(1, round(ratio * dim))
@@ -37,7 +48,13 @@ class MLP(nn.Sequential):
 
 
 class PreNormBlock(Block):
-    """x += mixer(norm(x)); x += mlp(norm(x)), on (B, N, D); ``norm`` is made with the width."""
+    """Pre-norm transformer block, x += mixer(norm(x)); x += mlp(norm(x)): (B, N, D) → (B, N, D).
+
+    dim: width D of the tokens.
+    mixer, mlp: modules (B, N, D) → (B, N, D).
+    dropout: dropout probability of both branches' outputs.
+    norm: constructor of the norms, called with ``dim``.
+    """
 
     def __init__(
         self,
@@ -60,7 +77,10 @@ class PreNormBlock(Block):
 class ChannelNorm(nn.Module):
     """(x − mean) / (std + 1e-5) over the channels of each token, with gain and offset: CvT's norm in the published runs.
 
-    It is LayerNorm but for where the 1e-5 stands, and for the names: the paper's parameter count leaves these out.
+    It differs from LayerNorm in the position of the 1e-5, and in the parameters' names: the paper counts only parameters
+    named weight or bias, so not these.
+
+    dim: width D of the tokens.
     """
 
     def __init__(self, dim: int) -> None:
@@ -69,14 +89,14 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         (x_BND,) = upcast_fp32(x_BND)
-        centred_BND = x_BND - x_BND.mean(dim=-1, keepdim=True)
-        # The norm of a vector has a gradient where all channels are equal; the square root of their variance has none.
-        std_BN1 = torch.linalg.vector_norm(centred_BND, dim=-1, keepdim=True) / x_BND.shape[-1] ** 0.5
-        return centred_BND / (std_BN1 + 1e-5) * self.gain_D + self.offset_D
+        centered_BND = x_BND - x_BND.mean(dim=-1, keepdim=True)
+        # vector_norm has a finite gradient where all channels are equal; the square root of the variance does not.
+        std_BN1 = torch.linalg.vector_norm(centered_BND, dim=-1, keepdim=True) / x_BND.shape[-1] ** 0.5
+        return centered_BND / (std_BN1 + 1e-5) * self.gain_D + self.offset_D
 
 
 class StochasticDepth(nn.Module):
-    """Drops a residual branch for whole images, with this probability, in training (Huang et al., 2016)."""
+    """Drop a residual branch of each image with this probability in training (Huang et al., "Stochastic Depth", 2016)."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()

@@ -1,7 +1,13 @@
-"""From an image to tokens: a linear map per patch, the three convolutions of the Hybrid models, or CCT's tokenizer.
+"""Embeddings of images as tokens: a linear map per patch, the Hybrid models' convolutional stem, and CCT's tokenizer.
 
-Contract: the constructor takes ``image_size``, ``channels`` and ``dim``, then keyword-only options; ``grid`` tells the rows
-and columns of tokens; ``forward`` takes ``images_BCYX`` and returns the (B, D, Y, X) map of tokens.
+Interface: the constructor takes
+
+    image_size: side of the square images, in pixels,
+    channels: number C of image channels,
+    dim: width D of the tokens,
+
+then keyword-only options. ``grid`` holds the numbers of rows and columns of tokens. ``forward`` maps ``images_BCYX`` to the map
+of tokens (B, D, Y, X).
 """
 
 from itertools import pairwise
@@ -13,7 +19,9 @@ from vix.types import Positive
 
 
 class Embedding(nn.Module):
-    """What every embedding shares: the token grid that ``patch_size`` makes of an image.
+    """Base class of the embeddings: the grid of tokens, one per ``patch_size`` × ``patch_size`` pixels.
+
+    image_size, patch_size: side of an image and of a patch, in pixels.
 
     Raises ValueError where ``patch_size`` does not divide ``image_size``.
     """
@@ -27,9 +35,11 @@ class Embedding(nn.Module):
 
 
 class PatchEmbed(Embedding):
-    """One linear map with bias per patch (ViT: Dosovitskiy et al., 2021).
+    """A linear map with bias of every patch, as in ViT (Dosovitskiy et al., 2021).
 
-    patch_size: side of a patch in pixels; 1 makes every pixel a token.
+    patch_size: side of a patch in pixels; 1: every pixel is a token.
+
+    Raises ValueError where ``patch_size`` does not divide ``image_size``.
     """
 
     def __init__(self, image_size: int, channels: int, dim: int, *, patch_size: Positive = 1) -> None:
@@ -41,11 +51,13 @@ class PatchEmbed(Embedding):
 
 
 class ConvStem(Embedding):
-    """A stack of 3×3 convolutions with bias and *nothing between them*, as in the published Hybrid models.
+    """A stack of 3×3 convolutions with bias and without activations, as in the published Hybrid models.
 
-    hidden: channels of all convolutions but the last, which has the model's width.
-    patch_size: stride of the last convolution, whose kernel is then patch_size + 2 wide, so that every pixel is seen and
-        neighbouring patches overlap by one pixel; 1 is the published model.
+    patch_size: stride of the last convolution, in pixels. Its kernel has side patch_size + 2, so that every pixel counts and
+        adjacent patches overlap. The published models have 1.
+    hidden: output channels of all convolutions but the last, whose output width is ``dim``.
+
+    Raises ValueError where ``patch_size`` does not divide ``image_size``.
     """
 
     def __init__(
@@ -67,13 +79,15 @@ class ConvStem(Embedding):
 
 
 class CCTTokenizer(Embedding):
-    """A stack of [3×3 convolution without bias, ReLU, 3×3 max-pooling], CCT's tokenizer (Hassani et al., 2021).
+    """CCT's tokenizer, a stack of [3×3 convolution without bias, ReLU, 3×3 max-pooling] (Hassani et al., 2021).
 
-    Convolutions start from Kaiming's normal distribution.
+    Convolutions are initialized from Kaiming's normal distribution.
 
-    hidden: channels of all convolutions but the last, which has the model's width.
-    patch_size: stride of the last pooling, whose kernel grows with it from 4 on, so that every pixel is seen; 1 is the
-        published model.
+    patch_size: stride of the last pooling, in pixels. Its kernel has side max(3, patch_size), so that every pixel counts. The
+        published models have 1.
+    hidden: output channels of all convolutions but the last, whose output width is ``dim``.
+
+    Raises ValueError where ``patch_size`` does not divide ``image_size``.
     """
 
     def __init__(

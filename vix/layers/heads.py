@@ -1,4 +1,4 @@
-"""Splitting the width into heads, and the arithmetic that must not follow autocast."""
+"""Splitting the width into heads, and the base class of multi-head mixers."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,11 @@ from vix.errors import nearest_divisors
 
 
 def head_width(dim: int, heads: int, dim_head: int | None) -> int:
-    """Width E of one head: ``dim_head``, or an equal share of ``dim`` where that is None.
+    """Width E of one head: ``dim_head``, or dim / heads where that is None.
+
+    dim: width D of the tokens.
+    heads: number H of heads.
+    dim_head: requested width E of one head, or None.
 
     Raises ValueError where ``heads`` does not divide ``dim`` and no ``dim_head`` is given.
     """
@@ -21,24 +25,25 @@ def head_width(dim: int, heads: int, dim_head: int | None) -> int:
 
 
 def split_heads(x_BNF: Tensor, heads: int) -> Tensor:
-    """(B, N, H·E) → (B, H, N, E)."""
+    """Split the width into ``heads`` heads: (B, N, H·E) → (B, H, N, E)."""
     return rearrange(x_BNF, "b n (h e) -> b h n e", h=heads)
 
 
 def merge_heads(x_BHNE: Tensor) -> Tensor:
-    """(B, H, N, E) → (B, N, H·E)."""
+    """Concatenate the heads: (B, H, N, E) → (B, N, H·E)."""
     return rearrange(x_BHNE, "b h n e -> b n (h e)")
 
 
 class MultiHeadMixer(nn.Module):
-    """Base of mixers whose heads mix values by queries and keys: (B, N, D) → (B, N, D).
+    """Base class of multi-head mixers with queries, keys and values: (B, N, D) → (B, N, D).
 
-    A subclass has ``attend``, a method or a module: (B, H, N, E) three times → (B, H, N, E).
+    A subclass provides ``attend``, a method or module that maps queries, keys and values (B, H, N, E) to (B, H, N, E).
 
     dim: width D of the tokens.
-    rotary: function from the head width E to a module that rotates (B, H, N, E) by position; None rotates nothing.
-    heads, dim_head: number H of heads and width E of one; ``dim_head`` None means dim / heads.
-    qkv_bias: biases of the projection to queries, keys and values.
+    rotary: function from the head width E to a module that rotates (B, H, N, E) by position; None: no rotation.
+    heads: number H of heads.
+    dim_head: width E of one head; None: dim / heads.
+    qkv_bias: whether the projection to queries, keys and values has a bias.
 
     Raises ValueError where ``heads`` does not divide ``dim`` and no ``dim_head`` is given.
     """
@@ -61,11 +66,11 @@ class MultiHeadMixer(nn.Module):
         self.rotate = rotary(self.dim_head) if rotary else nn.Identity()
 
     def qkv(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, E), after the rotation of queries and keys."""
+        """Project tokens (B, N, D) to queries, keys and values (B, H, N, E); queries and keys are rotated."""
         return self.rotated(self.to_qkv(x_BND))
 
     def rotated(self, qkv_BNF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, 3·H·E) → queries, keys and values (B, H, N, E), queries and keys rotated."""
+        """Split (B, N, 3·H·E) into queries, keys and values (B, H, N, E); queries and keys are rotated."""
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in qkv_BNF.chunk(3, dim=-1))
         return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
 

@@ -1,4 +1,4 @@
-"""Arithmetic that does not follow autocast."""
+"""Exceptions from autocast: operations that run in at least float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def upcast_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32, or as they are where they are wider (float64 in gradient checks)."""
+    """Convert the tensors to at least float32; wider dtypes (float64 in gradient checks) stay."""
     return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Context in which matrix products keep the dtype of their inputs, whatever autocast surrounds it."""
-    # The meta device, which knows shapes alone, has no autocast to switch off.
+    """Context that disables autocast on the device of ``x``: operations keep the dtype of their inputs."""
+    # The meta device has no autocast.
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""What a mixer may know about its tokens when it is built: how many, in which order, from which grid."""
+"""The grid that a sequence of tokens comes from, which mixers and position encodings know at construction."""
 
 from dataclasses import dataclass, replace
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Tokens of a feature map in raster order, behind ``prefix`` tokens that belong to no place (the class token).
+    """Tokens of a feature map in raster order, after ``prefix`` tokens without a position in it (the class token).
 
     height, width: rows and columns of the grid, in tokens.
-    prefix: how many tokens come before those of the grid (1 with a class token, else 0).
+    prefix: number P of tokens before those of the grid (1 with a class token, else 0).
     """
 
     height: int
@@ -24,18 +24,21 @@ class TokenGrid:
         return self.prefix + self.height * self.width
 
     def strided(self, stride: int) -> "TokenGrid":
-        """The grid that is left of every ``stride``-th row and column. Raises ValueError where that is more than there are."""
+        """The grid of every ``stride``-th row and column.
+
+        Raises ValueError where ``stride`` exceeds the number of rows or columns.
+        """
         side = min(self.height, self.width)
         if stride > side:
-            raise ValueError(f"stride={stride} exceeds the {self.height}×{self.width} tokens it steps over; at most {side}")
+            raise ValueError(f"stride={stride} exceeds the {self.height}×{self.width} tokens; at most {side}")
         return replace(self, height=-(-self.height // stride), width=-(-self.width // stride))
 
     def split(self, x_BND: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) → the prefix (B, P, D) and the map (B, D, Y, X)."""
+        """Split tokens (B, N, D) into the prefix (B, P, D) and the map (B, D, Y, X)."""
         return x_BND[:, : self.prefix], x_BND[:, self.prefix :].mT.unflatten(2, (self.height, self.width))
 
 
 def join(prefix_BPD: Tensor, map_BDYX: Tensor) -> Tensor:
-    """The reverse of :meth:`TokenGrid.split`, for a map of any size: → (B, N, D)."""
+    """Inverse of :meth:`TokenGrid.split`, for a map of any size: (B, P, D) and (B, D, Y, X) → (B, N, D)."""
     x_BND = map_BDYX.flatten(2).mT
     return torch.cat([prefix_BPD, x_BND], dim=1) if prefix_BPD.shape[1] else x_BND

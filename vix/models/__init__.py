@@ -1,8 +1,14 @@
-"""Model families, one a file.
+"""Model families, one per file, with a common interface.
 
-Contract: the constructor takes ``image_size``, ``channels``, ``classes`` and the builders ``embedding``, ``posenc`` and
-``attention`` (see :mod:`vix.build`), then keyword-only options; ``forward`` maps ``images_BCYX`` to ``logits_BK``.
+The constructor takes
 
-Where a family has stages, ``depth`` is a list with the blocks of each, and every other option of a stage is one number for
-all stages or such a list.
+    image_size: side of the square images, in pixels,
+    channels: number C of image channels,
+    classes: number K of classes,
+    embedding, posenc, attention: builders of the embedding, the position encoding and the mixers (:mod:`vix.build`),
+
+then keyword-only options. ``forward`` maps ``images_BCYX`` to ``logits_BK``.
+
+In families with stages, ``depth`` is a list of the number of blocks per stage. Every other option of a stage is one value for
+all stages, or a list with one value per stage.
 """

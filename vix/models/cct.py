@@ -1,4 +1,4 @@
-"""Compact convolutional transformer: Hassani et al., "Escaping the Big Data Paradigm with Compact Transformers", 2021; CCX."""
+"""CCT: Hassani et al., "Escaping the Big Data Paradigm with Compact Transformers", 2021; with any mixer, the paper's CCX."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,16 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class CCT(nn.Module):
-    """Embedding, position, ``depth`` blocks, LayerNorm, sequence pooling, linear head.
+    """Compact convolutional transformer (Hassani et al., 2021), without a class token.
 
-    All linear layers, those of the mixers too, start from a normal distribution of std 0.02, cut at ±2, and biases of zero.
+    Embedding, position encoding, ``depth`` blocks, LayerNorm, sequence pooling, linear head. All linear layers, including the
+    mixers', are initialized with weights from a normal distribution of std 0.02, truncated at ±2, and zero biases.
 
     dim: width D of the tokens.
     depth: number of blocks.
-    mlp_ratio: hidden width of the MLPs over ``dim``.
-    stochastic_depth: probability of dropping a branch in the last block; from 0 in the first it grows linearly.
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``.
+    stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
+    dropout: dropout probability of the mixers' and MLPs' outputs.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class CCT(nn.Module):
     def forward(self, images_BCYX: Tensor) -> Tensor:
         x_BND = self.embedding(images_BCYX).flatten(2).mT
         x_BND = self.norm(self.blocks(self.posenc(x_BND)))
-        # Sequence pooling: a mean over the tokens with weights that each token gives itself.
+        # Sequence pooling: a weighted mean over the tokens with learned weights.
         share_BN1 = self.attention_pool(x_BND).softmax(dim=1)
         return self.head((share_BN1.mT @ x_BND.to(share_BN1.dtype)).squeeze(1))
 
 
 class CCTBlock(Block):
-    """x += mixer(LN(x)); x = LN(x); x += mlp(x): the second norm replaces the residual stream."""
+    """CCT's block, x += mixer(LN(x)); x = LN(x); x += mlp(x): the second norm is applied to the residual stream itself."""
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, stochastic_depth: float, dropout: float) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class CCTBlock(Block):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Start of CCT's linear layers."""
+    """CCT's initialization of linear layers: weights from N(0, 0.02²) truncated at ±2, biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""FLOPs of a model, worked out from its shapes: two for every multiply-add of a matrix product or convolution."""
+"""FLOPs and parameter counts. FLOPs are computed from shapes; a multiply-add of a matrix product or convolution counts as 2."""
 
 import copy
 import math
@@ -16,17 +16,21 @@ Shape = tuple[int, ...]
 
 
 def training_flops(model: nn.Module, image_shape: Shape) -> int:
-    """FLOPs of forward and backward for one image (C, Y, X), without what is computed twice."""
+    """FLOPs of a forward and backward pass for one image, without recomputation by activation checkpointing.
+
+    model: module that maps images (B, C, Y, X) to logits; it is not changed.
+    image_shape: (C, Y, X).
+    """
     shapes_only = copy.deepcopy(model).to("meta").train()
     set_activation_checkpointing(shapes_only, None)
     counter = flop_counter()
-    with counter:  # of two images, because a batch norm refuses to train on one value
+    with counter:  # with two images, because BatchNorm does not train on one value per channel
         shapes_only(torch.empty(2, *image_shape, device="meta")).sum().backward()
     return counter.get_total_flops() // 2
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter of FLOPs, with the formulas that it lacks or has wrong."""
+    """PyTorch's FLOP counter, with formulas for operations that it lacks or counts incorrectly."""
     aten = torch.ops.aten
     formulas: dict[Any, Callable[..., int]] = {
         aten._fft_c2c: partial(fourier_flops, 5),
@@ -38,15 +42,15 @@ def flop_counter() -> FlopCounterMode:
 
 
 def fourier_flops(factor: float, shape: Shape, axes: list[int], *_: Any, out_shape: Shape, **__: Any) -> int:
-    """5 n log₂ n for a transform of n complex values and half of it for real ones, as benchmarks count; PyTorch counts none."""
-    values = max(shape, out_shape, key=math.prod)  # of real values and their half of a spectrum, the values
+    """FLOPs of an FFT, by the convention of FFT benchmarks: 5 n log₂ n for n complex values, half of it for real values."""
+    values = max(shape, out_shape, key=math.prod)  # a real transform's spectrum has about half as many values
     return round(factor * math.prod(values) * math.log2(math.prod(values[axis] for axis in axes)))
 
 
 def convolution_backward_flops(grad_shape: Shape, input_shape: Shape, weight_shape: Shape, *options: Any, **_: Any) -> int:
-    """Each of the two gradients costs what the forward pass does.
+    """FLOPs of a convolution's backward pass: each of the two gradients costs as much as the forward pass.
 
-    PyTorch's own formula takes a grouped convolution's weight for a full one: 128 times too many FLOPs at 128 groups.
+    PyTorch's formula ignores groups: it counts 128 times too many FLOPs for 128 groups.
     """
     transposed, mask = options[4], options[7]
     per_image = math.prod((input_shape if transposed else grad_shape)[2:]) * math.prod(weight_shape)
@@ -54,8 +58,12 @@ def convolution_backward_flops(grad_shape: Shape, input_shape: Shape, weight_sha
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """``trainable_params``: all that receive a gradient; ``weight_bias_params``: the paper's count, which takes only
-    parameters called weight or bias (position tables, class tokens and Linformer's projections are none)."""
+    """Two parameter counts of a model, by name.
+
+    trainable_params: all parameters that receive a gradient.
+    weight_bias_params: the paper's count, of parameters named weight or bias only. It excludes position tables, class tokens
+        and Linformer's projections along the tokens.
+    """
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     counted = sum(n for name, n in trainable.items() if name.rpartition(".")[2] in ("weight", "bias"))
     return {"trainable_params": sum(trainable.values()), "weight_bias_params": counted}

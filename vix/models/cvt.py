@@ -12,16 +12,20 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class CvT(nn.Module):
-    """Stages of a convolution, a norm over channels and pre-norm blocks with that norm; average over tokens, linear head.
+    """Convolutional vision transformer (Wu et al., 2021), without a class token.
 
-    The first stage's convolution is the embedding (``embedding=conv embedding.hidden=[]`` is CvT's: one 3×3 convolution).
-    The published models have three stages of 32×32 tokens.
+    Each stage consists of a convolution, a norm over channels, and pre-norm blocks with that norm. The last stage's tokens are
+    averaged for the linear head. The first stage's convolution is the embedding; CvT's is ``embedding=conv
+    embedding.hidden=[]``, one 3×3 convolution. The published models have three stages of 32×32 tokens each.
 
-    dim, depth, heads, mlp_ratio: of each stage; ``heads`` None leaves them to ``attention.heads``.
-    stride: of the 3×3 convolutions into the second and later stages.
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    dim: width D of the tokens, per stage.
+    depth: number of blocks, per stage.
+    heads: number H of heads, per stage; None: ``attention.heads``.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
+    stride: stride of the 3×3 convolutions before the second and later stages, one value per convolution.
+    dropout: dropout probability of the mixers' and MLPs' outputs.
 
-    Raises ValueError where a list does not fit the number of stages, or a stride exceeds the rows of tokens.
+    Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
     """
 
     def __init__(
@@ -50,9 +54,9 @@ class CvT(nn.Module):
         self.blocks = nn.Sequential()
         for stage in range(stages):
             if stage:
-                step = ConvEmbed(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
-                self.blocks.append(step)
-                tokens = step.out_tokens
+                downsample = ConvEmbed(dims[stage - 1], dims[stage], tokens, strides[stage - 1])
+                self.blocks.append(downsample)
+                tokens = downsample.out_tokens
             for _ in range(depth[stage]):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
@@ -65,7 +69,12 @@ class CvT(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """A 3×3 convolution of the token map to the width and grid of the next stage, and a norm over channels."""
+    """Strided 3×3 convolution of the token map and a norm over channels, between stages: (B, N, D) → (B, N′, D′).
+
+    dim, dim_after: widths D and D′ of the tokens before and after.
+    tokens: grid of the input tokens.
+    stride: stride of the convolution.
+    """
 
     def __init__(self, dim: int, dim_after: int, tokens: TokenGrid, stride: int) -> None:
         super().__init__()

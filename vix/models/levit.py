@@ -13,15 +13,19 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class LeViT(nn.Module):
-    """Convolutional stem, stages of residual blocks without any norm of their own, average over the tokens, linear head.
+    """LeViT (Graham et al., 2021), without a class token.
 
-    The only norms are the BatchNorms within LeViT's own attention. The published models have one stage.
+    Embedding, position encoding, stages of residual blocks, average over the tokens, linear head. The blocks have no norms;
+    only the mixer ``attention=levit`` contains BatchNorms. The published models have one stage.
 
-    dim, depth, heads, mlp_ratio: of each stage; ``heads`` None leaves them to ``attention.heads``.
-    stride: rows and columns between tokens that go on to the next stage, for each step from stage to stage.
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    dim: width D of the tokens, per stage.
+    depth: number of blocks, per stage.
+    heads: number H of heads, per stage; None: ``attention.heads``.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
+    stride: subsampling of rows and columns between stages, one value per transition.
+    dropout: dropout probability of the mixers' and MLPs' outputs.
 
-    Raises ValueError where a list does not fit the number of stages, or a stride exceeds the rows of tokens.
+    Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
     """
 
     def __init__(
@@ -51,9 +55,9 @@ class LeViT(nn.Module):
         for stage in range(stages):
             if stage:
                 mixer = attention(dim=dims[stage - 1], tokens=tokens, posenc=self.posenc, heads=all_heads[stage - 1])
-                shrink = Downsample(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
-                self.blocks.append(shrink)
-                tokens = shrink.out_tokens
+                downsample = Downsample(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
+                self.blocks.append(downsample)
+                tokens = downsample.out_tokens
             for _ in range(depth[stage]):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
@@ -66,10 +70,20 @@ class LeViT(nn.Module):
 
 
 class Downsample(nn.Module):
-    """From stage to stage: x + mixer(x) at every ``stride``-th row and column, a linear layer to the new width, an MLP.
+    """Transition between stages: (B, N, D) → (B, N′, D′).
 
-    LeViT's shrinking attention asks with those tokens alone; to drop the others' answers computes the same and works with
-    any mixer. The residual, which LeViT leaves out here, lets a mixer that starts at zero pass the image on.
+    x + mixer(x), subsampled to every ``stride``-th row and column, followed by a linear layer to the new width and an MLP.
+
+    LeViT's shrinking attention computes queries for the subsampled tokens only. Subsampling the mixer's output instead gives
+    the same result and works with any mixer. The residual connection, which LeViT omits here, passes the input on where the
+    mixer's output is initialized to zero.
+
+    dim, dim_after: widths D and D′ of the tokens before and after.
+    tokens: grid of the input tokens.
+    stride: distance of the rows and columns that remain.
+    mixer: mixer of the input tokens.
+    mlp_ratio: hidden width of the MLP divided by ``dim_after``.
+    dropout: dropout probability of both branches' outputs.
     """
 
     def __init__(

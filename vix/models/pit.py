@@ -14,16 +14,21 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class PiT(nn.Module):
-    """Embedding, class token, position, stages of pre-norm blocks with pooling between them, head on the class token.
+    """Pooling-based vision transformer (Heo et al., 2021).
 
-    dim: width of each stage, a multiple of the one before.
-    depth, heads, mlp_ratio: of each stage; ``heads`` None leaves them to ``attention.heads``. Where ``attention.dim_head`` is
-        None the heads of all stages have the width of the first stage's.
-    stride: of each pooling.
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    Embedding, class token, position encoding, stages of pre-norm blocks with pooling between them, LayerNorm and linear head on
+    the class token.
 
-    Raises ValueError where a list does not fit the number of stages, a width is no multiple of the one before, or a stride
-    exceeds the rows of tokens.
+    dim: width D of the tokens, per stage; each a multiple of the previous one.
+    depth: number of blocks, per stage.
+    heads: number H of heads, per stage; None: ``attention.heads``. Where ``attention.dim_head`` is null, the heads of all
+        stages have the width of the first stage's heads.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
+    stride: stride of the poolings, one value per pooling.
+    dropout: dropout probability of the mixers' and MLPs' outputs.
+
+    Raises ValueError where a list's length does not match the number of stages, a width is not a multiple of the previous one,
+    or a stride exceeds the rows of tokens.
     """
 
     def __init__(
@@ -49,7 +54,7 @@ class PiT(nn.Module):
         for before, after in pairwise(dims):
             if after % before:
                 shown, near = ",".join(map(str, dims)), max(1, round(after / before)) * before
-                raise ValueError(f"dim=[{shown}]: {after} is no multiple of {before}, the stage before's; nearest: {near}")
+                raise ValueError(f"dim=[{shown}]: {after} is not a multiple of the previous stage's {before}; nearest: {near}")
         self.embedding = embedding(image_size=image_size, channels=channels, dim=dims[0])
         self.class_token = nn.Parameter(torch.randn(dims[0]))
         tokens = TokenGrid(*self.embedding.grid, prefix=1)
@@ -80,7 +85,14 @@ class PiT(nn.Module):
 
 
 class ConvHeadPooling(nn.Module):
-    """Strided depthwise 3×3 and 1×1 convolution of the map, a linear layer for the class token; to the next stage's width."""
+    """PiT's pooling between stages: (B, N, D) → (B, N′, D′).
+
+    A strided depthwise 3×3 convolution and a 1×1 convolution of the token map; a linear layer for the class token.
+
+    dim, dim_after: widths D and D′ of the tokens before and after; ``dim_after`` is a multiple of ``dim``.
+    tokens: grid of the input tokens.
+    stride: stride of the depthwise convolution.
+    """
 
     def __init__(self, dim: int, dim_after: int, tokens: TokenGrid, stride: int) -> None:
         super().__init__()

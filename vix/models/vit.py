@@ -14,14 +14,15 @@ from vix.types import Fraction, Positive, PositiveFloat
 
 
 class ViT(nn.Module):
-    """Embedding, position, ``depth`` pre-norm blocks, LayerNorm, pooling, linear head.
+    """Vision transformer (Dosovitskiy et al., 2021).
+
+    Embedding, position encoding, ``depth`` pre-norm blocks, LayerNorm, pooling, linear head.
 
     dim: width D of the tokens.
     depth: number of blocks.
-    mlp_ratio: hidden width of the MLPs over ``dim``.
-    pool: ``class_token`` puts a learned token in front and reads the class off it (ViT); ``mean`` averages all tokens
-        (MLP-Mixer).
-    dropout: probability at which outputs of mixers and MLPs are dropped in training.
+    mlp_ratio: hidden width of the MLPs divided by ``dim``.
+    pool: ``class_token`` prepends a learned token and classifies from it (ViT); ``mean`` averages all tokens (MLP-Mixer).
+    dropout: dropout probability of the mixers' and MLPs' outputs.
     """
 
     def __init__(
@@ -63,6 +64,6 @@ class ViT(nn.Module):
         if self.class_token is not None:
             x_BND = torch.cat([self.class_token.expand(len(x_BND), 1, -1), x_BND], dim=1)
         x_BND = self.blocks(self.posenc(x_BND))
-        # LayerNorm works on each token by itself, so where one token is read only that one needs it.
+        # LayerNorm acts on each token separately, so only the class token needs it.
         pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])
         return self.head(pooled_BD)

@@ -1,4 +1,4 @@
-"""Refuses batches that a layer cannot train on, such as BatchNorm one value per channel, before anything is read or trained."""
+"""Check before training that no batch is too small for a layer, such as BatchNorm with one value per channel."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,17 @@ from vix.errors import ConfigError
 from vix.system.distributed import world_size
 from vix.training.trainer import Trainer
 
-LARGEST_TRIED = 8  # a layer that refuses this many images at a time refuses them for another reason than their number
+MAX_TRIED = 8  # images; a model that fails with this many fails for another reason
 
 
 def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer: Trainer) -> None:
-    """Run the model's forward in train mode on the meta device, with as few images as will ever be computed at a time.
+    """Check that the model trains on the smallest micro-batch of the run, by a forward pass on the meta device.
 
-    Raises ConfigError, which names the nearest batch or micro-batch sizes that work.
+    make_model: builds the model.
+    data: the image set; it is not read.
+    trainer: the trainer with the batch sizes.
+
+    Raises ConfigError with the nearest batch or micro-batch sizes that work.
     """
     images, batch = data.train_images, trainer.batch_size
     micro_batch = None if trainer.micro_batch == "auto" else trainer.micro_batch
@@ -24,7 +28,7 @@ def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer:
     with torch.device("meta"):
         model = make_model().train()
     reason = forward_error(model, data, smallest)
-    fewest = next((n for n in range(smallest + 1, LARGEST_TRIED + 1) if not forward_error(model, data, n)), None)
+    fewest = next((n for n in range(smallest + 1, MAX_TRIED + 1) if not forward_error(model, data, n)), None)
     if not reason or fewest is None:
         return
     key, size, works = "batch_size", batch, [n for n in range(1, images + 1) if smallest_part(images, n, micro_batch) >= fewest]
@@ -38,13 +42,18 @@ def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer:
     among = f" of {world_size()} processes" if world_size() > 1 else ""
     count = f"{smallest} image{'s' * (smallest > 1)}"
     raise ConfigError(
-        f"trainer.{key}={size}: of {images} training images some step{among} would compute {count} at a time, and this model "
-        f"needs {fewest} ({reason}); nearest that work: {nearest}"
+        f"trainer.{key}={size}: of {images} training images some step{among} would compute {count} at a time, but this model "
+        f"needs at least {fewest} ({reason}); nearest that work: {nearest}"
     )
 
 
 def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
-    """The fewest images that are computed at a time in an epoch: of its last batch, a process's share, or a micro-batch."""
+    """The smallest number of images in any forward pass of an epoch.
+
+    images: number of training images.
+    batch: batch size.
+    micro_batch: images per micro-batch; None: not split.
+    """
     parts = []
     for size in {min(batch, images), images % batch or min(batch, images)}:
         for share in {max(1, size // world_size()), -(-size // world_size())}:
@@ -54,11 +63,11 @@ def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
 
 
 def forward_error(model: nn.Module, data: ImageData, images: int) -> str:
-    """Why the model cannot train on this many images at a time; empty where it can."""
+    """Error message of a forward pass with this many images; empty where it succeeds."""
     shape = images, data.channels, data.image_size, data.image_size
     try:
         with torch.no_grad():
             model(torch.empty(shape, device="meta"))
-    except Exception as error:  # a model of the user's own may raise anything, also because it does not run on this device
+    except Exception as error:  # a user-defined model may raise anything, also because it does not support the meta device
         return " ".join(str(error).split()) or type(error).__name__
     return ""

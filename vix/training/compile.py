@@ -1,4 +1,4 @@
-"""torch.compile of a step's forward and backward, where a run is long enough to earn the compilation back."""
+"""Compilation of forward and backward with torch.compile, in runs that are long enough to earn back the compilation time."""
 
 import logging
 import sys
@@ -16,52 +16,67 @@ from vix.training.micro_batch import dry_run
 from vix.training.train_step import TrainStep, mean_loss, shard_batch
 
 log = logging.getLogger(__name__)
-# It warns of in-place operations under trainer.activation_checkpointing=selective, which compute the right gradients
+# PyTorch warns about in-place operations under trainer.activation_checkpointing=selective, although the gradients are correct
 # (tests/layers/test_activation_checkpointing.py).
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
-# Compiling takes half a minute to a minute, and a CPU's steps gain up to 50 %: at some 1.5e11 FLOP/s, which two cores do, ten
-# minutes of training earn it back. On a GPU the host is what small models wait for, some milliseconds a step.
-FLOPS_ON_CPU, STEPS_ON_GPU = 1e14, 10_000
-MIN_IMAGES = 20_000  # for fewer it is not even worked out
+# Compilation takes 30 to 60 s. On a CPU it makes steps up to 50 % faster, so that about ten minutes of training earn it back:
+# 1e14 FLOPs at the 1.5e11 FLOP/s of two cores. On a GPU it saves small models some milliseconds of launch overhead per step.
+MIN_FLOPS_ON_CPU, MIN_STEPS_ON_GPU = 1e14, 10_000
+MIN_IMAGES = 20_000  # in shorter runs the FLOPs are not counted
 
 Compile = bool | Literal["auto", "cuda_graphs"]
 
 
 def check_cuda_graphs(device: torch.device, how: Compile) -> None:
-    """Raises ConfigError where CUDA graphs are asked for and the device knows none."""
+    """Check that the device supports CUDA graphs, where they are requested.
+
+    device: the run's device.
+    how: the option ``trainer.compile``.
+
+    Raises ConfigError where it does not.
+    """
     if how == "cuda_graphs" and device.type != "cuda":
         raise ConfigError(
-            f"trainer.compile=cuda_graphs: this run is on no GPU but the {device.type}; auto, true and false work"
+            f"trainer.compile=cuda_graphs: needs a CUDA GPU, but this run uses the {device.type}; use auto, true or false"
         )
 
 
 def worth_compiling(model: nn.Module, images: Tensor, steps: int) -> bool:
-    """Whether a run of so many steps on such batches is long enough for ``trainer.compile=auto``.
+    """Whether a run is long enough to be compiled under ``trainer.compile=auto``.
 
-    It follows from the config and the kind of device, not from a clock: the same command must compute the same.
+    The decision depends on the config and the type of the device, not on measured times, so that the same command always
+    computes the same result.
+
+    model: the model.
+    images: a batch of images (B, C, Y, X).
+    steps: steps of the whole run.
     """
     if images.device.type == "cuda":
-        return steps >= STEPS_ON_GPU
+        return steps >= MIN_STEPS_ON_GPU
     trained = steps * len(images)
-    return images.is_cpu and trained >= MIN_IMAGES and trained * training_flops(model, images.shape[1:]) >= FLOPS_ON_CPU
+    return images.is_cpu and trained >= MIN_IMAGES and trained * training_flops(model, images.shape[1:]) >= MIN_FLOPS_ON_CPU
 
 
 def release_compiled() -> None:
-    """Forget what runs of this process compiled: it holds their weights, and on a GPU the memory of their CUDA graphs."""
+    """Release what earlier runs of this process compiled, which keeps their weights and CUDA graphs in memory."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
-    """Compile forward and backward of a micro-batch where ``how`` says so, and return the seconds that it took.
+    """Compile forward and backward of a micro-batch, and return the time that this took, in seconds.
 
-    how: True, or ``cuda_graphs``, which on a GPU also records what the host launches and replays it; ``auto`` compiles where
-        ``steps``, those of the whole run, are enough.
-    images, labels: a first batch, in whose trial step the compilation happens; it leaves no trace. Micro-batches of other
-        sizes, such as an epoch's last, are computed as before, and so are all where the compiler fails under ``auto``.
+    Only micro-batches of the usual size use the compiled code; others, such as the last one of an epoch, run eagerly. If the
+    compiler fails under ``auto``, all run eagerly.
 
-    Raises UserError where it fails otherwise.
+    step: the training step.
+    how: the option ``trainer.compile``. ``auto`` compiles in long runs; ``cuda_graphs`` also records and replays the kernel
+        launches with CUDA graphs.
+    steps: steps of the whole run.
+    images, labels: a batch for the dry run that triggers the compilation; the run's state does not change.
+
+    Raises UserError where the compiler fails under another option than ``auto``.
     """
     if not (worth_compiling(step.state.model, images, steps) if how == "auto" else how):
         return 0.0
@@ -72,18 +87,18 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
     step.uses_cuda_graphs = how == "cuda_graphs"
     at_once = len(shard_batch(images, labels)[1])
     step.compiled_size = min(step.micro_batch or at_once, at_once)
-    # Float32 is computed in float32 here: vix/system/device.py.
+    # TF32 is disabled on purpose (vix/system/device.py).
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    log.info("Compiling the step: half a minute to a minute, or some seconds if it was compiled before")
+    log.info("Compiling the step, which takes 30 to 60 s, or a few seconds with a compiler cache")
     try:
         with dry_run(step):
             step.forward_backward(0, images, labels)
-    except Exception as error:  # compilers fail in many ways, and a model's own mistake comes again without one
+    except Exception as error:  # compilers raise various exceptions; an error in the model is raised again without the compiler
         step.compiled = None
         if out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if how != "auto":
-            raise UserError(f"trainer.compile={str(how).lower()}: {reason}; trainer.compile=false does without") from error
-        log.warning("Not compiled, which only costs time: %s", reason)
+            raise UserError(f"trainer.compile={str(how).lower()}: {reason}; use trainer.compile=false") from error
+        log.warning("Continuing without compilation, which only takes longer: %s", reason)
     return time.perf_counter() - clock

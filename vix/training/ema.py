@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights (Tarvainen and Valpola, "Mean teachers", 2017)."""
+"""Exponential moving average (EMA) of a model's weights: Tarvainen and Valpola, "Mean teachers", 2017."""
 
 from copy import deepcopy
 
@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 
 class ModelEMA:
-    """A copy of the model, ``module``, whose weights follow the model's: average ← d·average + (1 − d)·weights.
+    """Exponential moving average of a model's weights: average ← d·average + (1 − d)·weights.
 
-    decay: d; after n updates at most (1 + n) / (10 + n), so that the first weights do not linger.
-    updates: n. It is counted on the host: ``torch.optim.swa_utils.AveragedModel`` copies its count to the device at every
-        update, and the host waits for that.
+    ``module`` is a copy of the model with the averaged weights. Buffers are copied, not averaged, because they are running
+    statistics or random features.
 
-    Buffers are copied, not averaged: they are statistics with an average of their own, or random features.
+    ``updates`` is the number n of updates. It is counted on the host, unlike in ``torch.optim.swa_utils.AveragedModel``, which
+    copies it to the device at every update, so that the host waits for the device.
+
+    model: the model; it is copied.
+    decay: decay d per step, warmed up as min(decay, (1 + n) / (10 + n)).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -21,7 +24,7 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the averages towards the model's weights; the first update copies them."""
+        """Update the averages with the weights of ``model``; the first update copies them."""
         averages: list[Tensor] = list(self.module.parameters())
         weights: list[Tensor] = list(model.parameters())
         if self.updates:

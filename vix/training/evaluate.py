@@ -1,4 +1,4 @@
-"""Test accuracy and device memory."""
+"""Evaluation: accuracy, losses and predictions."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,14 @@ from vix.system.distributed import all_reduce_sum, shard
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> dict[str, float]:
-    """``top1`` and ``top5`` in percent of all images of all processes; each image counts the same, whatever its batch."""
+    """Top-1 and top-5 accuracy in percent, over the images of all processes, as ``top1`` and ``top5``.
+
+    model: the model, which is set to eval mode.
+    batches: batches of images (B, C, Y, X) and labels (B,); each process evaluates its share of every batch.
+    autocast: autocast context of the run.
+    """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=autocast.device)  # of GPUs the current one, which is the run's
+    counts = torch.zeros(3, dtype=torch.int64, device=autocast.device)  # "cuda" is the current GPU, which is the run's
     for batch, batch_labels in batches:
         images, labels = shard(batch), shard(batch_labels)
         if len(labels):
@@ -21,18 +26,23 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocas
                 logits_BK = model(images)
             hits = logits_BK.float().topk(min(5, logits_BK.shape[1])).indices == labels[:, None]
             counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), torch.ones_like(labels).sum()])
-    top1, top5, images_tested = all_reduce_sum(counts).tolist()
-    return {"top1": 100 * (top1 / images_tested), "top5": 100 * (top5 / images_tested)}
+    top1, top5, evaluated = all_reduce_sum(counts).tolist()
+    return {"top1": 100 * (top1 / evaluated), "top5": 100 * (top5 / evaluated)}
 
 
 @torch.no_grad()
 def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> tuple[Tensor, Tensor]:
-    """The cross-entropy (nats) and the predicted class of every image, on the CPU."""
+    """Cross-entropy (in nats) and predicted class of every image: (count,) each, on the CPU.
+
+    model: the model, which is set to eval mode.
+    batches: batches of images (B, C, Y, X) and labels (B,).
+    autocast: autocast context of the run.
+    """
     model.eval()
-    losses, guesses = [], []
+    losses, predicted = [], []
     for images, labels in batches:
         with autocast:
             logits_BK = model(images)
         losses.append(F.nll_loss(logits_BK.float().log_softmax(dim=1), labels, reduction="none"))
-        guesses.append(logits_BK.argmax(dim=1))
-    return torch.cat(losses).cpu(), torch.cat(guesses).cpu()
+        predicted.append(logits_BK.argmax(dim=1))
+    return torch.cat(losses).cpu(), torch.cat(predicted).cpu()

@@ -1,14 +1,16 @@
-"""The learning rate over the steps of a run."""
+"""Learning-rate schedules."""
 
 import math
 from collections.abc import Callable
 
 
 def lr_lambda(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
-    """The rate at a step (from 0) over ``optimizer.lr``.
+    """Function from the number of a step, from 0, to the factor of ``optimizer.lr``, for ``LambdaLR``.
 
-    warmup: steps over which it rises on a line; total: steps of the run.
-    schedule: after the warm-up constant, or down to 0 at ``total`` on a line (linear) or a half cosine (cosine).
+    schedule: after the warmup ``constant``, or decreasing to 0 at ``total`` linearly (``linear``) or as a half cosine
+        (``cosine``; Loshchilov and Hutter, "SGDR", 2017).
+    warmup: steps over which the learning rate increases linearly.
+    total: steps of the run.
     """
 
     def factor(step: int) -> float:

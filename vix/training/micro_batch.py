@@ -1,4 +1,4 @@
-"""The largest micro-batch whose gradients fit the memory (trainer.micro_batch=auto), and steps that are only a trial."""
+"""Search for the largest micro-batch that fits the memory (trainer.micro_batch=auto), and dry runs of a training step."""
 
 import gc
 import logging
@@ -17,18 +17,18 @@ from vix.training.train_step import TrainStep, shard_batch
 
 log = logging.getLogger(__name__)
 
-SPARE_BYTES = 2**25  # for what a run allocates besides its steps: threads that write events, a checkpoint, fragmentation
+SPARE_BYTES = 2**25  # for allocations outside of the steps: event writer threads, checkpoints, fragmentation
 
 
 @contextmanager
 def dry_run(step: TrainStep) -> Iterator[None]:
-    """Context for a trial: gradients, buffers, gradient scaling and random generators are restored afterwards."""
+    """Context for a dry run: gradients are cleared; buffers, gradient scaling and random generators are restored."""
     state = step.state
     rng, buffers = get_rng_state(), [buffer.clone() for buffer in state.model.buffers()]
-    scaler, trial_scaler = state.scaler, state.new_scaler()
+    scaler, dry_scaler = state.scaler, state.new_scaler()
     if scaler.is_enabled():
-        trial_scaler.load_state_dict(scaler.state_dict())
-    state.scaler = trial_scaler  # a scaler unscales gradients once per update only
+        dry_scaler.load_state_dict(scaler.state_dict())
+    state.scaler = dry_scaler  # because a scaler can unscale gradients only once per update
     try:
         yield
     finally:
@@ -41,10 +41,14 @@ def dry_run(step: TrainStep) -> Iterator[None]:
 
 
 def largest_micro_batch(step: TrainStep, images: Tensor, labels: Tensor) -> int:
-    """The largest of the batch size, its half, its quarter, … at which the gradients of this batch fit the device's memory.
+    """The largest micro-batch whose gradients fit the device's memory, of the batch size, its half, its quarter, ….
 
-    Tries them, with room for Adam's state and a little more, and changes nothing. Raises the device's out-of-memory error
-    where not even single images fit.
+    The sizes are tried in dry runs, with memory reserved for Adam's state and other allocations.
+
+    step: the training step.
+    images, labels: a batch.
+
+    Raises the device's out-of-memory error where even single images do not fit.
     """
     images, labels, _ = shard_batch(images, labels)
     size = len(labels)
@@ -60,21 +64,22 @@ def largest_micro_batch(step: TrainStep, images: Tensor, labels: Tensor) -> int:
 
 
 def fits(step: TrainStep, size: int, images: Tensor, labels: Tensor) -> bool:
-    """Whether the memory suffices for the gradients of a batch in micro-batches of this size, and what a run needs besides.
+    """Whether micro-batches of this size, and the other allocations of a run, fit the memory.
 
-    Raises the out-of-memory error where the size is 1. All that a failed trial holds, also by the error's traceback, is
-    released with the frame of this function.
+    The memory of a failed dry run, which the error's traceback refers to, is released when this function returns.
+
+    Raises the out-of-memory error where the size is 1.
     """
     adam_bytes = 2 * sum(p.nbytes for p in step.state.model.parameters())
     try:
         with dry_run(step):
-            room = torch.empty(adam_bytes + SPARE_BYTES, dtype=torch.uint8, device=images.device)
+            reserved = torch.empty(adam_bytes + SPARE_BYTES, dtype=torch.uint8, device=images.device)
             replace(step, micro_batch=size, distributed=False).forward_backward(0, images, labels)
-            del room
+            del reserved
     except Exception as error:
         if size == 1 or not out_of_memory(error):
             raise
         return False
     finally:
-        gc.collect()  # frames and errors that refer to one another
+        gc.collect()  # frames and exceptions form reference cycles
     return True

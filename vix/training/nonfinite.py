@@ -1,8 +1,8 @@
-"""Where a number first was not finite.
+"""Locate the first non-finite loss, gradient or activation.
 
-Training only sets a flag on the device when a loss or gradient is not finite, and reads it now and then: reading it in every
-step would make the host wait for the device. The step is then located by repeating those since the last checkpoint, which
-on a CPU are bit-identical. ``python -m vix replay RUN`` repeats the step that was saved.
+Training only sets a flag on the device when a loss or gradient is not finite. The host reads the flag every few steps, because
+reading it in every step would make it wait for the device. The step is then located by repeating the steps since the last
+checkpoint, which are bit-identical on a CPU. It is saved, and ``python -m vix replay RUN`` repeats it.
 """
 
 from collections.abc import Iterable
@@ -29,9 +29,13 @@ class NonFiniteError(UserError):
 def locate_step(
     step: TrainStep, batches: Iterable[tuple[Tensor, Tensor]], first: int, directory: Path, config: Any
 ) -> NonFiniteError:
-    """Repeat the steps from number ``first`` until one is not finite; save that one as nonfinite.pt, and return the error.
+    """Repeat steps until one is not finite, save it as ``nonfinite.pt``, and return the error that names its layer.
 
-    ``step`` and the random generators must be as they were before step number ``first``.
+    step: the training step, in the state before step ``first``; so are the random generators.
+    batches: batches of images and labels, from step ``first`` on.
+    first: number of the first step, from 0.
+    directory: the run's directory.
+    config: the run's config, which is saved with the step.
     """
     model = step.state.model
     for number, (images, labels) in enumerate(batches, first):
@@ -56,11 +60,17 @@ def locate_step(
             model.load_state_dict(weights)
             return NonFiniteError(f"{locate_layer(model, saved)}; `python -m vix replay {directory}` repeats it")
         step.optimizer_step()
-    return NonFiniteError("a loss or gradient was not finite, but is when the steps since the last checkpoint are repeated")
+    return NonFiniteError(
+        "a loss or gradient was not finite, but repeating the steps since the last checkpoint gives finite values"
+    )
 
 
 def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
-    """Repeat a saved step's forward and backward, and name the layer in which the first number was not finite."""
+    """Repeat a saved step and describe the first non-finite value, with its layer.
+
+    model: the model with the weights before the step.
+    state: the saved step, the content of ``nonfinite.pt``.
+    """
     found: list[str] = []
     handles = []
     for name, module in model.named_modules():
@@ -80,7 +90,7 @@ def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
     if not found:
         (loss * state["scale"]).backward()
         nonfinite = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        found += [f"the gradient of {nonfinite[-1]}"] if nonfinite else ["no number of the repeated step"]
+        found += [f"the gradient of {nonfinite[-1]}"] if nonfinite else ["nothing in the repeated step"]
     for handle in handles:
         handle.remove()
     return (

@@ -1,4 +1,4 @@
-"""Which parameters weight decay is for."""
+"""Parameter groups for weight decay."""
 
 from typing import Any
 
@@ -8,10 +8,12 @@ from vix.layers.posenc import PositionEncoding, RelativeBias
 
 
 def param_groups_weight_decay(model: nn.Module) -> list[dict[str, Any]]:
-    """An optimizer's two groups: matrices and convolutions, which decay, and all else, which does not.
+    """Two parameter groups for an optimizer: weights of linear layers and convolutions, and the rest without weight decay.
 
-    Decay keeps the sizes of linear maps in check. Gains and offsets of norms, biases and class tokens (vectors), and tables of
-    positions, are no such maps: to pull them to 0 only biases the model.
+    Excluded from weight decay are vectors (gains and offsets of norms, biases, class tokens) and tables of position encodings,
+    as is common practice for transformers.
+
+    model: the model; parameters without a gradient are omitted.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, PositionEncoding | RelativeBias) for p in m.parameters()}
     learned = [p for p in model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights and optimizer state fit what is trained now (trainer.resume=force)."""
+"""Check whether a checkpoint matches the model and optimizer of the current config (trainer.resume=force)."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -19,18 +19,27 @@ def check_state_fits(
     saved: Mapping[str, Any] | None,
     directory: Path,
 ) -> None:
-    """Raises ConfigError where the weights or the optimizer's state of a checkpoint do not fit what is trained now."""
+    """Check that a checkpoint's weights and optimizer state match the current config.
+
+    changed: options that differ from the checkpoint's config.
+    build_optimizer: builds the optimizer of a model.
+    model: the model of the current config.
+    saved: the checkpoint; None: nothing to check.
+    directory: the run's directory, for the error message.
+
+    Raises ConfigError where they do not match.
+    """
     if saved:
         check_weights_fit(changed, model, saved["model"], directory)
         check_optimizer_state_fits(changed, build_optimizer, model, saved, directory)
 
 
 def check_weights_fit(changed: Changes, model: nn.Module, saved: Mapping[str, Tensor], directory: Path) -> None:
-    """Raises ConfigError where the saved weights and buffers are not those of this model."""
+    """Raises ConfigError where the names or shapes of the saved weights and buffers are not those of this model."""
     here = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if here != {name: tensor.shape for name, tensor in saved.items()}:
         model_keys = {key: values for key, values in changed.items() if key.partition(".")[0] in MODEL_GROUPS}
-        raise cannot_resume(directory, model_keys or changed, "its weights do not fit this model")
+        raise cannot_resume(directory, model_keys or changed, "its weights do not match this model")
 
 
 def check_optimizer_state_fits(
@@ -40,9 +49,9 @@ def check_optimizer_state_fits(
     saved: Mapping[str, Any],
     directory: Path,
 ) -> None:
-    """Raises ConfigError where the optimizer, as it is configured now, needs state that the saved one lacks.
+    """Raises ConfigError where the optimizer of the current config needs state that the saved one lacks.
 
-    A step of a copy with gradients of zero shows what it needs.
+    The needed state is found by a step of a copy of the model with zero gradients.
     """
     optimizer_keys = {key: values for key, values in changed.items() if key.startswith("optimizer.")}
     states = saved["optimizer"]["state"]
@@ -57,11 +66,12 @@ def check_optimizer_state_fits(
     names = saved["optimizer_params"]
     missing = {key for i, state in states.items() if state for key in needed[names[i]] - set(state)}
     if missing:
-        # Numbers such as a learning rate need no state; where nothing else changed any of them may.
+        # Changed numbers, such as a learning rate, are blamed only if nothing else changed.
         suspects = {k: v for k, v in optimizer_keys.items() if not all(is_number(x) for x in v)}
         raise cannot_resume(directory, suspects or optimizer_keys, f"its optimizer has no {', '.join(sorted(missing))}")
 
 
 def is_number(value: Any) -> bool:
+    """Whether an option's value is a number or a list of numbers."""
     numbers = value if isinstance(value, list) else [value]
     return all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)

@@ -1,4 +1,4 @@
-"""State of a training run: all that changes while it trains, and so all that a checkpoint holds."""
+"""State of a training run: everything that changes during training and is saved in a checkpoint."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -15,10 +15,17 @@ from vix.training.ema import ModelEMA
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """Progress of a run.
 
-    ``batch``, ``train_seconds`` and ``loss_sum`` belong to the epoch that has begun; ``lr`` is the last step's learning rate;
-    ``best_model`` holds the weights, on the CPU, of the epoch in ``best``.
+    loss_sum: sum of the losses of the current epoch's images, a scalar on the device.
+    epoch: completed epochs.
+    batch: completed batches of the current epoch.
+    lr: learning rate of the last step.
+    train_seconds: training time of the current epoch.
+    seconds: time of the completed epochs, with evaluation and compilation.
+    best: ``best_top1``, ``best_top5`` and ``best_epoch`` of the epoch with the highest top-1 accuracy.
+    best_model: state dict of that epoch's model, on the CPU.
+    history: one row of results per completed epoch.
     """
 
     loss_sum: Tensor
@@ -32,7 +39,11 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def end_epoch(self, row: dict[str, Any], model: nn.Module) -> None:
-        """Add the epoch's row to the history, keep the weights if they are the best so far, and go on to the next epoch."""
+        """Complete the current epoch.
+
+        row: results of the epoch, which are added to the history.
+        model: the evaluated model, whose weights are copied if they are the best so far.
+        """
         self.epoch, self.batch, self.train_seconds, self.loss_sum = self.epoch + 1, 0, 0.0, torch.zeros_like(self.loss_sum)
         self.history.append({"epoch": self.epoch, **row})
         if row["top1"] > self.best.get("best_top1", -1.0):
@@ -43,9 +54,11 @@ class Progress:
 class TrainState:
     """Model, optimizer, learning-rate schedule, gradient scaler, EMA, progress, peak memory and random generators.
 
-    dtype: of autocast; float16 scales the gradients.
-    ema_decay: decay of the exponential moving average of the weights (:class:`vix.training.ema.ModelEMA`); None keeps none.
-    peak_memory: of the training steps; None measures nothing.
+    model: the model that is trained, on its device.
+    optimizer, lr_scheduler: its optimizer and the schedule of that optimizer's learning rate.
+    dtype: autocast dtype; with float16 the gradients are scaled.
+    ema_decay: decay of the EMA of the weights (:class:`vix.training.ema.ModelEMA`); None: no EMA.
+    peak_memory: records the peak memory of the training steps; None: not recorded.
     """
 
     def __init__(
@@ -63,16 +76,17 @@ class TrainState:
         self.ema = ModelEMA(model, ema_decay) if ema_decay is not None else None
         self.peak_memory = peak_memory or PeakMemory(torch.device("cpu"), 0)
         self.progress = Progress(loss_sum=torch.zeros((), device=self.device))
-        # On the device: steps that float16's scaling skipped because a gradient overflowed.
+        # On the device: number of steps that the gradient scaler skipped because a float16 gradient overflowed.
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.unscheduled = 0  # of these, the ones for which the learning rate did not change
+        self.unscheduled = 0  # skipped steps for which the learning-rate schedule has been corrected
 
     def new_scaler(self) -> torch.amp.GradScaler:
+        """A gradient scaler, enabled only with float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     @property
     def eval_model(self) -> nn.Module:
-        """The model that is evaluated and kept: the EMA where there is one."""
+        """The model that is evaluated and kept: the EMA if enabled, else the trained model."""
         return self.ema.module if self.ema else self.model
 
     @property
@@ -81,9 +95,9 @@ class TrainState:
         return float(self.lr_scheduler.get_last_lr()[0])
 
     def sync_lr_scheduler(self, due: int = 0) -> None:
-        """Let the schedule count the steps that the optimizer took, without the skipped ones. Waits for the device.
+        """Set the schedule to the number of steps that were not skipped by the gradient scaler. Waits for the device.
 
-        due: steps of the schedule that are due in addition.
+        due: further steps by which the schedule advances.
         """
         skipped = int(self.skipped_steps) if self.scaler.is_enabled() else self.unscheduled
         move = due + self.unscheduled - skipped
@@ -93,8 +107,10 @@ class TrainState:
             self.lr_scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint holds, in types that ``weights_only=True`` reads. ``model`` is the one that is evaluated, and
-        ``trained_model``, where an EMA is kept, the one behind it."""
+        """The content of a checkpoint, in types that ``torch.load(weights_only=True)`` reads.
+
+        ``model`` is the evaluated model's state dict. With an EMA, ``trained_model`` is the trained model's.
+        """
         self.sync_lr_scheduler()
         progress = {name: value for name, value in vars(self.progress).items() if name != "best_model"}
         state: dict[str, Any] = {
@@ -114,9 +130,10 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict[str, Any], steps_per_epoch: int) -> None:
-        """Continue from a checkpoint, with the options that the parts of this state were constructed with.
+        """Restore the state from a checkpoint. Options, such as the learning rate, stay those of the current config.
 
-        steps_per_epoch: from which the number of steps follows that the learning rate has behind it.
+        state: content of the checkpoint.
+        steps_per_epoch: training steps per epoch, for the position in the learning-rate schedule.
         """
         progress = {**state["progress"], "best_model": state["best_model"]}
         self.progress = Progress(**{**progress, "loss_sum": progress["loss_sum"].to(self.device)})
@@ -124,14 +141,14 @@ class TrainState:
         load_optimizer(self.optimizer, names, state["optimizer"], state["optimizer_params"])
         step = self.progress.epoch * steps_per_epoch + self.progress.batch
         self.lr_scheduler = lr_scheduler_at(self.lr_scheduler, step - state["skipped_steps"])
-        if state["scaler"]:  # empty where another precision did without
+        if state["scaler"]:  # empty if saved with another precision
             self.scaler.load_state_dict(state["scaler"])
-        # Without an EMA any more it is the weights behind it that train on.
+        # If the EMA was disabled since, training continues with the trained weights, not the averaged ones.
         trained_model = state.get("trained_model", state["model"])
         self.model.load_state_dict(trained_model)
         if self.ema:
             self.ema.module.load_state_dict(state["model"])
-            # Absent where trainer.resume=force begins to average in the middle of a run.
+            # Absent if the EMA was enabled in the middle of a run (trainer.resume=force).
             self.ema.updates = state.get("ema_updates", 0)
         self.skipped_steps.fill_(state["skipped_steps"])
         self.unscheduled = state["skipped_steps"]
@@ -140,22 +157,26 @@ class TrainState:
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Names of the optimizer's parameters in the order in which its state dict numbers them."""
+    """Names of the optimizer's parameters, in the order of its state dict."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: dict[str, Any], saved_names: list[str]) -> None:
-    """Load each parameter's state from a state dict, and keep the options that the optimizer was constructed with.
+    """Load the state of the parameters from a state dict by name, and keep the options of the current optimizer.
 
-    names, saved_names: of the parameters, here and there, in the order in which state dicts number them: the parameters may be
-        grouped differently.
+    The parameters may be grouped differently than in the saved optimizer.
+
+    optimizer: the optimizer.
+    names: names of its parameters, in the order of its state dict.
+    saved: the saved state dict.
+    saved_names: names of the saved parameters, in the order of ``saved``.
     """
     index = {name: i for i, name in enumerate(names)}
     state = {index[saved_names[i]]: values for i, values in saved["state"].items()}
     groups = optimizer.state_dict()["param_groups"]
     if names == saved_names and [len(g["params"]) for g in groups] == [len(g["params"]) for g in saved["param_groups"]]:
-        # What a group holds besides the constructor's options and the scheduler's base is state of that optimizer.
+        # Entries of a group other than the constructor's options and the scheduler's initial_lr are state of the optimizer.
         options = {*inspect.signature(type(optimizer)).parameters, "params", "initial_lr"}
         pairs = zip(saved["param_groups"], groups, strict=True)
         groups = [{**old, **{key: value for key, value in new.items() if key in options}} for old, new in pairs]
@@ -163,5 +184,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: di
 
 
 def lr_scheduler_at(lr_scheduler: LambdaLR, step: int) -> LambdaLR:
-    """A scheduler with the same learning rates, at step number ``step``."""
+    """A scheduler with the same schedule as ``lr_scheduler``, at step ``step``."""
     return LambdaLR(lr_scheduler.optimizer, lr_scheduler.lr_lambdas, last_epoch=step - 1)

@@ -1,4 +1,4 @@
-"""One training step: forward and backward in micro-batches under autocast, then the optimizer's step."""
+"""A training step: forward and backward in micro-batches under autocast, then the optimizer step."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +16,23 @@ from vix.training.state import TrainState
 
 @dataclass
 class TrainStep:
-    """Trains a :class:`vix.training.state.TrainState` by one batch at a time.
+    """Trains a :class:`vix.training.state.TrainState`, one batch per step.
 
-    micro_batch: images at a time, whose gradients add up to the batch's; None computes the batch at once.
-    clip_norm: largest norm of the gradient; None does not clip.
-    label_smoothing: of the cross-entropy, in [0, 1).
-    activation_checkpointing: of the model's blocks (:mod:`vix.layers.checkpointing`).
-    distributed: whether the batch is split over the processes of this run.
+    state: the state that is trained.
+    micro_batch: images per forward and backward pass, whose gradients are accumulated; None: the whole batch.
+    clip_norm: largest norm of the gradient; None: no clipping.
+    label_smoothing: label smoothing of the cross-entropy, in [0, 1).
+    activation_checkpointing: mode of the model's blocks (:mod:`vix.layers.checkpointing`).
+    distributed: whether batches are split over the processes of this run.
+
+    Set during construction or compilation:
+
+    hooks: methods ``on_train_step`` of the model's modules.
+    autocast: autocast context of the forward pass.
+    forward: the model, wrapped in DistributedDataParallel if there are several processes.
+    compiled: compiled ``mean_loss``, for micro-batches of ``compiled_size`` images; None: not compiled.
+    uses_cuda_graphs: whether ``compiled`` uses CUDA graphs; its next call then overwrites the gradients.
+    found_nonfinite: whether any loss or gradient so far was not finite, on the device.
     """
 
     state: TrainState
@@ -33,11 +43,11 @@ class TrainStep:
     distributed: bool = True
     hooks: list[Callable[[int], None]] = field(init=False)
     autocast: torch.autocast = field(init=False)
-    forward: nn.Module = field(init=False)  # the model, wrapped for several processes
-    compiled: Callable[..., Tensor] | None = field(init=False, default=None)  # mean_loss, for micro-batches of one size only
+    forward: nn.Module = field(init=False)
+    compiled: Callable[..., Tensor] | None = field(init=False, default=None)
     compiled_size: int = field(init=False, default=0)
-    uses_cuda_graphs: bool = field(init=False, default=False)  # then the next call of ``compiled`` overwrites the gradients
-    found_nonfinite: Tensor = field(init=False)  # on the device: whether any loss or gradient so far was not finite
+    uses_cuda_graphs: bool = field(init=False, default=False)
+    found_nonfinite: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         model, device, dtype = self.state.model, self.state.device, self.state.dtype
@@ -48,22 +58,23 @@ class TrainStep:
         self.forward = wrap_ddp(model) if self.distributed else model
 
     def forward_backward(self, number: int, images: Tensor, labels: Tensor) -> Tensor:
-        """Compute the gradients of the mean loss, clipped, and return that loss (a scalar on the device).
+        """Compute the clipped gradients of the mean loss, and return that loss, a scalar on the device.
 
-        labels: (B,) or, for mixed images, class probabilities (B, K).
-        number: steps of the run before this one, for mixers that do something every few steps.
+        number: number of the step in the run, from 0.
+        images: images (B, C, Y, X) in [−1, 1], the batch of all processes.
+        labels: labels (B,) or, with MixUp or CutMix, class probabilities (B, K).
         """
         for hook in self.hooks:
             hook(number)
         loss = torch.zeros((), device=images.device)
         batch, copies = len(labels), 1
         if self.distributed:
-            # DistributedDataParallel takes the mean of the gradients, which scales each process's down.
+            # DistributedDataParallel averages the gradients over the processes; the factor ``copies`` compensates for that.
             images, labels, copies = shard_batch(images, labels)
         size = self.micro_batch or len(labels)
         parts = list(zip(images.split(size), labels.split(size), strict=True))
         if self.uses_cuda_graphs and len(parts) > 1:
-            for p in self.state.model.parameters():  # memory of their own, to which each part's gradients are added
+            for p in self.state.model.parameters():  # separate memory in which the gradients are accumulated
                 p.grad = torch.zeros_like(p)
         for i, (part_images, part_labels) in enumerate(parts, 1):
             with self.maybe_no_sync(i == len(parts)):
@@ -79,20 +90,21 @@ class TrainStep:
         norm = nn.utils.get_total_norm([p.grad for p in self.state.model.parameters() if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.state.model.parameters(), self.clip_norm, norm)
-        # Overflowing gradients are normal in float16: the scaler skips the step and lowers the scale.
+        # In float16 gradients may overflow: the scaler then skips the step and lowers the scale.
         is_finite = loss.isfinite() if self.state.scaler.is_enabled() else loss.isfinite() & norm.isfinite()
         self.found_nonfinite |= ~is_finite
         return loss
 
     def maybe_no_sync(self, last: bool) -> AbstractContextManager[None]:
-        """Context of a micro-batch: gradients are averaged over the processes in the last one only."""
+        """Context of a micro-batch: only the last one of a step averages the gradients over the processes."""
         return self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) and not last else nullcontext()
 
     def optimizer_step(self) -> None:
-        """Step the optimizer, clear the gradients, step the learning rate and update the EMA.
+        """Step the optimizer and the learning-rate schedule, clear the gradients and update the EMA.
 
-        On a GPU the host does not wait to learn whether float16's scaling skipped the step: ``TrainState.sync_lr_scheduler``
-        takes the learning rate back later. Optimizers without a fused kernel do wait, within ``GradScaler.step``.
+        On a GPU the host does not wait for the result whether the gradient scaler skipped the step;
+        ``TrainState.sync_lr_scheduler`` corrects the schedule later. Optimizers without a fused kernel wait in
+        ``GradScaler.step``.
         """
         state = self.state
         state.scaler.step(state.optimizer)
@@ -110,11 +122,15 @@ class TrainStep:
 
 
 def mean_loss(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross-entropy of the images; labels are (B,) or class probabilities (B, K)."""
     return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
 
 def shard_batch(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """This process's shard of a batch and the number of shares; one image with weight 0 where none is left for it."""
+    """This process's shard of a batch, and the factor of its loss.
+
+    The factor is the number of processes. A process whose shard is empty gets one image with factor 0.
+    """
     if len(shard(labels)):
         return shard(images), shard(labels), world_size()
     return images[:1], labels[:1], 0

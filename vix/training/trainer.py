@@ -1,4 +1,4 @@
-"""The training loop, top to bottom."""
+"""The training loop."""
 
 import logging
 import math
@@ -55,12 +55,13 @@ class Trainer:
     device: auto (CUDA where available, else the CPU), or a PyTorch device such as cpu or cuda:1.
     schedule: learning rate after the warmup: constant, or decreasing to 0 linearly or as a half cosine.
     warmup_epochs: epochs over which the learning rate increases linearly from 0.
-    clip_norm: largest norm of the gradient; null does not clip.
+    clip_norm: largest norm of the gradient; null: no clipping.
     label_smoothing: of the training loss, in [0, 1).
     ema_decay: EMA decay per step, warmed up as min(decay, (1 + n) / (10 + n)); the EMA is evaluated and kept; null disables it.
-    compile: compile forward and backward with torch.compile; auto: in runs long enough to earn back the compilation time.
-    checkpoint_every: also save every this many steps within an epoch; 0 saves at the ends of epochs only.
-    probe: log each epoch how far every layer of an approximate mixer is from softmax attention.
+    compile: compile forward and backward with torch.compile; cuda_graphs: also use CUDA graphs; auto: true in runs long enough
+        to earn back the compilation time.
+    checkpoint_every: save a checkpoint every this many steps within an epoch, in addition to the end of every epoch; 0: off.
+    probe: log after each epoch the error of every approximate mixer relative to softmax attention.
     resume: auto continues an interrupted run and skips a finished one; force also continues a run with another config, under
         the options of this one. An option that cannot change in the middle of a run is refused (vix/runs/identity.py).
     """
@@ -99,15 +100,27 @@ class Trainer:
         run: RunDirectory,
         seed: int,
     ) -> dict[str, Any]:
-        """Train, writing ``run``'s files on the way, and return the results.
+        """Train, write the files of ``run``, and return the results.
 
-        Continues from the run's checkpoint where there is one: on a CPU, bit-identical to a run that never stopped.
-        Raises DataError where the data cannot be read, and SystemExit where a signal asked to stop and all is saved.
+        Continues from the run's checkpoint if there is one. On a CPU the result is bit-identical to an uninterrupted run.
+
+        model: the untrained model.
+        build_optimizer: builds the optimizer of a model.
+        data: the image set.
+        augmentation: options of the augmentation.
+        run: the run's directory.
+        seed: seed of the order and augmentation of the images.
+
+        Raises DataError where the images cannot be read, NonFiniteError where a loss or gradient is not finite, and SystemExit
+        after a signal, when everything is saved.
         """
         session = self.start(model, build_optimizer, data, augmentation, run, seed)
         state = session.state
-        pictured = state.eval_model, session.test, data.class_names, self.probe
-        with session.signals, TensorBoard(run, state.progress.epoch + 1, *pictured) if rank() == 0 else nullcontext() as board:
+        board_arguments = state.eval_model, session.test, data.class_names, self.probe
+        with (
+            session.signals,
+            TensorBoard(run, state.progress.epoch + 1, *board_arguments) if rank() == 0 else nullcontext() as board,
+        ):
             self.compile_train_step(session)
             try:
                 while state.progress.epoch < self.epochs:
@@ -131,7 +144,7 @@ class Trainer:
         run: RunDirectory,
         seed: int,
     ) -> "Session":
-        """Load the data, and create the state or resume it from the run's checkpoint."""
+        """Load the images, and create the state or restore it from the run's checkpoint. Arguments as in ``fit``."""
         device = self.torch_device
         saved = broadcast_from_rank0(lambda: run.load_checkpoint(self.resume))
         changed = run.resume_from(saved)
@@ -167,12 +180,12 @@ class Trainer:
         return session
 
     def build_step(self, state: TrainState) -> TrainStep:
-        """A training step with this trainer's options; ``micro_batch=auto`` is still to be found."""
+        """A training step with this trainer's options; ``micro_batch=auto`` is resolved later."""
         micro_batch = None if self.micro_batch == "auto" else self.micro_batch
         return TrainStep(state, micro_batch, self.clip_norm, self.label_smoothing, self.activation_checkpointing)
 
     def compile_train_step(self, session: "Session") -> None:
-        """Compile forward and backward, where the config says so; a signal interrupts it, as all is saved before."""
+        """Compile forward and backward if configured. A signal may interrupt the compilation, because all is saved before."""
         with session.signals.interruptible(lambda: self.save_and_exit(session)):
             steps = self.epochs * session.steps_per_epoch
             session.state.progress.seconds += compile_step(
@@ -181,7 +194,7 @@ class Trainer:
         session.run.write_results(compiled=session.step.compiled is not None)
 
     def train_epoch(self, session: "Session") -> float:
-        """Train to the end of the epoch that has begun, and return its mean loss. Raises NonFiniteError."""
+        """Train to the end of the current epoch and return its mean loss. Raises NonFiniteError."""
         state, step, progress = session.state, session.step, session.state.progress
         state.model.train()
         state.peak_memory.start()
@@ -196,7 +209,7 @@ class Trainer:
                 progress.loss_sum += loss * len(labels)
                 progress.batch += 1
                 bar.step(len(labels), loss)
-                sync_now = self.torch_device.type == "cpu" or progress.batch % 100 == 0  # on a GPU the host waits for it
+                sync_now = self.torch_device.type == "cpu" or progress.batch % 100 == 0  # the host waits for the GPU
                 if sync_now:
                     session.raise_if_nonfinite()
                     state.sync_lr_scheduler()
@@ -211,26 +224,29 @@ class Trainer:
                     self.save_checkpoint(session)
                     clock = time.perf_counter()
         session.raise_if_nonfinite()
-        mean_loss = progress.loss_sum.item() / len(session.train)  # waits for the device: the epoch's time ends here
+        mean_loss = progress.loss_sum.item() / len(session.train)  # waits for the device, so that the time is complete
         progress.train_seconds += time.perf_counter() - clock
         state.peak_memory.stop()
         return mean_loss
 
     def evaluate(self, session: "Session") -> dict[str, float]:
-        """Accuracy on the evaluated split, in percent, with ``eval_seconds``."""
+        """Accuracy on the evaluated split, in percent, and ``eval_seconds``."""
         clock = time.perf_counter()
         scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast)
         return {**scores, "eval_seconds": time.perf_counter() - clock}
 
     def eval_batches(self, session: "Session") -> Iterator[tuple[Tensor, Tensor]]:
-        """The evaluated images; between two batches a signal saves and exits: the run then continues with this evaluation."""
+        """Batches of the evaluated images.
+
+        A signal between two batches saves and exits. The run then continues with this evaluation.
+        """
         for images, labels in session.test.eval_batches(self.eval_batch_size):
             if session.signals.signal and world_size() == 1:
                 self.save_and_exit(session)
             yield images, labels
 
     def end_epoch(self, session: "Session", loss: float, scores: dict[str, float], board: TensorBoard | None) -> None:
-        """Add the epoch to the history, and write it to results.json, TensorBoard and the log."""
+        """Add the epoch's results to the history, results.json, TensorBoard and the log."""
         state, progress, run = session.state, session.state.progress, session.run
         seconds = progress.train_seconds + scores.pop("eval_seconds")
         progress.seconds += seconds
@@ -251,14 +267,15 @@ class Trainer:
         log_epoch(progress.history[-1], self.epochs, seconds)
 
     def save_checkpoint(self, session: "Session") -> None:
+        """Save the state in the run's directory."""
         session.run.save_checkpoint(session.state.state_dict())
 
     def save_and_exit(self, session: "Session") -> NoReturn:
-        """Save everything and exit with 128 + the number of the signal that was received."""
+        """Save the state and exit with status 128 + the number of the received signal."""
         self.save_checkpoint(session)
         progress, number = session.state.progress, session.signals.signal
         session.run.write_results(status="interrupted", epochs=progress.epoch, **session.state.peak_memory.gigabytes)
-        log.warning("Stopped by signal %d; the same command continues from here", number)
+        log.warning("Stopped by signal %d; the same command continues the run", number)
         raise SystemExit(128 + (number or 0))
 
     def locate_nonfinite(self, session: "Session") -> NonFiniteError:
@@ -274,10 +291,17 @@ class Trainer:
 
 @dataclass
 class Session:
-    """What one call of ``Trainer.fit`` works with.
+    """The objects of one call of ``Trainer.fit``.
 
-    train, test: the images that are trained on and those that are evaluated, on the device.
-    seed: of weights, order and augmentation.
+    run: the run's directory.
+    data: the image set.
+    augmentation: options of the augmentation.
+    train, test: the training images and the evaluated images, on the device.
+    state: the state that is trained and saved.
+    step: the training step of ``state``.
+    seed: seed of the run.
+    steps_per_epoch: training steps per epoch.
+    signals: receives the signals that stop a run.
     """
 
     run: RunDirectory
@@ -292,11 +316,11 @@ class Session:
     signals: SignalHandler = field(default_factory=SignalHandler)
 
     def first_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The first batch of the run, for trials."""
+        """The first batch of the run, for dry runs."""
         return next(self.train.train_batches(batch_size, self.seed, epoch=0, augmentation=self.augmentation))
 
     def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is left of the epoch that has begun."""
+        """The remaining batches of the current epoch."""
         progress = self.state.progress
         return self.train.train_batches(batch_size, self.seed, progress.epoch, progress.batch, self.augmentation)
 
