@@ -301,4 +301,4 @@ def test_a_text_where_a_number_belongs() -> None:
     """In words for users, also where the constructor takes a tensor, too."""
     with pytest.raises(ConfigError) as refused:
         parse(compose(["optimizer.lr='1e-3'"]))
-    assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text: leave out the quotes)"
+    assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text; remove the quotes)"

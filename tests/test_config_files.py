@@ -50,7 +50,7 @@ FORBIDDEN = {
     "params_dict": ("hydra: {sweeper: {params: {++hydra: '{job:{env_set:{CXX:PROGRAM}}}'}}}", "hydra.sweeper.params"),
     "params_group": ("hydra: {sweeper: {params: {hydra/launcher: joblib}}}", "hydra.sweeper.params"),
     "params_package": ("hydra: {sweeper: {params: {+attention@hydra.job: linear}}}", "hydra.sweeper.params"),
-    "another_key": ("callbacks: {x: 1}", "callbacks: nothing reads this key"),
+    "another_key": ("callbacks: {x: 1}", "callbacks: unknown key"),
     "tag": ("model: {dim: !!python/object/apply:os.system [PROGRAM]}", "python/object/apply"),
     "defaults_group": ("# @package _global_\ndefaults: [override /hydra/launcher: joblib]", "/hydra/launcher"),
     "defaults_added": ("# @package _global_\ndefaults: [/hydra/callbacks: evil]", "/hydra/callbacks"),
@@ -235,7 +235,7 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
     "option": ("# @package _global_\ndefaults:\n  - override /attention: performr\n", "nearest: performer"),
     "defaults": ("# @package _global_\ndefaults:\n  override /attention: performer\n", ":3: defaults: a list is expected"),
     "two_documents": ("# @package _global_\nseed: 0\n---\nseed: 1\n", ":3: not YAML"),
-    "key": ("# @package _global_\nmodle:\n  dim: 64\n", ":2: modle: nothing reads this key; nearest: model"),
+    "key": ("# @package _global_\nmodle:\n  dim: 64\n", ":2: modle: unknown key; nearest: model"),
 }
 
 

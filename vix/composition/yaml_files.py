@@ -285,9 +285,7 @@ def check_keys(repository: Any, file: Path, config: Any) -> None:
         elif key in GROUPS and not isinstance(value, dict):
             raise ConfigError(f"{location(file, key)}: {key}: {value!r} where options are expected (key: value)")
         elif key not in GROUPS and key not in SETTINGS:
-            raise ConfigError(
-                f"{location(file, key)}: {key}: nothing reads this key; {nearest(str(key), [*GROUPS, *SETTINGS])}"
-            )
+            raise ConfigError(f"{location(file, key)}: {key}: unknown key; {nearest(str(key), [*GROUPS, *SETTINGS])}")
 
 
 def check_hydra_keys(repository: Any, file: Path, value: Any, prefix: str = "") -> None:
