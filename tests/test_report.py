@@ -210,7 +210,7 @@ def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
     def names(*arguments: str) -> list[str]:
         done = module("report", tmp_path, "--no-files", *arguments)
         assert done.returncode == 0, done.stderr
-        table = done.stdout.partition("Beside the paper")[0].splitlines()
+        table = done.stdout.partition("Comparison with the paper")[0].splitlines()
         return [line.split()[0] for line in table if line.split()[:1] in (["vin"], ["vip"], ["vil"])]
 
     assert names() == ["vip", "vil", "vin"]  # the paper's order
@@ -245,7 +245,7 @@ def test_without_finished_runs_there_are_no_footnotes(real: dict[str, Any], tmp_
     done = module("report", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:4] == ["Not", "in", "the", "table"]
-    assert "One line for all seeds" not in done.stdout
+    assert "One line per run" not in done.stdout
 
 
 def test_an_empty_directory_is_no_error(tmp_path: Path) -> None:
