@@ -117,7 +117,7 @@ def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "vix", "summary", "experiment=tiny", "--config-dir", "mine")
     assert "1×24" in done.stdout, done.stderr
     done = run(sys.executable, "-m", "vix", "summary", "experiment=tiny", "--config-dir", "nowhere")
-    assert done.stderr == "error: --config-dir nowhere: there is no such directory\n"
+    assert done.stderr == "error: --config-dir nowhere: no such directory\n"
 
 
 def test_flags_are_those_of_the_config(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
 def test_the_report_writes_its_files_whatever_happens_to_its_output(runs: Path, way: str) -> None:
     done = shell(f"$PYTHON -m vix report {way}", runs)
     assert done.returncode == 0
-    lost = b"warning: standard output is lost from here on (No space left on device)\n"
+    lost = b"warning: further standard output is lost (No space left on device)\n"
     assert done.stderr == (lost if "full" in way else b"")
     assert NAME.replace("[", "\\[").replace("]", "\\]") in (runs / "outputs" / "report.md").read_text()
     assert imread(runs / "outputs" / "learning_curves.png").var() > 0

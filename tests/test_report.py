@@ -310,7 +310,7 @@ def test_diff(real: dict[str, Any], tmp_path: Path) -> None:
     assert "from epoch 2 on" in done.stdout
     same = module("diff", tmp_path / "a", tmp_path / "a")
     assert same.stdout.count("no difference") == 3
-    assert "every epoch that both have (2)" in same.stdout
+    assert "all epochs that both runs have (2)" in same.stdout
 
 
 def test_diff_of_what_is_no_run(real: dict[str, Any], tmp_path: Path) -> None:
