@@ -373,7 +373,7 @@ def test_sweep_names_what_a_table_lacks(copy: Path, tmp_path: Path) -> None:
     (directory / "conf/experiment/vip.yaml").unlink()
     done = sweep(directory, tmp_path, "table1")
     assert done.returncode != 0
-    assert done.stderr.splitlines() == ["error: table1: conf/experiment/ has no file for: vip"]
+    assert done.stderr.splitlines() == ["error: table1: conf/experiment/ lacks a file for: vip"]
     assert "table5" in sweep(directory, tmp_path, "table9").stderr
 
 
