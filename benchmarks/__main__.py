@@ -103,6 +103,7 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
 
 
 def main() -> None:
+    """The command."""
     options = parser("python -m benchmarks", "Training steps: ours, other packages', and the paper's training procedure.")
     options.add_argument("--batch", type=int, nargs="+", help="images per step (default: 8 on a CPU, 64 and 256 on a GPU)")
     options.add_argument("--rounds", type=int, default=3, help="measurements of every variant (default: 3)")

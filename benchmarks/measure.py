@@ -95,6 +95,7 @@ def most_allocated(step: Callable[[], object]) -> int:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

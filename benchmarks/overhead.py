@@ -41,6 +41,7 @@ def shares(jobs: int, at_once: int) -> list[str]:
 
 
 def main() -> None:
+    """The command."""
     options = parser("python -m benchmarks.overhead", "Time that a run needs in addition to its training steps.")
     options.add_argument("--experiment", help="a file of conf/experiment (default: vit)")
     options.add_argument("--batch", type=int, help="images per step (default: 8 on a CPU, 64 on a GPU)")

@@ -81,6 +81,7 @@ def print_table(points: list[dict[str, Any]], sizes: list[int], device: str) -> 
 
 
 def main() -> None:
+    """The command."""
     options = parser("python -m benchmarks.scaling", "Time and memory of every mixer over the number of tokens.")
     options.add_argument("--batch", type=int, help="batch size (default: 1 on a CPU, 16 on a GPU)")
     options.add_argument("--tokens", type=int, nargs="+", help="square numbers (default: 256 1024 4096 16384)")

@@ -73,6 +73,7 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def main() -> None:
+    """The command."""
     options = parser("python -m benchmarks.waiting", "Compare wait policies of OpenMP threads.")
     options.add_argument("--experiments", nargs="+", default=["quickstart", "vip", "vil"], help="files of conf/experiment")
     options.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")

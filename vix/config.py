@@ -138,6 +138,7 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
 
 
 def is_number(text: str) -> bool:
+    """Whether a string can be parsed as a number."""
     try:
         float(text)
     except ValueError:
@@ -153,4 +154,5 @@ def describe(location: tuple[int | str, ...], message: str) -> str:
 
 @functools.cache
 def adapter_of(annotation: Any) -> TypeAdapter[Any]:
+    """pydantic's validator for an annotation."""
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def parser() -> "OverridesParser":
+    """Hydra's parser for overrides."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create()

@@ -67,6 +67,7 @@ class Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
+        """Hydra's method; the arguments are those of ConfigLoaderImpl."""
         assert isinstance(self.repository, Repository)
         self.repository.primary = config_name
         overrides = list(map(quote_home, overrides))
@@ -99,6 +100,7 @@ class Loader(ConfigLoaderImpl):
         ]
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The config of one job of a sweep; a refused job where it cannot be composed."""
         try:
             return super().load_sweep_config(master_config, sweep_overrides)
         except (HydraException, OmegaConfBaseException, UserError) as error:

@@ -1,6 +1,6 @@
 """Overlays: experiments and recipes, whose options for a group apply only to the option that they choose in this group.
 
-For example, ``experiment=vin attention=softmax`` drops the landmarks that the experiment sets for its own attention.
+For example, ``experiment=quickstart attention=performer`` drops the landmarks that the experiment sets for Nyström attention.
 """
 
 import copy
@@ -171,6 +171,7 @@ def typed_keys(overrides: Iterable[Override]) -> Iterator[str]:
 
 
 def plain_items(options: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a group, as plain containers with interpolations unresolved."""
     for key, value in OmegaConf.to_container(options, resolve=False).items():  # type: ignore[union-attr]
         yield str(key), value
 

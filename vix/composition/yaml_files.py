@@ -40,6 +40,7 @@ class Repository(ConfigRepository):
     primary: str | None = None
 
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        """Hydra's method, with a leading ``~`` expanded in the search path."""
         for entry in config_search_path.get_path():
             scheme, separator, path = (entry.path or "").rpartition("://")
             if scheme in ("", "file"):
@@ -47,6 +48,7 @@ class Repository(ConfigRepository):
         super().initialize_sources(config_search_path)
 
     def load_config(self, config_path: str) -> ConfigResult | None:
+        """Load and validate a file; None where it does not exist. Raises ConfigError."""
         path = self.file_of(config_path)
         if path is None:
             return super().load_config(config_path)
@@ -88,6 +90,7 @@ def read_yaml(path: Path) -> yaml.Node | None:
 
 @functools.lru_cache(maxsize=1024)
 def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
+    """Parse a file; ``written`` and ``size`` (modification time in ns, bytes) are part of the cache key."""
     data = path.read_bytes()
     if data.startswith(codecs.BOM_UTF8):
         raise ConfigError(f"{path}:1: starts with a byte-order mark (BOM), which hides its first line; save it without a BOM")
@@ -191,6 +194,7 @@ def check_default_item(path: Path, item: yaml.Node) -> None:
 
 
 def refuse_item(path: Path, item: yaml.Node, written: str, group: str, option: str) -> None:
+    """Raises ConfigError for an entry of a defaults list, with the corrected entry."""
     raise ConfigError(f"{path}:{line_of(item)}: defaults: '{written}' must be 'override /{group.strip('/')}: {option}'")
 
 
@@ -202,18 +206,22 @@ def entries(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
 
 
 def kind_of(node: yaml.Node) -> str:
+    """The kind of a node, for an error message."""
     return {"sequence": "a list", "mapping": "a mapping"}.get(node.id, "text")
 
 
 def is_text(node: yaml.Node) -> bool:
+    """Whether a node is a scalar."""
     return isinstance(node, yaml.ScalarNode)
 
 
 def is_null(node: yaml.Node) -> bool:
+    """Whether a node is null."""
     return node.tag == "tag:yaml.org,2002:null"
 
 
 def line_of(node: yaml.Node) -> int:
+    """Line number of a node, from 1."""
     return int(node.start_mark.line) + 1
 
 

@@ -60,6 +60,7 @@ class LossyFile(io.FileIO):
     """
 
     def write(self, data: Any, /) -> int:
+        """Write all bytes, or drop them after an error; returns their number in both cases."""
         size = memoryview(data).nbytes
         try:
             written = super().write(data)
@@ -76,6 +77,7 @@ class LossyFile(io.FileIO):
 
 
 def redirect_to_null(descriptor: int) -> None:
+    """Redirect a file descriptor to the null device."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)

@@ -134,6 +134,7 @@ def short(name: str) -> str:
 
 
 def render(figure: Figure) -> Array:
+    """The pixels of a figure, (Y, X, 3) of uint8."""
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings(action="ignore"):  # a character missing from the font is drawn as a box
         canvas.draw()

@@ -264,6 +264,7 @@ def curve(results: Row, key: str) -> list[float]:
 
 
 def new_figure(title: str, note: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, a title and a note."""
     figure = Figure((9, 5.5), DPI)
     axes = figure.subplots()
     headings(figure, title, note)

@@ -63,18 +63,22 @@ class EventFile:
         self.pending = [Event(wall_time=time.time(), file_version="brain.Event:2")]
 
     def get_logdir(self) -> str:
+        """The directory of the file; part of EventFileWriter's interface."""
         return self.directory
 
     def add_event(self, event: Event) -> None:
+        """Buffer an event."""
         self.pending.append(event)
 
     def flush(self) -> None:
+        """Write the buffered events. Raises OSError; unwritten events stay in the buffer."""
         while self.pending:
             self.records.write(self.pending[0].SerializeToString())
             del self.pending[0]
         self.file.flush()
 
     def close(self) -> None:
+        """Flush and close the file."""
         try:
             self.flush()
         finally:

@@ -72,6 +72,7 @@ def check_changeable(changed: Changes, epoch: int, batch: int, directory: Path) 
 
 
 def cannot_resume(directory: Path, changed: Changes, reason: str) -> ConfigError:
+    """The error for options that cannot change on resume."""
     keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
     return ConfigError(
         f"trainer.resume=force cannot continue {directory} ({keys}): {reason}; keep the value, or start over with rerun=true"

@@ -296,8 +296,10 @@ def images_of(group: Group) -> str:
 
 
 def changes_of(group: Group) -> str:
+    """``resumed under another config`` where the config changed on resume; else empty."""
     return "resumed under another config" if group.best.get("config_changes") else ""
 
 
 def place_of(group: Group) -> str:
+    """Device and precision of a group."""
     return f"{group.best.get('device')}, {group.best.get('precision')}"

@@ -36,6 +36,7 @@ class DirectorySnapshot(Callback):
     records the reason."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Hydra's hook, called before it creates the directory of a single run."""
         global before
         before = None
         hydra_config = HydraConfig.instance()

@@ -60,6 +60,7 @@ class JobStatus:
         self.update(seconds=time.time() - self.began)
 
     def update(self, **fields: Any) -> None:
+        """Set fields of the status and write it."""
         self.state |= fields
         if self.folder and self.folder.is_dir():
             with suppress(UserError):  # the run itself reports a full disk

@@ -156,6 +156,7 @@ def walk(top: Path, enters: Callable[[os.DirEntry[str]], bool]) -> Iterator[tupl
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a directory or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself

@@ -38,9 +38,11 @@ class PeakMemory:
             self.reserved = max(self.reserved, reserved - self.resident)
 
     def state_dict(self) -> dict[str, int]:
+        """The peaks so far, in bytes, for a checkpoint."""
         return {"allocated": self.allocated, "reserved": self.reserved}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the peaks from a checkpoint."""
         self.allocated, self.reserved = state["allocated"], state["reserved"]
 
     @property
@@ -157,6 +159,7 @@ def return_freed_memory() -> None:
 
 
 def set_malloc_options(trim_threshold: int, mmap_threshold: int) -> None:
+    """Set glibc's thresholds in bytes; does nothing with another C library."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD and, below, M_MMAP_THRESHOLD of glibc's malloc.h

@@ -81,6 +81,7 @@ def given_threads(
 
 
 def visible_cpus() -> int:
+    """Number of CPUs in this process's affinity mask, or of the machine where there are no masks."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -146,6 +147,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def quota_v2(folder: Path) -> float | None:
+    """The CPU quota of a control group, version 2; None without a limit."""
     with suppress(OSError, ValueError):
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -153,6 +155,7 @@ def quota_v2(folder: Path) -> float | None:
 
 
 def quota_v1(folder: Path) -> float | None:
+    """The CPU quota of a control group, version 1; None without a limit."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         quota = int((folder / "cpu.cfs_quota_us").read_text())
         return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else None
