@@ -150,12 +150,12 @@ def cell(row: Row, key: str) -> str:
 def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
     """The tables of results, of the comparison with the paper, and of other runs; empty tables are omitted."""
 
-    def of(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
+    def make_table(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
         return Table(title, [COLUMNS[key].head for key in keys], [[cell(row, key) for key in keys] for row in rows], 1)
 
-    ours = of("Runs", OURS, rows)
+    ours = make_table("Runs", OURS, rows)
     compared = [row for row in rows if row["published_top1"] is not None]
-    comparison = of("Comparison with the paper", PAPER_COMPARISON, compared)
+    comparison = make_table("Comparison with the paper", PAPER_COMPARISON, compared)
     rest = Table("Not in the table", ("run", "status", "error"), [(str(r.path.parent), r.status, r.error) for r in others], 3)
     return [table for table in (ours, comparison, rest) if table.lines]
 

@@ -126,23 +126,23 @@ def figure_4(entries: Iterable[Entry], note: str, published: Mapping[str, Mappin
     points: list[Point] = []
     lines: dict[Line, str] = {}
     ours: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-    at: dict[str, tuple[float, float]] = {}
+    published_points: dict[str, tuple[float, float]] = {}
     for name, (family, label) in FIGURE_4.items():
-        at[name] = float(published[name]["published_gpu_gb"]), float(published[name]["published_top1"])
-        axes.plot(*at[name], "o", mfc="white", mec=FAMILIES[family], mew=1.6, ms=7, zorder=3)
-        points.append(Point(*at[name], label, FAMILIES[family], first=True))
+        published_points[name] = float(published[name]["published_gpu_gb"]), float(published[name]["published_top1"])
+        axes.plot(*published_points[name], "o", mfc="white", mec=FAMILIES[family], mew=1.6, ms=7, zorder=3)
+        points.append(Point(*published_points[name], label, FAMILIES[family], first=True))
     for group, row, label in entries:
-        kin = family_of(group.best)
-        if kin is None or row["gpu_gb"] is None:
+        run_family = family_of(group.best)
+        if run_family is None or row["gpu_gb"] is None:
             continue
-        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[kin]
+        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[run_family]
         ours[color].append((x, y))
-        there = at.get(group.runs[0].experiment)
-        if group.published and there:
-            lines[there, (x, y)] = color
+        published_point = published_points.get(group.runs[0].experiment)
+        if group.published and published_point:
+            lines[published_point, (x, y)] = color
         points.append(Point(x, y, label, color))
-    for color, ours_there in ours.items():
-        axes.plot(*zip(*ours_there, strict=True), "o", color=color, ms=7, zorder=4)
+    for color, own_points in ours.items():
+        axes.plot(*zip(*own_points, strict=True), "o", color=color, ms=7, zorder=4)
     axes.add_collection(LineCollection([*lines], colors=[*lines.values()], linestyles=":", linewidths=1, zorder=1))
     axes.margins(0.12)
     logarithmic(axes)

@@ -196,10 +196,12 @@ class TensorBoard:
             "worst_images": images.worst_images(self.pixels(worst), true[worst], guesses[worst], loss.numpy()[worst], names),
         }
         # One image of each of the first classes that the test images contain.
-        some = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
-        maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, normalize(self.test.images[some]))]
+        examples = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
+        maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, normalize(self.test.images[examples]))]
         if maps:
-            drawn["class_token_attention"] = images.attention_maps(self.pixels(some), true[some], guesses[some], maps, names)
+            drawn["class_token_attention"] = images.attention_maps(
+                self.pixels(examples), true[examples], guesses[examples], maps, names
+            )
         for name, picture in drawn.items():
             self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
 

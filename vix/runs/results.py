@@ -218,15 +218,15 @@ def join_names(names: Iterable[Any], most: int = 40) -> str:
 def filter_runs(runs: list[RunRecord], conditions: Iterable[str]) -> list[RunRecord]:
     """The runs that satisfy every condition ``key=value``. Raises UserError for an unknown key, or where no run is left."""
     for condition in conditions:
-        key, equals, wanted = condition.partition("=")
+        key, equals, text = condition.partition("=")
         known = sorted({k for run in runs for k in run.fields})
         if not equals or (runs and key not in known):
             raise UserError(f"--where {condition}: expected KEY=VALUE with one of these keys: {join_names(known, 200)}")
-        kept = [run for run in runs if key in run.fields and matches(wanted, run.fields[key])]
-        if runs and not kept:
+        matching = [run for run in runs if key in run.fields and matches(text, run.fields[key])]
+        if runs and not matching:
             values = sorted({as_text(run.fields[key]) for run in runs if key in run.fields})
             raise UserError(f"--where {condition}: no run matches; values of {key}: {join_names(values)}")
-        runs = kept
+        runs = matching
     return runs
 
 
@@ -235,12 +235,12 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def matches(wanted: str, value: Any) -> bool:
-    """Whether the text ``wanted`` denotes the value; numbers are compared numerically (1e-3 equals 0.001)."""
-    if as_text(value) == wanted:
+def matches(text: str, value: Any) -> bool:
+    """Whether ``text`` denotes the value; numbers are compared numerically (1e-3 equals 0.001)."""
+    if as_text(value) == text:
         return True
     try:
-        return not isinstance(value, bool | str) and float(wanted) == value
+        return not isinstance(value, bool | str) and float(text) == value
     except ValueError:
         return False
 
