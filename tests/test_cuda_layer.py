@@ -142,7 +142,7 @@ def test_what_is_refused(gpus: Driver) -> None:
         resolve_device("cuda:7")
     with pytest.raises(UserError, match="has 2 CUDA GPUs"):
         chosen_device("cuda:7")
-    with pytest.raises(ConfigError, match=r"this GPU has 16\.0 GB"):
+    with pytest.raises(ConfigError, match=r"this GPU has only 16\.0 GB"):
         check_memory_limit(torch.device("cuda", 1), 17.0)
 
 
