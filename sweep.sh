@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Trains many runs, one after another, and prints the report. `./sweep.sh --help`
+# Trains a sweep of runs sequentially and prints the report. See `./sweep.sh --help`.
 set -euo pipefail
 
 usage() {
     cat <<'END'
-Train a whole table of the paper, or any sweep, and print the report of all runs.
+Train all models of a table of the paper, or any sweep, and print the report of all runs.
 
   ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
-  ./sweep.sh override …              the same as: python train.py -m override …
-  ./sweep.sh --plan …                only say what that would do: runs, costs, refusals (the same as: python -m vix plan)
+  ./sweep.sh override …              same as: python train.py -m override …
+  ./sweep.sh --plan …                only list the runs and their cost (same as: python -m vix plan)
 
-  ./sweep.sh --config-dir DIR …      with configs of your own, next to those of conf/
+  ./sweep.sh --config-dir DIR …      with an additional directory of config files
 
-Overrides are Hydra's: key=value, or key=a,b,c to sweep over values. Finished runs are not run again, and
-interrupted ones continue, so the same command picks up where it stopped.
+Overrides are Hydra's: key=value, or key=a,b,c to sweep over values. Finished runs are skipped, and interrupted
+runs are resumed, so the same command continues an interrupted sweep.
 
   ./sweep.sh table1 seed=0,1,2 trainer.epochs=10
   ./sweep.sh all
   ./sweep.sh experiment=vin,vip attention.heads=2,4,8
   ./sweep.sh experiment=quickstart seed=0,1,2
-  ./sweep.sh table2 hydra.sweep.dir=outputs/table2      elsewhere than in outputs/
-  ./sweep.sh --plan table3 trainer.epochs=10            exit status 1 if a run would be refused
-  ./sweep.sh --plan --measure table1                    trains each model for a few steps, to tell hours and memory
+  ./sweep.sh table2 hydra.sweep.dir=outputs/table2      other directory than outputs/
+  ./sweep.sh --plan table3 trainer.epochs=10            exit code 1 if a run would be refused
+  ./sweep.sh --plan --measure table1                    measures time and memory in a few training steps
 
-The report (a table here; report.md, report.csv and pictures in the sweep's directory) comes also after failed
-runs; the exit status is then not 0. Make it again, sorted or filtered, with: python -m vix report --help
+The report is printed, and written to the sweep's directory (report.md, report.csv and figures), even if runs
+fail; the exit code is then not 0. To sort or filter the report, see: python -m vix report --help
 END
 }
 
-absolute() { # before this script goes to its own directory
+absolute() { # called before this script changes its working directory
     case "$1" in
         /* | "~"*) printf '%s\n' "$1" ;;
         *) printf '%s\n' "$PWD/$1" ;;
@@ -36,7 +36,7 @@ absolute() { # before this script goes to its own directory
 }
 
 plan=()
-flags=()   # Hydra's options that say where configs come from; the program takes them before the overrides
+flags=()   # Hydra's options that select the config files; they precede the overrides
 while [[ ${1:-} == -* ]]; do
     case "$1" in
         -h | --help) usage; exit 0 ;;
@@ -44,7 +44,7 @@ while [[ ${1:-} == -* ]]; do
         --measure) flags+=("$1") ;;
         -m | --multirun) ;;
         -cd | -cp | -cn | --config-dir | --config-path | --config-name)
-            [[ $# -ge 2 ]] || { echo "error: $1: a value is needed" >&2; exit 2; }
+            [[ $# -ge 2 ]] || { echo "error: $1: requires a value" >&2; exit 2; }
             value=$2
             if [[ $1 == -cd || $1 == --config-dir ]]; then value=$(absolute "$2"); fi
             flags+=("$1" "$value")
@@ -62,7 +62,7 @@ case "$1" in
     all | table*)
         rows=$(awk -F, -v table="${1#table}" 'NR > 1 && (table == "all" || $2 == table) { print $1 }' vix/runs/published.csv)
         if [[ -z $rows ]]; then
-            echo "error: $1: the paper has table1 to table5; all means every row" >&2
+            echo "error: $1: unknown table; valid: table1 to table5, or all for every row" >&2
             exit 2
         fi
         missing=""
@@ -70,7 +70,7 @@ case "$1" in
             [[ -e conf/experiment/$row.yaml ]] || missing+=" $row"
         done
         if [[ -n $missing ]]; then
-            echo "error: $1: conf/experiment/ has no file for:$missing" >&2
+            echo "error: $1: conf/experiment/ lacks a file for:$missing" >&2
             exit 2
         fi
         shift

@@ -1,11 +1,11 @@
-"""Train a vision transformer, or sweep over many: ``python train.py [-m] [experiment=ROW] [group=option] [key=value]``
+"""Train a vision transformer, or sweep over several: ``python train.py [-m] [experiment=ROW] [group=option] [key=value]``
 
-Hydra composes conf/ and the command line into a config; :func:`vix.cli.launch.run_job` builds what it says and trains it.
+Hydra composes a config from conf/ and the command line; :func:`vix.cli.launch.run_job` builds the model and trains it.
 """
 
 import sys
 
-import vix.system.threads  # noqa: F401  before PyTorch, whose OpenMP reads how its threads wait when it is imported
+import vix.system.threads  # noqa: F401  before PyTorch, because OpenMP reads its wait policy when PyTorch is imported
 
 # isort: split
 import hydra
@@ -18,7 +18,7 @@ from vix.composition.compose import VERSION_BASE
 
 @hydra.main(config_path=str(CONFIG_DIR), config_name=CONFIG_NAME, version_base=VERSION_BASE)
 def main(cfg: DictConfig) -> float:
-    """One job of a sweep, or a single run: returns its top-1 accuracy, which a search can maximize."""
+    """Run one job of a sweep, or a single run, and return its top-1 accuracy in percent, which a search can maximize."""
     return run_job(cfg)
 
 

@@ -1,14 +1,14 @@
-"""What this program costs beside the packages that one would otherwise take, and where linear attention pays.
+"""Benchmarks: cost of this program compared with other packages, and of the mixers over the number of tokens.
 
-``python -m benchmarks`` compares training steps side by side, ``python -m benchmarks.scaling`` goes through numbers of tokens,
-``python -m benchmarks.overhead`` times what is not a step, ``python -m benchmarks.waiting`` how threads wait. Each writes JSON
-into ``benchmarks/results/`` that names the device, the versions and the commit.
-What they need beyond the program: ``pip install -r requirements-benchmarks.txt``.
+``python -m benchmarks`` compares training steps, ``python -m benchmarks.scaling`` varies the number of tokens,
+``python -m benchmarks.overhead`` times everything except the steps, and ``python -m benchmarks.waiting`` compares wait policies
+of OpenMP threads. Each writes a JSON file with the device, the versions and the commit to ``benchmarks/results/``.
+Additional requirements: ``pip install -r requirements-benchmarks.txt``.
 """
 
 import os
 
-# Before PyTorch is loaded: its profiler, which measures memory on a CPU, would tell of every start, and that there is no GPU.
+# Set before PyTorch is loaded: its profiler, which measures memory on a CPU, would log every start and a missing GPU.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-import vix  # noqa: F401  (so that OpenMP's threads wait as they do in train.py)
+import vix  # noqa: F401  (sets the same OpenMP wait policy as train.py)

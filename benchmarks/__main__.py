@@ -1,8 +1,8 @@
-"""``python -m benchmarks``: training steps of ViT, ViP, ViL and ViN, ours beside the packages' and the paper's own way.
+"""``python -m benchmarks``: training steps of ViT, ViP, ViL and ViN: ours, other packages', and the paper's training procedure.
 
-All with width 128, 4 blocks, 4 heads, MLP 256, patches of 1 pixel, 1,025 tokens, 10 classes. Every measurement has a process
-of its own; rounds alternate the order, and a ratio is the median over rounds of ratios within one, so that what else the
-machine does weighs on both sides.
+All models have width 128, 4 blocks, 4 heads, MLP width 256, patches of 1 pixel, 1,025 tokens and 10 classes. Every measurement
+runs in a new process. Rounds alternate the order of the variants, and a ratio is the median over the rounds of the ratios
+within a round, so that other load on the machine affects both sides equally.
 """
 
 import statistics
@@ -22,25 +22,26 @@ LIMIT = 900.0  # seconds for one measurement
 
 
 def median_ratio(rounds: list[dict[str, Any]], above: str, below: str, quantity: str) -> float | None:
-    """Median over rounds of one variant's quantity over another's."""
+    """Median over the rounds of the ratio of one variant's quantity to another's."""
     pairs = [(r[above].get(quantity), r[below].get(quantity)) for r in rounds if above in r and below in r]
     ratios = [a / b for a, b in pairs if a and b]
     return statistics.median(ratios) if ratios else None
 
 
 def geometric_mean(values: list[float | None]) -> float | None:
+    """Geometric mean; None where a value is missing."""
     known = [value for value in values if value is not None]
     return statistics.geometric_mean(known) if known and len(known) == len(values) else None
 
 
 def summarize(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dict[str, float]) -> dict[str, Any]:
-    """One model's figures and ratios from all rounds: how many times the images per second, and what part of the memory."""
+    """One model's measurements over all rounds, and the ratios of images per second and of memory (ours over theirs)."""
     row: dict[str, Any] = {"model": name, "batch": batch_size, "rounds": rounds}
     for kind in KINDS:
         costs = [r[kind] for r in rounds if kind in r]
         if not costs:
             continue
-        # A replayed CUDA graph allocates nothing that PyTorch counts; its pool is part of what is reserved.
+        # PyTorch does not count allocations of a replayed CUDA graph; the reserved memory includes its pool.
         allocated = "reserved" if kind in ON_GPUS else "allocated"
         seconds = statistics.median(c["seconds"] for c in costs)
         row[kind] = {
@@ -60,7 +61,7 @@ def summarize(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dic
 
 
 def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -> None:
-    """The table of ratios, then that of figures."""
+    """Print the table of ratios, and the table of measurements."""
 
     def times(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}"
@@ -69,8 +70,8 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
     Table(
         f"Ours over theirs, on {device}",
         (
-            *("model", "which", "batch", "images/s, package", "memory, package", "images/s, package with our settings"),
-            *("images/s, paper's way", "memory, paper's way"),
+            *("model", "variant", "batch", "images/s, package", "memory, package", "images/s, package with our settings"),
+            *("images/s, paper's procedure", "memory, paper's procedure"),
         ),
         [
             (MODELS.get(r["model"], r["model"]), own, str(r["batch"]), *(times(r[f"{own}_{key}"]) for key in ratios))
@@ -82,7 +83,7 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
     ).print()
     Table(
         "Training steps",
-        ("model", "whose", "batch", "images/s", "ms", "peak GB", "reserved GB", "of matmul, %", "of copy, %"),
+        ("model", "variant", "batch", "images/s", "ms", "peak GB", "reserved GB", "of matmul, %", "of copy, %"),
         [
             (
                 *(MODELS[row["model"]], kind, str(row["batch"])),
@@ -102,16 +103,17 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
 
 
 def main() -> None:
-    options = parser("python -m benchmarks", "Training steps: ours beside the packages' and the paper's own way.")
-    options.add_argument("--batch", type=int, nargs="+", help="images a step (default: 8 on a CPU, 64 and 256 on a GPU)")
+    """The command."""
+    options = parser("python -m benchmarks", "Training steps: ours, other packages', and the paper's training procedure.")
+    options.add_argument("--batch", type=int, nargs="+", help="images per step (default: 8 on a CPU, 64 and 256 on a GPU)")
     options.add_argument("--rounds", type=int, default=3, help="measurements of every variant (default: 3)")
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all four")
-    options.add_argument("--kinds", nargs="+", choices=KINDS, help="default: all that the device has")
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models (default: all four)")
+    options.add_argument("--kinds", nargs="+", choices=KINDS, help="variants (default: all that the device supports)")
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
     batches = chosen.batch or ([64, 256] if device.type == "cuda" else [8])
     rounds = 1 if chosen.quick else chosen.rounds
-    import benchmarks.packages  # noqa: F401  # whether all are there is told before anything is measured
+    import benchmarks.packages  # noqa: F401  # reports a missing package before the first measurement
 
     context = processes("benchmarks.packages", "benchmarks.variants")
     elsewhere = ON_CPUS if device.type == "cuda" else ON_GPUS
@@ -148,7 +150,7 @@ def main() -> None:
     ]
     path = write("side-by-side", device, chosen, {"ceilings": top, "rows": rows, "means": means, "refused": refused})
     print_table(rows, means, str(device))
-    print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s in a matrix product, {top['copy'] / 1e9:.1f} GB/s in a copy")
+    print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s for a matrix product, {top['copy'] / 1e9:.1f} GB/s for a copy")
     print(f"Written: {path}")
 
 

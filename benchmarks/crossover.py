@@ -1,4 +1,4 @@
-"""From how many tokens on one mixer takes less than another, and how its costs grow, from measured points."""
+"""Crossover points from measurements: from how many tokens one mixer costs less than another, and how its costs grow."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,18 @@ Point = dict[str, Any]
 
 
 def curve(points: Sequence[Point], mixer: str, name: str, quantity: str) -> dict[int, float]:
-    """Tokens → the quantity, of one mixer in the pass of this name."""
+    """Tokens → quantity, for one mixer.
+
+    name: of the pass, forward or training.   quantity: seconds or bytes.
+    """
     return {p["tokens"]: p[quantity] for p in points if p["mixer"] == mixer and p["pass"] == name and p[quantity]}
 
 
 def crossover(mine: dict[int, float], other: dict[int, float]) -> float | None:
-    """The number of tokens from which on ``mine`` stays below ``other``; None where it is not below at the largest size.
+    """The number of tokens from which ``mine`` stays below ``other``; 0 where it is below at all sizes.
 
-    Between two measured sizes it is where straight lines through them, on logarithmic axes, meet; 0 where it is below
-    everywhere. Sizes that only one of the two has do not count.
+    Interpolated linearly on logarithmic axes between two measured sizes; sizes that only one curve has are ignored. None
+    where ``mine`` is not below at the largest size.
     """
     sizes = sorted(mine.keys() & other.keys())
     ahead = [math.log(other[n] / mine[n]) for n in sizes]
@@ -31,14 +34,14 @@ def crossover(mine: dict[int, float], other: dict[int, float]) -> float | None:
 
 
 def growth(points: Sequence[Point], mixer: str, name: str, quantity: str) -> float | None:
-    """Times by which the quantity grows between the two largest sizes that were measured of any mixer."""
+    """Factor by which a mixer's quantity grows between the two largest sizes of all mixers; None where one is missing."""
     sizes = sorted({p["tokens"] for p in points})[-2:]
     mine = curve(points, mixer, name, quantity)
     return mine[sizes[1]] / mine[sizes[0]] if len(sizes) == 2 and all(n in mine for n in sizes) else None
 
 
 def sentence(points: Sequence[Point], mixer: str, against: str) -> str:
-    """From where on the mixer trains faster, and with less memory, than the other."""
+    """A sentence that states from how many tokens the mixer trains faster, and with less memory, than ``against``."""
     parts = []
     for quantity, better in (("seconds", "trains faster"), ("bytes", "takes less memory")):
         mine, other = (curve(points, m, "training", quantity) for m in (mixer, against))
@@ -47,11 +50,11 @@ def sentence(points: Sequence[Point], mixer: str, against: str) -> str:
             parts.append(f"{better}: not measured")
             continue
         where, last = crossover(mine, other), sizes[-1]
-        times = f"{other[last] / mine[last]:.1f} times at {last:,}"
+        factor = f"{other[last] / mine[last]:.1f} times at {last:,}"
         if where is None:
-            parts.append(f"never {better} up to {last:,} tokens ({times})")
+            parts.append(f"never {better} up to {last:,} tokens ({factor})")
         elif where == 0:
-            parts.append(f"{better} from {sizes[0]:,} tokens or fewer ({times})")
+            parts.append(f"{better} from {sizes[0]:,} tokens or fewer ({factor})")
         else:
-            parts.append(f"{better} from about {float(f'{where:.2g}'):,.0f} tokens ({times})")
-    return f"{mixer}, against {against} attention: {'; '.join(parts)}."
+            parts.append(f"{better} from about {float(f'{where:.2g}'):,.0f} tokens ({factor})")
+    return f"{mixer}, compared with {against} attention: {'; '.join(parts)}."

@@ -1,4 +1,4 @@
-"""A process of its own for every measurement: no cache, allocator or peak of one that is left to the next."""
+"""Runs each measurement in a new process, so that caches, allocators and memory peaks do not affect the next one."""
 
 import multiprocessing
 import os
@@ -11,17 +11,17 @@ import torch
 
 from vix.system.memory import gpu_out_of_memory, out_of_memory
 
-# They come out of a server that has imported everything and touched no device, so that starting one takes no time.
-# torch._dynamo is what an optimizer imports in its first step.
+# Modules imported by the fork server, which uses no device, so that new processes start fast. An optimizer imports
+# torch._dynamo in its first step.
 PRELOAD = ("torch", "torch._dynamo", "vix.cli.summary", "vix.layers.posenc", "benchmarks.steps", "benchmarks.measure")
 
 
 class Refused(Exception):
-    """A measurement that could not be made; its message is the reason."""
+    """A measurement failed for lack of memory or time; the message is the reason."""
 
 
 def processes(*preload: str) -> multiprocessing.context.ForkServerContext:
-    """What starts them; ``preload``: further modules that they need."""
+    """The context that starts the processes; ``preload``: additional modules to import in the fork server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, *preload])
     return context
@@ -34,9 +34,11 @@ def isolated(
     *arguments: Any,
     limit: float,
 ) -> Any:
-    """``function(*arguments)`` in a new process with so many threads, ended after ``limit`` seconds.
+    """Return ``function(*arguments)`` from a new process.
 
-    Raises Refused with the reason where it is out of memory or time, and RuntimeError with the child's error otherwise.
+    context: from :func:`processes`.   threads: CPU threads of the process.   limit: timeout in seconds.
+
+    Raises Refused with the reason where memory or time is exceeded, and RuntimeError with the child's error otherwise.
     """
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(sender, threads, function, arguments))
@@ -46,13 +48,13 @@ def isolated(
         if not receiver.poll(limit):
             raise Refused(f"took more than {limit:.0f} s")
         kind, value = receiver.recv()
-        process.join(10)  # the compiler's helpers end with it, unless it is killed
+        process.join(10)  # lets the compiler's worker processes exit, which a kill would not
     except EOFError:
         process.join()
         reason = (
-            "killed, as the system does when memory ends"
+            "killed, probably by the system for lack of memory"
             if process.exitcode == -signal.SIGKILL
-            else f"ended with {process.exitcode}"
+            else f"exited with {process.exitcode}"
         )
         raise Refused(reason) from None
     finally:
@@ -67,7 +69,8 @@ def isolated(
 
 
 def child(sender: Connection, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for a loader's workers
+    """The main function of the new process: sends ``(kind, value)``, where kind is value, refused or error."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited by data loader workers
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     try:

@@ -1,4 +1,4 @@
-"""Time and peak memory of a step that is repeated, on a GPU by its own events, and what its operations amount to."""
+"""Time and peak memory of a repeated step, measured with CUDA events on a GPU, and the memory traffic of its operations."""
 
 import statistics
 import time
@@ -14,16 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 STATUS = Path("/proc/self/status")
-FEWEST, MOST = 5, 200  # repeats
+FEWEST, MOST = 5, 200  # limits of the number of repeats
 
 
 class Cost(NamedTuple):
-    """What a step takes: the median of its repeats, and the peaks over them in bytes.
+    """Cost of a step: the median time over its repeats, and the peak memory in bytes.
 
-    allocated: of PyTorch's memory on a GPU, all of it: weights, optimizer state, activations. On a CPU what a step takes beside
-        the weights and the optimizer's state, without what the libraries below PyTorch take for themselves.
-    reserved: what PyTorch holds of a GPU's memory; None on a CPU.
-    resident: of the process on a CPU over what it had before the model; None on a GPU, or where the system does not tell.
+    seconds: median time of a step.
+    repeats: number of measured steps.
+    allocated: on a GPU, all memory that PyTorch allocated: weights, optimizer state and activations. On a CPU, the memory of a
+        step in addition to weights and optimizer state, excluding the memory of libraries below PyTorch.
+    reserved: memory that PyTorch reserved on a GPU; None on a CPU.
+    resident: increase of the process's resident memory over ``baseline`` on a CPU; None on a GPU, or where it is unknown.
     """
 
     seconds: float
@@ -36,25 +38,27 @@ class Cost(NamedTuple):
 def measure(
     step: Callable[[], object], device: torch.device, seconds: float, baseline: int | None, fewest: int = FEWEST
 ) -> Cost:
-    """Warm up, then repeat for about so many seconds, at least ``fewest`` times.
+    """Warm up, then repeat a step and measure it.
 
-    baseline: bytes that the process had resident before the model was made, from :func:`resident`.
+    seconds: approximate total time of the repeats.
+    baseline: resident bytes of the process before the model was created, from :func:`resident`.
+    fewest: minimum number of repeats.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and events are the current device's
-    step()  # allocates the optimizer's state, and chooses kernels
+        torch.cuda.set_device(device)  # streams and events belong to the current device
+    step()  # allocates the optimizer state, and selects kernels
     synchronize(device)
     clock = time.perf_counter()
     step()
     synchronize(device)
     once = time.perf_counter() - clock
-    if once < seconds:  # caches and clocks settle; a step that takes longer than all of this has settled
+    if once < seconds:  # warms up caches and clocks; not needed for longer steps
         for _ in range(min(10, int(seconds / 4 / once))):
             step()
     repeats = max(fewest, min(MOST, int(seconds / once)))
     if device.type != "cuda":
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak: what compiling took is not the step's
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak, to exclude memory used by compilation
         marks = [time.perf_counter()]
         for _ in range(repeats):
             step()
@@ -64,10 +68,10 @@ def measure(
         above = None if peak is None or baseline is None else peak - baseline
         return Cost(statistics.median(durations), repeats, most_allocated(step), None, above)
     synchronize(device)
-    torch.cuda.empty_cache()  # what the warm-up tried and let go is not the step's
+    torch.cuda.empty_cache()  # excludes memory that only the warm-up used
     torch.cuda.reset_peak_memory_stats(device)
     step()
-    # An event between every two steps, and no wait before the last: the host runs ahead as it does in training.
+    # Events between the steps, without synchronization, so that the host runs ahead of the GPU as in training.
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
@@ -80,7 +84,7 @@ def measure(
 
 
 def most_allocated(step: Callable[[], object]) -> int:
-    """Bytes on the CPU that PyTorch's profiler sees a step hold at most of those that it has allocated itself."""
+    """Peak bytes on the CPU that a step allocates, measured with PyTorch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     assert profile.profiler is not None
@@ -91,12 +95,16 @@ def most_allocated(step: Callable[[], object]) -> int:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def resident(which: str = "VmRSS") -> int | None:
-    """Bytes of this process in memory now, or at most so far (``VmHWM``); None where the system does not tell."""
+    """Resident memory of this process in bytes; None where /proc is missing.
+
+    which: VmRSS for the current value, VmHWM for the peak so far.
+    """
     try:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith(which))
     except (OSError, StopIteration):
@@ -105,7 +113,7 @@ def resident(which: str = "VmRSS") -> int | None:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write: their tensors, each once an operation, and none for views."""
+    """Counts the bytes that operations read and write: each input and output tensor once per operation; views are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,34 +125,37 @@ class Traffic(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if not is_view and "empty" not in func.__name__:
             self.bytes += size(args) + size(kwargs) + size(result)
-            if not returns:  # works in place on lists of tensors: reads and writes them
+            if not returns:  # in-place operations on lists of tensors read and write them
                 written = [value for value, a in zip(args, arguments, strict=False) if a.alias_info and a.alias_info.is_write]
                 self.bytes += size(written)
         return result
 
 
 def size(tree: Any) -> int:
-    """Bytes of all tensors of a nest; an expanded one has those that it occupies."""
+    """Bytes of all tensors in a nested structure; an expanded tensor counts only its storage."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
 
 
 def traffic(step: Callable[[], object]) -> int:
-    """Bytes that the operations of one step read and write, if nothing stays in a cache between two of them."""
+    """Bytes that the operations of one step read and write, without caching between operations."""
     with Traffic() as counted:
         step()
     return counted.bytes
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches at best: FLOP/s in a large matrix product, bytes/s (read and written) in a large copy."""
+    """Peak rates of the device: FLOP/s of a large matrix product, and bytes/s (read plus written) of a large copy."""
 
     matmul: float
     copy: float
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Ceilings:
-    """Measured with ``dtype``, which the steps compute in."""
+    """Measure the peak rates.
+
+    dtype: of the matrix product, as in the steps.   quick: use small sizes.
+    """
     gpu = device.type == "cuda"
     side, count = (8192, 2**30) if gpu else (2048, 2**28)
     if quick:

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.overhead``: what a run takes beside its training steps, measured on real runs of train.py.
+"""``python -m benchmarks.overhead``: time that a run needs in addition to its training steps, measured on runs of train.py.
 
-Seconds from the command to the end of the first step, and what compiling it adds; an epoch's wall time over that of its steps
-alone, which is what data, logging and checks cost; and a sweep's jobs per hour, one job after another in one process and
-several processes at once.
+Measures the seconds from the command to the end of the first step, and the additional time to compile it; the ratio of an
+epoch's wall time to that of its steps alone, which is the overhead of data, logging and checks; and a sweep's jobs per hour,
+sequentially in one process and in several concurrent processes.
 """
 
 import statistics
@@ -18,34 +18,37 @@ from vix.reporting.table import Table
 
 
 def first_step(job: TimedProcess, images: int) -> float:
-    """Seconds from the command to the end of the first step, of a run whose only epoch is that step.
+    """Seconds from the command to the end of the first step, for a run whose only epoch is that step.
 
-    What was told was the end of the epoch, after the test: that is taken off.
+    The measured time is that of the epoch's log line, which follows the evaluation; the time since the step is subtracted.
+
+    images: in the step.
     """
     (results,) = job.results
     return job.first_epoch - (results["seconds"] - images / results["images_per_second"])
 
 
 def epoch_step(job: TimedProcess, batch_size: int) -> float:
-    """Seconds a step within an epoch, the median of all epochs but the first, which warms up."""
+    """Seconds per step within an epoch: the median over all epochs except the first, which is a warm-up."""
     (results,) = job.results
     speeds = [row["images_per_second"] for row in results["history"]]
     return batch_size / statistics.median(speeds[1:])
 
 
 def shares(jobs: int, at_once: int) -> list[str]:
-    """The seeds of a sweep, dealt out: ``seed=0,2``, ``seed=1,3``."""
+    """The seeds of a sweep, distributed over ``at_once`` processes: ``seed=0,2``, ``seed=1,3``."""
     return ["seed=" + ",".join(map(str, range(first, jobs, at_once))) for first in range(min(jobs, at_once))]
 
 
 def main() -> None:
-    options = parser("python -m benchmarks.overhead", "What a run takes beside its training steps.")
+    """The command."""
+    options = parser("python -m benchmarks.overhead", "Time that a run needs in addition to its training steps.")
     options.add_argument("--experiment", help="a file of conf/experiment (default: vit)")
-    options.add_argument("--batch", type=int, help="images a step (default: 8 on a CPU, 64 on a GPU)")
-    options.add_argument("--steps", type=int, help="steps of an epoch (default: 12 on a CPU, 640 on a GPU)")
-    options.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default: 3)")
+    options.add_argument("--batch", type=int, help="images per step (default: 8 on a CPU, 64 on a GPU)")
+    options.add_argument("--steps", type=int, help="steps per epoch (default: 12 on a CPU, 640 on a GPU)")
+    options.add_argument("--rounds", type=int, default=3, help="repetitions of every measurement (default: 3)")
     options.add_argument("--jobs", type=int, help="runs of the sweep (default: 4 on a CPU, 8 on a GPU)")
-    options.add_argument("--at-once", type=int, help="processes of the packed sweep (default: 2 on a CPU, 4 on a GPU)")
+    options.add_argument("--at-once", type=int, help="concurrent processes of the sweep (default: 2 on a CPU, 4 on a GPU)")
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
     gpu, quick = device.type == "cuda", chosen.quick
@@ -54,12 +57,12 @@ def main() -> None:
     steps = chosen.steps or (3 if quick else 640 if gpu else 12)
     jobs = chosen.jobs or (2 if quick else 8 if gpu else 4)
     at_once = chosen.at_once or (4 if gpu else 2)
-    # What packs CPU jobs shares the threads among them.
+    # Concurrent jobs on a CPU share its threads.
     threads, threads_packed = chosen.threads, chosen.threads if gpu else max(1, chosen.threads // at_once)
     small = ("model.dim=16", "model.depth=1") if quick else ()
     what = (f"experiment={experiment}", f"trainer.batch_size={batch_size}", *small)
     command = (*what, f"trainer.device={device}", "data.test_size=10")
-    train_size = max(steps * batch_size, 10)  # the least that holds each of 10 classes
+    train_size = max(steps * batch_size, 10)  # at least one image of each of 10 classes
     epochs = 2 if quick else 4
     context = processes("benchmarks.variants")
 
@@ -71,7 +74,7 @@ def main() -> None:
             [[*command, "trainer.epochs=1", f"trainer.batch_size={one_step}", f"data.train_size={one_step}"]], threads
         )
         once = run_together([[*command, "trainer.epochs=1", f"data.train_size={train_size}"]], threads)
-        with tempfile.TemporaryDirectory() as cache:  # for the first of the two it is empty
+        with tempfile.TemporaryDirectory() as cache:  # empty for the first of the two runs
             compiling = [
                 run_together(
                     [[*command, "trainer.epochs=1", f"data.train_size={train_size}", "trainer.compile=true"]],
@@ -105,15 +108,15 @@ def main() -> None:
     }
     path = write("overhead", device, chosen, {"setting": setting, **medians, "rounds": rounds})
     Table(
-        f"Beside the steps: {experiment}, batch {batch_size}, on {device}",
-        ("what", "median"),
+        f"Overhead: {experiment}, batch {batch_size}, on {device}",
+        ("measurement", "median"),
         [
             ("from the command to the first step", f"{medians['seconds_to_first_step']:.1f} s"),
             ("compiling the step (trainer.compile=true)", f"{medians['compile_seconds']:.1f} s"),
-            ("compiling it again", f"{medians['compile_seconds_again']:.1f} s"),
-            (f"an epoch of {steps} steps over the steps alone", f"{medians['epoch_over_bare_steps']:.3f}"),
-            (f"jobs an hour, {jobs} in one process", f"{medians['jobs_per_hour_alone']:.0f}"),
-            (f"jobs an hour, {at_once} processes at once", f"{medians['jobs_per_hour_packed']:.0f}"),
+            ("compiling it with a warm cache", f"{medians['compile_seconds_again']:.1f} s"),
+            (f"an epoch of {steps} steps relative to its steps alone", f"{medians['epoch_over_bare_steps']:.3f}"),
+            (f"jobs per hour, {jobs} in one process", f"{medians['jobs_per_hour_alone']:.0f}"),
+            (f"jobs per hour, {at_once} concurrent processes", f"{medians['jobs_per_hour_packed']:.0f}"),
         ],
         1,
     ).print()

@@ -1,4 +1,4 @@
-"""The packages' attentions in one skeleton: vit-pytorch's ViT with the sizes of the paper's ViT, ViP, ViL and ViN."""
+"""Reference models: vit-pytorch's ViT with the attentions of other packages, in the paper's sizes."""
 
 from collections.abc import Callable
 
@@ -19,18 +19,21 @@ PROJECTED = LANDMARKS = 64
 
 
 def performer(tokens: int) -> nn.Module:
+    """performer-pytorch's attention: (B, N, D) → (B, N, D)."""
     return SelfAttention(DIM, heads=HEADS, dim_head=DIM // HEADS, qkv_bias=True)
 
 
 def linformer(tokens: int) -> nn.Module:
+    """linformer's attention for N = ``tokens``: (B, N, D) → (B, N, D)."""
     return LinformerSelfAttention(DIM, tokens, k=PROJECTED, heads=HEADS, one_kv_head=True, share_kv=True)
 
 
 def nystrom(tokens: int) -> nn.Module:
+    """nystrom-attention's attention: (B, N, D) → (B, N, D)."""
     return NystromAttention(DIM, dim_head=DIM // HEADS, heads=HEADS, num_landmarks=LANDMARKS)
 
 
-# The paper's model → what stands in it instead of vit-pytorch's own softmax attention, which writes out the N×N matrix.
+# The paper's model → the attention that replaces vit-pytorch's softmax attention, which stores the N×N matrix.
 ATTENTIONS: dict[str, Callable[[int], nn.Module] | None] = {
     "vit": None,
     "vip": performer,
@@ -40,10 +43,12 @@ ATTENTIONS: dict[str, Callable[[int], nn.Module] | None] = {
 
 
 def package_model(name: str, image_size: int, patch_size: int) -> nn.Module:
-    """(B, 3, Y, X) images → (B, 10) logits. ``name``: vit, vip, vil or vin.
+    """A model with the same parameters as this program's: (B, 3, Y, X) images → (B, 10) logits.
 
-    Parameter for parameter this program's model of that name: later versions of vit-pytorch normalise the patches before and
-    after their projection, which the published models did not, so that is taken out.
+    name: vit, vip, vil or vin.   image_size, patch_size: in pixels.
+
+    Recent versions of vit-pytorch normalize the patches before and after their projection. The published models did not, so
+    these layers are removed.
     """
     model = ViT(
         image_size=image_size,

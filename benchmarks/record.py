@@ -1,4 +1,4 @@
-"""The JSON of a benchmark: where, with what and from which commit it was measured."""
+"""The JSON file of a benchmark, with hardware, versions, commit and options; and the options that all benchmarks share."""
 
 import argparse
 import importlib.metadata
@@ -25,20 +25,23 @@ PACKAGES = ("vit-pytorch", "performer-pytorch", "linformer", "nystrom-attention"
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """A parser with the options that all benchmarks share."""
     options = argparse.ArgumentParser(prog=program, description=description)
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: auto)")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    options.add_argument("--threads", type=int, default=cores, help=f"CPU threads of a process (default: {cores})")
-    options.add_argument("--out", type=user_path, help="the JSON file to write (default: one in benchmarks/results/)")
+    options.add_argument("--threads", type=int, default=cores, help=f"CPU threads per process (default: {cores})")
+    options.add_argument("--out", type=user_path, help="JSON file to write (default: a file in benchmarks/results/)")
     options.add_argument(
-        "--quick", action="store_true", help="small models and few repeats: shows that it works, measures nothing"
+        "--quick", action="store_true", help="small models and few repeats: a smoke test without meaningful results"
     )
     return options
 
 
 def chosen_device(name: str) -> torch.device:
-    """``--device`` as a device, a GPU always with its index. CUDA is not started: what is measured runs in other processes."""
+    """``--device`` → the device; a GPU always has an index. CUDA is not initialized, because other processes measure.
+
+    Raises UserError where this machine lacks the device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not name.startswith("cuda"):
@@ -46,16 +49,16 @@ def chosen_device(name: str) -> torch.device:
     try:
         index = torch.device(name).index or 0
     except RuntimeError as error:
-        raise UserError(f"--device {name}: no such device; auto, cpu and cuda:N are names") from error
+        raise UserError(f"--device {name}: no such device; valid: auto, cpu, cuda:N") from error
     count = torch.cuda.device_count()
     if not torch.cuda.is_available() or index >= count:
         gpus = f"{count} CUDA GPUs" if count else "no CUDA GPU"
-        raise UserError(f"--device {name}: this machine has {gpus} that PyTorch can use; auto and cpu are there")
+        raise UserError(f"--device {name}: this machine has {gpus} that PyTorch can use; use auto or cpu")
     return torch.device("cuda", index)
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """The name of the GPU or of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -66,7 +69,10 @@ def hardware(device: torch.device) -> str:
 
 
 def write(benchmark: str, device: torch.device, options: argparse.Namespace, measured: dict[str, Any]) -> Path:
-    """Write what was measured, with its circumstances, and return the file."""
+    """Write the measurements with hardware, versions, commit and options, and return the path.
+
+    benchmark: its name, which begins the file name.   measured: the measurements.
+    """
     name = hardware(device)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
     threads = "" if device.type == "cuda" else f"-{options.threads}-threads"
@@ -88,7 +94,7 @@ def write(benchmark: str, device: torch.device, options: argparse.Namespace, mea
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that are compared; None where one is not installed."""
+    """Versions of the compared packages; None where one is not installed."""
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -99,7 +105,7 @@ def versions() -> dict[str, str | None]:
 
 
 def errors_in_one_line(main: Callable[[], None]) -> None:
-    """A benchmark's command: what its user can mend ends it with one line."""
+    """Run the main function of a benchmark; a UserError ends it with a one-line message."""
     protect_output()
     try:
         main()

@@ -1,4 +1,4 @@
-"""Real processes of train.py, timed from outside."""
+"""Times processes of train.py from outside."""
 
 import json
 import os
@@ -16,11 +16,11 @@ PROGRAM = Path(__file__).parents[1].resolve() / "train.py"
 
 
 class TimedProcess(NamedTuple):
-    """What processes of train.py took, in seconds from their start.
+    """Times of concurrent processes of train.py, in seconds from their start.
 
-    wall: until the last one ended.
-    first_epoch: until one told the end of its first epoch.
-    results: of all their runs.
+    wall: until the last process ended.
+    first_epoch: until a process logged the end of its first epoch.
+    results: contents of results.json of all runs.
     """
 
     wall: float
@@ -29,17 +29,20 @@ class TimedProcess(NamedTuple):
 
 
 def run_together(commands: Sequence[Sequence[str]], threads: int, **variables: str) -> TimedProcess:
-    """Start ``python train.py ARGUMENTS`` for each of the commands at once, in an empty directory, and wait for all.
+    """Run ``python train.py ARGUMENTS`` for several commands concurrently, in an empty directory.
 
-    variables: of their environment.
-    Raises UserError with the last line that train.py wrote where one fails.
+    commands: arguments of each process.
+    threads: CPU threads per process.
+    variables: additional environment variables.
+
+    Raises UserError with the last line of output where a process fails.
     """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         **variables,
-        "VIX_DATA": str(Path(os.environ.get("VIX_DATA", "data")).resolve()),  # the runs start in another directory
+        "VIX_DATA": str(Path(os.environ.get("VIX_DATA", "data")).resolve()),  # the runs start elsewhere
     }
     first_epoch = float("nan")
     with tempfile.TemporaryDirectory() as directory:
@@ -72,6 +75,6 @@ def run_together(commands: Sequence[Sequence[str]], threads: int, **variables: s
         for process, lines in zip(processes, outputs, strict=True):
             if process.returncode:
                 last = "".join(lines).strip().rpartition("\n")[2]
-                raise UserError(f"train.py ended with {process.returncode}: {last.removeprefix('error: ')}")
+                raise UserError(f"train.py exited with {process.returncode}: {last.removeprefix('error: ')}")
         results = [json.loads(path.read_text()) for path in sorted(Path(directory).glob("outputs/**/results.json"))]
     return TimedProcess(wall, first_epoch, results)

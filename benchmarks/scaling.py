@@ -1,7 +1,8 @@
-"""``python -m benchmarks.scaling``: every mixer from 256 to 16,384 tokens, and from where on it beats fused softmax.
+"""``python -m benchmarks.scaling``: every mixer from 256 to 16,384 tokens, and the crossover with fused softmax attention.
 
-Each stands in a ViT of width 128 with 4 blocks and 4 heads; forward passes and training steps, time and peak memory. What
-would take longer or more memory than allowed, by how the smaller sizes grew, is left out, and why is written down.
+Measures time and peak memory of forward passes and training steps of a ViT of width 128 with 4 blocks and 4 heads.
+Measurements whose time or memory, extrapolated from smaller sizes, would exceed the limits are skipped; the results contain
+the reason.
 """
 
 import math
@@ -19,7 +20,7 @@ from benchmarks.variants import mixer_cost
 from vix.errors import UserError
 from vix.reporting.table import Table
 
-# What is measured → the overrides that choose it. The first is what the others are compared with.
+# Name → overrides. The others are compared with the first.
 MIXERS: dict[str, tuple[str, ...]] = {
     "softmax": ("attention=softmax",),
     "softmax-explicit": ("attention=softmax", "attention.implementation=explicit"),
@@ -34,9 +35,12 @@ PASSES = ("forward", "training")
 
 
 def expected(smaller: list[dict[str, Any]], tokens: int, quantity: str) -> float | None:
-    """What the next size takes at most: the last one's, grown with the square of the tokens until two sizes tell how.
+    """Upper estimate of a quantity at the next size, extrapolated from smaller sizes; None without measurements.
 
-    The growth of the last two sizes, a little raised, because the parts that grow fastest weigh more the larger it is.
+    smaller: measurements at smaller sizes, in order.   tokens: the next size.   quantity: seconds, bytes or taken.
+
+    The exponent is that of the last two sizes plus 0.25, because the fastest-growing terms dominate at larger sizes; 2 where
+    only one size is measured.
     """
     if not smaller or not smaller[-1][quantity]:
         return None
@@ -49,9 +53,9 @@ def expected(smaller: list[dict[str, Any]], tokens: int, quantity: str) -> float
 
 
 def too_much(smaller: list[dict[str, Any]], tokens: int, seconds: float, gigabytes: float) -> str | None:
-    """Why the next size is not tried, or None.
+    """Why the next size is skipped, or None.
 
-    Memory is what the process takes from the system, which is several times what its tensors do on a CPU.
+    seconds, gigabytes: limits; memory is that of the process, which on a CPU is several times that of its tensors.
     """
     time, memory = expected(smaller, tokens, "seconds"), expected(smaller, tokens, "taken")
     if time is not None and time > seconds:
@@ -62,6 +66,7 @@ def too_much(smaller: list[dict[str, Any]], tokens: int, seconds: float, gigabyt
 
 
 def print_table(points: list[dict[str, Any]], sizes: list[int], device: str) -> None:
+    """Print a table per pass and quantity: a row per mixer, a column per size, and the growth to the largest size."""
     for name in PASSES:
         for quantity, unit, scale in (("seconds", "ms", 1e3), ("bytes", "peak MB", 1e-6)):
             lines = []
@@ -71,29 +76,30 @@ def print_table(points: list[dict[str, Any]], sizes: list[int], device: str) -> 
                 grows = growth(points, mixer, name, quantity)
                 if mine:
                     lines.append((mixer, *cells, "–" if grows is None else f"{grows:.1f}"))
-            heads = ("mixer", *(f"{n:,} tokens" for n in sizes), "last, times")
+            heads = ("mixer", *(f"{n:,} tokens" for n in sizes), "growth")
             Table(f"{name}, {unit}, on {device}", heads, lines, 1).print()
 
 
 def main() -> None:
+    """The command."""
     options = parser("python -m benchmarks.scaling", "Time and memory of every mixer over the number of tokens.")
-    options.add_argument("--batch", type=int, help="images at a time (default: 1 on a CPU, 16 on a GPU)")
-    options.add_argument("--tokens", type=int, nargs="+", help="squares of whole numbers (default: 256 1024 4096 16384)")
-    options.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="default: all")
-    options.add_argument("--most-seconds", type=float, default=20.0, help="skip what takes longer a step (default: 20)")
-    options.add_argument("--most-gb", type=float, help="skip what takes more memory (default: 80 %% of what is there)")
+    options.add_argument("--batch", type=int, help="batch size (default: 1 on a CPU, 16 on a GPU)")
+    options.add_argument("--tokens", type=int, nargs="+", help="square numbers (default: 256 1024 4096 16384)")
+    options.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="mixers (default: all)")
+    options.add_argument("--most-seconds", type=float, default=20.0, help="skip slower steps (default: 20)")
+    options.add_argument("--most-gb", type=float, help="skip steps that need more memory (default: 80 %% of the device's)")
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
     batch_size = chosen.batch or (16 if device.type == "cuda" else 1)
     sizes = sorted(chosen.tokens or ([16, 64, 256] if chosen.quick else [256, 1024, 4096, 16384]))
     if wrong := [n for n in sizes if math.isqrt(n) ** 2 != n]:
-        raise UserError(f"--tokens {wrong[0]}: tokens are the pixels of a square image; 256, 1024 and 4096 are such numbers")
+        raise UserError(f"--tokens {wrong[0]}: must be a square number, such as 256, 1024 or 4096")
     gigabytes = chosen.most_gb or 0.8 * memory_of(device) / 1e9
 
     context = processes("benchmarks.variants")
     points: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    for tokens in sizes:  # the mixers of one size follow one another: the same state of the machine for all
+    for tokens in sizes:  # outer loop, so that one size of all mixers is measured in close succession
         for mixer in chosen.mixers:
             for name in PASSES:
                 key = {"mixer": mixer, "pass": name, "tokens": tokens}
@@ -118,11 +124,11 @@ def main() -> None:
                         reason = str(refusal)
                 if reason is not None:
                     skipped.append({**key, "reason": reason})
-    told = [sentence(points, mixer, "softmax") for mixer in chosen.mixers if mixer != "softmax"]
-    path = write("scaling", device, chosen, {"batch": batch_size, "points": points, "skipped": skipped, "sentences": told})
+    sentences = [sentence(points, mixer, "softmax") for mixer in chosen.mixers if mixer != "softmax"]
+    path = write("scaling", device, chosen, {"batch": batch_size, "points": points, "skipped": skipped, "sentences": sentences})
     draw(points, path.with_suffix(".png"), f"ViT of 4 blocks, width 128, batch {batch_size}, on {device.type}")
     print_table(points, sizes, str(device))
-    print("\n".join(told))
+    print("\n".join(sentences))
     for gap in skipped:
         print(f"Not measured: {gap['mixer']}, {gap['pass']}, {gap['tokens']:,} tokens: {gap['reason']}")
     print(f"Written: {path} and {path.with_suffix('.png').name}")

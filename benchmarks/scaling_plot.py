@@ -1,4 +1,4 @@
-"""The picture of ``benchmarks.scaling``: time and memory of forward passes and training steps over the tokens."""
+"""Figure of ``benchmarks.scaling``: time and memory of forward passes and training steps over the number of tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,10 @@ AXES = {"seconds": ("milliseconds", 1e3), "bytes": ("peak memory, MB", 1e-6)}
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Write the PNG: a line a mixer, both axes logarithmic."""
+    """Write the figure as PNG: one line per mixer, on logarithmic axes.
+
+    points: measurements.   path: of the file.
+    """
     figure = Figure(figsize=(10, 8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)

@@ -1,7 +1,7 @@
-"""Training steps to be timed: ours, a package's with correct autocast, and the paper's own way.
+"""Training steps for the benchmarks: ours, a package's model with correct autocast, and the paper's training procedure.
 
-A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.training.train_step.TrainStep`'s,
-with the model, optimizer and options that ``train.py`` would build from the same overrides.
+A step is forward, loss, backward and AdamW's update. Ours is :class:`vix.training.train_step.TrainStep`, with the model,
+optimizer and options that ``train.py`` builds from the same overrides.
 """
 
 import math
@@ -25,7 +25,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Training(NamedTuple):
-    """A model on its device and what does one training step of it."""
+    """A model on its device, and a function that performs one training step."""
 
     model: nn.Module
     step: Callable[[], object]
@@ -37,13 +37,13 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def random_batch(device: torch.device, size: int, channels: int, side: int, classes: int = 10) -> Batch:
-    """Images in [−1, 1] and labels, resident on the device."""
+    """Random images (size, channels, side, side) in [−1, 1] and labels (size,), on the device."""
     images = torch.rand(size, channels, side, side, device=device) * 2 - 1
     return images, torch.randint(classes, (size,), device=device)
 
 
 def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> Training:
-    """What ``python train.py OVERRIDES`` does in a step; under ``trainer.compile=auto`` as in a run on 50,000 images."""
+    """The step of ``python train.py OVERRIDES``; with ``trainer.compile=auto`` as in a run on 50,000 images."""
     cfg = composed(*overrides, f"trainer.device={device}")
     experiment = parse(cfg)
     trainer, data = experiment.trainer, experiment.data
@@ -64,7 +64,7 @@ def ours(overrides: tuple[str, ...], device: torch.device, batch_size: int) -> T
 
 
 def package(model: nn.Module, image_size: int, device: torch.device, batch_size: int) -> Training:
-    """Forward and loss inside autocast to what the hardware computes in, the backward outside."""
+    """The step of a package's model: forward and loss under autocast to the hardware's fast dtype, backward outside."""
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     dtype = resolve_precision("auto", device)
@@ -81,7 +81,7 @@ def package(model: nn.Module, image_size: int, device: torch.device, batch_size:
 
 
 def papers_way(model: nn.Module, image_size: int, device: torch.device, batch_size: int) -> Training:
-    """Autocast around the loss only, which leaves the model in float32, and images from a worker process."""
+    """The paper's step: autocast around the loss only, so the model computes in float32; images from a worker process."""
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     dtype = resolve_precision("auto", device)
@@ -100,7 +100,7 @@ def papers_way(model: nn.Module, image_size: int, device: torch.device, batch_si
 
 
 class RandomImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """As many images as CIFAR-10 has for training, put through torchvision's usual two transforms one by one."""
+    """50,000 random images, as many as CIFAR-10's training set, each with torchvision's ToTensor and Normalize."""
 
     def __init__(self, side: int) -> None:
         from torchvision import transforms
@@ -116,7 +116,7 @@ class RandomImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 
 def from_worker(side: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """Shuffled batches on the host from one worker process, epoch after epoch."""
+    """An endless stream of shuffled batches on the CPU, from one worker process."""
     loader = torch.utils.data.DataLoader(
         RandomImages(side), batch_size, shuffle=True, num_workers=1, drop_last=True, pin_memory=device.type == "cuda"
     )

@@ -1,4 +1,4 @@
-"""What a measuring process runs: it makes one variant, and returns what that costs."""
+"""Functions that run in a measuring process: each builds one variant and returns its cost."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from vix.build import build_model
 from vix.models.counts import training_flops
 from vix.system.device import resolve_device, resolve_precision
 
-# ours is compiled, as train.py does in runs of the paper's length; selective and full checkpoint activations; eager
-# is not compiled, and the two graphs use CUDA graphs as well.
+# Our variants. ours: compiled, as in runs of the paper's length; selective, full: with activation checkpointing; eager: not
+# compiled; graphs, graphs_selective: compiled, with CUDA graphs.
 OURS = {
     "ours": ("trainer.compile=true",),
     "selective": ("trainer.compile=true", "trainer.activation_checkpointing=selective"),
@@ -20,14 +20,18 @@ OURS = {
     "graphs": ("trainer.compile=cuda_graphs",),
     "graphs_selective": ("trainer.compile=cuda_graphs", "trainer.activation_checkpointing=selective"),
 }
-# settings is the package in a process that is set up for a CPU as ours are (vix/system/device.py): what they do for its speed.
+# package: other packages' attentions; settings: the same with our CPU settings (vix/system/device.py), to show their effect;
+# paper: the paper's training procedure.
 THEIRS = ("package", "settings", "paper")
 ON_GPUS, ON_CPUS = {"graphs", "graphs_selective"}, {"settings"}
 KINDS = (*OURS, *THEIRS)
 
 
 def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick: bool) -> dict[str, Any]:
-    """A training step of one of the paper's models: ours, the packages' or the paper's own way."""
+    """Cost of a training step of one of the paper's models, with its FLOPs and memory traffic.
+
+    kind: one of KINDS.   name: vit, vip, vil or vin.   quick: use large patches and few repeats.
+    """
     patch_size = 4 if quick else 1
     compiled = kind in OURS and kind != "eager" and not quick
     baseline = resident_without_model(device, compiled)
@@ -42,7 +46,7 @@ def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick
             resolve_device(str(device))
         training = make(package_model(name, 32, patch_size), 32, device, batch_size)
     cost = measure(training.step, device, 0.05 if quick else 4.0, baseline, fewest=2 if quick else 5)
-    # Last, because what counts them also takes memory.
+    # Last, because counting allocates memory, too.
     operations = {"flops": batch_size * training_flops(training.model, (3, 32, 32)), "traffic_bytes": traffic(training.step)}
     return {**cost._asdict(), **operations}
 
@@ -50,9 +54,9 @@ def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick
 def mixer_cost(
     mixer: tuple[str, ...], side: int, training: bool, device: torch.device, batch_size: int, quick: bool
 ) -> dict[str, Any]:
-    """A ViT of side² tokens with this mixer: a training step, or a forward pass without gradients.
+    """Cost of a ViT with side² tokens.
 
-    mixer: overrides that choose it.
+    mixer: overrides that select the mixer.   training: a training step; else a forward pass without gradients.
     """
     overrides = (*mixer, *skeleton(side), "trainer.compile=false")
     baseline = resident_without_model(device)
@@ -72,13 +76,16 @@ def mixer_cost(
 
 
 def skeleton(side: int) -> tuple[str, ...]:
-    """Overrides for a ViT on side × side images, each pixel a token and no class token, so that there are side² tokens."""
-    image = ("data=imagefolder", f"data.image_size={side}", "data.classes=10")  # its shape is all that is taken of it
+    """Overrides for a ViT with side² tokens: one per pixel of side × side images, and no class token."""
+    image = ("data=imagefolder", f"data.image_size={side}", "data.classes=10")  # only its shape is used
     return (*image, "embedding=linear", "posenc=learned", "model=vit", "model.pool=mean")
 
 
 def resident_without_model(device: torch.device, compiled: bool = False) -> int | None:
-    """Bytes of the process once a step of one linear layer has loaded the libraries that every step uses; None on a GPU."""
+    """Resident bytes of the process after a step of one linear layer, which loads all libraries; None on a GPU.
+
+    compiled: whether to compile that step.
+    """
     if device.type == "cuda":
         return None
     layer = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 10))
@@ -89,7 +96,7 @@ def resident_without_model(device: torch.device, compiled: bool = False) -> int 
 
 
 def bare_step(overrides: tuple[str, ...], device: torch.device, batch_size: int, quick: bool) -> dict[str, Any]:
-    """A training step of what ``python train.py OVERRIDES`` trains, on one batch that is there already."""
+    """Cost of the training step of ``python train.py OVERRIDES``, not compiled, on one batch that is already on the device."""
     seconds, fewest = (0.02, 2) if quick else (4.0, 5)
     training = ours((*overrides, "trainer.compile=false"), device, batch_size)
     return measure(training.step, device, seconds, None, fewest)._asdict()

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.waiting``: how OpenMP's threads should wait, on a machine of one's own and on a shared one.
+"""``python -m benchmarks.waiting``: wait policies of OpenMP threads, on an idle and on a shared machine. CPUs only.
 
-Training steps with each way of waiting, alone and next to processes that keep a CPU each busy. Every measurement has a process
-of its own, because OpenMP reads the variables when it is loaded; rounds alternate the order, and a ratio is the median over
-rounds of ratios within one. CPUs only.
+Measures training steps with each policy, alone and next to processes that each keep one CPU busy. Every measurement runs in a
+new process, because OpenMP reads the variables when it is loaded. Rounds alternate the order of the policies, and a ratio is
+the median over the rounds of the ratios within a round.
 """
 
 import json
@@ -22,8 +22,8 @@ from vix.errors import UserError
 from vix.reporting.table import Table
 from vix.system.threads import SPIN_COUNT, WAIT_VARIABLES
 
-# Variables of each way; the first is what others are compared with. GOMP_SPINCOUNT is of GNU's OpenMP, which PyTorch brings on
-# Linux: how often a thread looks before it sleeps.
+# Environment variables of each policy; the others are compared with the first. GOMP_SPINCOUNT belongs to GNU's OpenMP, which
+# PyTorch includes on Linux: the number of spin iterations before a thread sleeps.
 WAYS = {
     "spin (OpenMP's default)": {},
     "spin 10,000 times": {"GOMP_SPINCOUNT": "10000"},
@@ -37,18 +37,21 @@ BUSY = "while True: pass"
 
 
 def measure_here(overrides: str, batch_size: str, threads: str, quick: str) -> None:
-    """Print the seconds of a training step in this process."""
+    """Measure a training step in this process, and print its cost as JSON. The arguments are strings of a command line."""
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
     print(json.dumps(bare_step(tuple(overrides.split()), torch.device("cpu"), int(batch_size), quick == "quick")))
 
 
 def step_seconds(overrides: str, batch_size: int, threads: int, quick: bool, variables: dict[str, str]) -> float:
-    """Seconds of a training step in a new process. Raises UserError where it fails."""
+    """Seconds per training step, measured in a new process. Raises UserError where it fails.
+
+    variables: environment variables of the policy.
+    """
     removed = ("OMP_NUM_THREADS", *WAIT_VARIABLES)
     environment = {name: value for name, value in os.environ.items() if name not in removed} | variables
     if not any(name in variables for name in WAIT_VARIABLES):
-        environment["GOMP_SPINCOUNT"] = "300000"  # what GNU's OpenMP takes where no variable is set: then vix would set its own
+        environment["GOMP_SPINCOUNT"] = "300000"  # the default of GNU's OpenMP; unset, vix would set its own value
     count = variables.get("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, "-c", CHILD, overrides, str(batch_size), count, "quick" if quick else "whole"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -59,6 +62,7 @@ def step_seconds(overrides: str, batch_size: int, threads: int, quick: bool, var
 
 @contextmanager
 def busy_processes(number: int) -> Iterator[None]:
+    """Context manager during which ``number`` processes each keep one CPU busy."""
     processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(number)]
     try:
         yield
@@ -69,11 +73,12 @@ def busy_processes(number: int) -> Iterator[None]:
 
 
 def main() -> None:
-    options = parser("python -m benchmarks.waiting", "How OpenMP's threads should wait.")
+    """The command."""
+    options = parser("python -m benchmarks.waiting", "Compare wait policies of OpenMP threads.")
     options.add_argument("--experiments", nargs="+", default=["quickstart", "vip", "vil"], help="files of conf/experiment")
     options.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
-    options.add_argument("--busy", type=int, nargs="+", default=[0, 1], help="busy processes next to it (default: 0 1)")
-    options.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default: 3)")
+    options.add_argument("--busy", type=int, nargs="+", default=[0, 1], help="concurrent busy processes (default: 0 1)")
+    options.add_argument("--rounds", type=int, default=3, help="repetitions of every measurement (default: 3)")
     chosen = options.parse_args()
     rounds = 1 if chosen.quick else chosen.rounds
     small = " model.dim=16 model.depth=1" if chosen.quick else ""
@@ -105,7 +110,7 @@ def main() -> None:
     path = write("waiting", torch.device("cpu"), chosen, {"rows": rows})
     Table(
         f"Training steps, batch {chosen.batch}, {chosen.threads} threads",
-        ("experiment", "busy processes", "threads that wait", "images/s", "over spinning"),
+        ("experiment", "busy processes", "wait policy", "images/s", "relative to spinning"),
         [
             (
                 row["experiment"],

@@ -97,7 +97,7 @@ REFUSED = {
     "seed=-1": ["seed=-1"],
     "seed=abc": ["seed=abc", "integer"],
     "trainer.activation_checkpointing=selectiv": ["trainer.activation_checkpointing=selectiv", "'selective'", "'full'", "null"],
-    "+foo=1": ["foo", "nothing reads"],
+    "+foo=1": ["foo", "unknown key"],
     "+trainer.epoch=1": ["trainer.epoch", "trainer.epochs"],
     "+attention.dim=64": ["attention.dim", "no such option"],
     "+optimizer.learning_rate=1": ["optimizer.learning_rate", "no such option"],

@@ -3,7 +3,7 @@
 The two entry points are :func:`build_model` (a composed config in, an ``nn.Module`` out) and :func:`load_model`
 (a run's directory in, the trained model out).
 
-Tensor names end in their shape, one letter an axis, so that ``q_BHNE`` reads as (batch, heads, tokens, head width):
+Tensor names end in their shape, one letter per axis: ``q_BHNE`` has the shape (batch, heads, tokens, head width).
 
 ===  ==========================================  ===  =============================================
 B    images in the batch                         M    landmarks, random features, projected length
@@ -11,8 +11,8 @@ N    tokens of an image                          C    channels of an image
 D    width of the model (``model.dim``)          Y X  rows and columns of an image or a feature map
 H    heads                                       K    classes
 E    width of one head (``attention.dim_head``)  T    tokens of a window
-F    width of all heads together                 P    tokens before those of the grid (class token)
-G    heads of keys and values
+F    width of all heads together                 P    prefix tokens (the class token)
+G    key and value heads
 ===  ==========================================  ===  =============================================
 """
 

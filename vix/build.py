@@ -1,4 +1,4 @@
-"""Composition root: from a composed config to a model, its optimizer, data and trainer."""
+"""Composition root: builds the model, optimizer, data and trainer from a composed config."""
 
 import functools
 import inspect
@@ -24,7 +24,7 @@ from vix.training.param_groups import param_groups_weight_decay
 from vix.training.trainer import Trainer
 from vix.types import Seed
 
-# What each group's class must be, and which of its constructor's arguments the program supplies rather than the config.
+# For each group: the base class of its classes, and the constructor arguments that the program supplies, not the config.
 GROUPS: dict[str, tuple[type, set[str]]] = {
     "model": (nn.Module, {"image_size", "channels", "classes", "embedding", "posenc", "attention"}),
     "attention": (nn.Module, {"dim", "tokens", "rotary", "position_bias", "layer"}),
@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[type, set[str]]] = {
     "trainer": (Trainer, set()),
 }
 SETTINGS: dict[str, Any] = {"seed": Seed, "rerun": bool, "fail_fast": bool}  # the keys outside the groups
-# Options of a group that the program reads itself, next to those of the constructor.
+# Options of a group that the program reads itself, in addition to those of the constructor.
 OWN_OPTIONS: dict[str, dict[str, Any]] = {"optimizer": {"no_decay_on_norm_and_bias": bool}}
 OVERLAYS = ("recipe", "experiment")  # groups whose files only set keys of the groups above
 CONSTRUCTOR_ERRORS = (ValueError, TypeError, RuntimeError)
@@ -44,12 +44,15 @@ CONSTRUCTOR_ERRORS = (ValueError, TypeError, RuntimeError)
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked config: everything of one run, ready to be constructed.
+    """A validated config: every part of one run, ready to be constructed.
 
-    parts: for each group of the config its class with the config's options.
-    own_options: for each group the options that the program reads itself.
+    seed: seeds the initialization, the order of the images and the augmentation.
+    rerun: start over where the run's directory holds a finished or an interrupted run.
+    fail_fast: skip the remaining jobs of a sweep after one fails.
+    parts: for each group, its class with the options of the config as keyword arguments.
+    own_options: for each group, the options that the program reads itself.
 
-    Constructing raises ConfigError, one line that names the key, where parts do not go together.
+    Constructing a part raises ConfigError, one line that names the key, where parts are incompatible.
     """
 
     seed: int
@@ -66,19 +69,19 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> ImageData:
-        """The image set. Constructing it reads no images; an image folder is listed."""
+        """The image set. Constructing it reads no images; the files of an image folder are listed."""
         return construct("data", self.part("data"))
 
     @functools.cached_property
     def augmentation(self) -> Augmentation:
-        """How training images are changed."""
+        """The augmentation of the training images."""
         augmentation: Augmentation = construct("augment", self.part("augment"))
         augmentation.check(self.data.image_size)
         return augmentation
 
     @functools.cached_property
     def trainer(self) -> Trainer:
-        """The trainer, on its device, which becomes the current one."""
+        """The trainer. Constructing it selects its device as the current one."""
         return construct("trainer", self.part("trainer"))
 
     def build_model(self) -> nn.Module:
@@ -95,7 +98,10 @@ class Experiment:
         )
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A new optimizer of the model's parameters."""
+        """A new optimizer of the model's parameters.
+
+        Raises ConfigError where ``no_decay_on_norm_and_bias`` is set for an optimizer without weight decay.
+        """
         make, no_decay = self.part("optimizer"), self.own_options["optimizer"].get("no_decay_on_norm_and_bias")
         if no_decay and "weight_decay" not in inspect.signature(make.func).parameters:
             raise ConfigError(f"optimizer.no_decay_on_norm_and_bias=true: {make.func.__name__} has no weight decay; use false")
@@ -104,13 +110,13 @@ class Experiment:
 
 
 def parse(cfg: DictConfig) -> Experiment:
-    """Check every key of a composed config: that something reads it, and its value's type and range.
+    """Validate every key of a composed config: its name, and the type and range of its value. Reads no data.
 
-    Raises ConfigError, one line that names the key. Reads no data.
+    Raises ConfigError, one line that names the key.
     """
     for key in map(str, cfg):
         if key not in (*GROUPS, *SETTINGS, "hydra"):
-            raise ConfigError(f"{key}: nothing reads this key; {nearest(key, [*GROUPS, *SETTINGS])}")
+            raise ConfigError(f"{key}: unknown key; {nearest(key, [*GROUPS, *SETTINGS])}")
     settings = {}
     for key, annotation in SETTINGS.items():
         settings[key] = to_plain(cfg, key)
@@ -130,7 +136,7 @@ def parse(cfg: DictConfig) -> Experiment:
 
 
 def parse_group(cfg: DictConfig, group: str) -> functools.partial[Any]:
-    """One group's class with its options, checked. Raises ConfigError."""
+    """One group's class with its validated options. Raises ConfigError where an option is unknown or invalid."""
     kind, supplied = GROUPS[group]
     return validated_partial(group, to_plain(cfg, group), kind, supplied, OWN_OPTIONS.get(group, {}))
 
@@ -138,14 +144,23 @@ def parse_group(cfg: DictConfig, group: str) -> functools.partial[Any]:
 def build_model(cfg: DictConfig) -> nn.Module:
     """The model that a composed config describes: (B, C, Y, X) images in [−1, 1] → (B, K) logits.
 
-    Works under ``torch.device("meta")`` too, in no time and memory. Raises ConfigError, one line that names the key, where a
-    key is unknown, a value has the wrong type or range, or parts do not go together. Reads no data.
+    cfg: from :func:`vix.composition.compose.compose`, with the groups of ``conf/`` as keys.
+
+    Works under ``torch.device("meta")`` too, which allocates no memory. Reads no data.
+
+    Raises ConfigError, one line that names the key, where a key is unknown, a value has the wrong type or range, or parts are
+    incompatible.
     """
     return parse(cfg).build_model()
 
 
 def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.Module]:
-    """What families build their mixers with: the class and options of ``cfg.attention``, checked against what they need."""
+    """The function with which model families construct their token mixers.
+
+    attention: the class and options of ``cfg.attention``.
+
+    The function raises ConfigError where the mixer does not support the position encoding or the family's head count.
+    """
     takes = inspect.signature(attention.func).parameters
     name = attention.func.__name__
 
@@ -158,12 +173,12 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
         heads: int | None = None,
         inner: int | None = None,
     ) -> nn.Module:
-        """One mixer of (B, N, dim) tokens.
+        """One mixer: (B, N, dim) → (B, N, dim).
 
-        posenc: the model's position encoding; the mixer must take all that it offers.
+        posenc: the model's position encoding; the mixer must accept all of its ``attention_kwargs``.
         layer: index of the block in the model, from 0.
-        heads: number of heads in this stage; None leaves it to ``attention.heads``.
-        inner: width of all heads together where ``attention.dim_head`` leaves it open; None means ``dim``.
+        heads: number of heads in this stage; None uses ``attention.heads``.
+        inner: width of all heads together where ``attention.dim_head`` is null; None uses ``dim``.
         """
         if tokens.prefix and getattr(attention.func, "map_only", False):
             raise ConfigError(
@@ -194,7 +209,7 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
 
 
 def construct(group: str, make: Callable[..., Any], **supplied: Any) -> Any:
-    """``make(**supplied)``, with what its constructor refuses turned into a ConfigError that names the group."""
+    """``make(**supplied)``. Raises ConfigError, which names the group, where the constructor rejects its arguments."""
     try:
         return make(**supplied)
     except ConfigError:
@@ -203,14 +218,17 @@ def construct(group: str, make: Callable[..., Any], **supplied: Any) -> Any:
         reason = " ".join(str(error).split())
         if "=" in reason.split(" ")[0]:
             raise ConfigError(f"{group}.{reason}") from error
-        # PyTorch's own classes say the value, not the option that held it.
+        # PyTorch's messages contain the value but not the option's name.
         options = getattr(make, "keywords", {}).items()
         named = next((f".{key}={value}" for key, value in options if reason.endswith(f": {value}")), "")
         raise ConfigError(f"{group}{named}: {reason}") from error
 
 
 def load_model(directory: str | Path, weights: Literal["last", "best"] = "last") -> nn.Module:
-    """The model of a run, in eval mode, on the CPU: ``weights`` of the last epoch or of the best one.
+    """The trained model of a run, in eval mode, on the CPU: (B, C, Y, X) images in [−1, 1] → (B, K) logits.
+
+    directory: of the run, such as ``outputs/vin/seed=0``.
+    weights: those of the last epoch, or of the epoch with the best accuracy.
 
     Raises DataError where the directory holds no checkpoint, and UserError where it is damaged.
     """
@@ -218,12 +236,12 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
     if not path.is_file():
         if path.with_name("results.json").is_file():
             previous = path.with_name("checkpoint.previous.pt")
-            older = f", or rename {previous} to it for the weights saved before" if previous.is_file() else ""
-            raise DataError(f"there is no {path}: the run's checkpoint is lost; train it again with rerun=true{older}")
-        raise DataError(f"there is no {path}: name the directory of a run, such as outputs/vin/seed=0")
+            older = f", or rename {previous} to it to load the older weights" if previous.is_file() else ""
+            raise DataError(f"there is no {path}: the run's checkpoint is missing; train again with rerun=true{older}")
+        raise DataError(f"there is no {path}: pass the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
     cfg = OmegaConf.create(checkpoint["config"])
-    if "classes" in cfg.data:  # an image folder, which need not be on this machine
+    if "classes" in cfg.data:  # the image folder may be absent on this machine
         cfg.data.classes = len(checkpoint["model"]["head.weight"])
     model = build_model(cfg)
     model.load_state_dict(checkpoint["model" if weights == "last" else "best_model"])

@@ -1,7 +1,8 @@
 """Schema check of one group of a config against the constructor of its class.
 
-The keys of a group are the constructor arguments of the class that its ``_target_`` names, and the annotations of that
-constructor are the schema: no second list of keys exists. A key that no constructor takes is refused, whatever set it.
+The keys of a group are the constructor arguments of the class that its ``_target_`` names. The annotations of that
+constructor are the schema; there is no separate list of keys. A key that the constructor does not accept is an error,
+whether a file or the command line sets it.
 """
 
 import functools
@@ -19,18 +20,19 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 
 from vix.errors import ConfigError, nearest
 
-PACKAGES = ("vix", "torch.optim")  # whose classes a config may name
+PACKAGES = ("vix", "torch.optim")  # a config may name classes of these
 
 
 def validated_partial(
     group: str, options: Any, kind: type, supplied: Collection[str], own_options: Mapping[str, Any]
 ) -> functools.partial[Any]:
-    """The class that ``options["_target_"]`` names, with the other options as its arguments, all checked.
+    """The class that ``options["_target_"]`` names, with the other options as keyword arguments, all validated.
 
+    group: its name, for error messages.
     options: the group as plain containers.
-    kind: what the class must be a subclass of.
-    supplied: arguments of its constructor that the program supplies.
-    own_options: options of the group that the program reads itself, with their types; they are checked and left out.
+    kind: required base class.
+    supplied: constructor arguments that the program supplies.
+    own_options: options of the group that the program reads itself, with their types; validated, but not passed on.
 
     Raises ConfigError, which names the key and the nearest valid ones.
     """
@@ -56,7 +58,10 @@ def validated_partial(
 
 
 def to_plain(cfg: DictConfig, key: str) -> Any:
-    """``cfg.<key>`` as plain containers, with its interpolations resolved; None where it is absent. Raises ConfigError."""
+    """``cfg.<key>`` as plain containers, with its interpolations resolved; None where it is absent.
+
+    Raises ConfigError where an interpolation cannot be resolved or a value is missing.
+    """
     try:
         value = cfg.get(key)
         return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
@@ -67,10 +72,15 @@ def to_plain(cfg: DictConfig, key: str) -> Any:
 
 
 def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
-    """Import the class that a ``_target_`` names: of the right kind, and from a package that may be run.
+    """Import the class that a ``_target_`` names.
 
-    Configs are shared, so a file from a stranger must not run just anything: only classes defined in ``vix`` and
-    ``torch.optim``, and in the packages that the environment variable VIX_PACKAGES lists, are imported.
+    Configs are shared, so a config must not run arbitrary code: only classes defined in ``vix``, in ``torch.optim``, and in
+    the packages that the environment variable VIX_PACKAGES lists (comma-separated) are imported.
+
+    path: import path of the class.
+    kind: required base class.
+
+    Raises ConfigError where the class is not allowed, cannot be imported, or is not a ``kind``.
     """
     allowed = (*PACKAGES, *filter(None, os.environ.get("VIX_PACKAGES", "").split(",")))
 
@@ -96,7 +106,7 @@ def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
 
 
 def annotations(target: Any) -> dict[str, Any]:
-    """Annotations of a class's constructor; none where they name what cannot be looked up."""
+    """Annotations of a class's constructor; empty where they contain a name that cannot be resolved."""
     try:
         return typing.get_type_hints(target.__init__, include_extras=True)
     except NameError:
@@ -104,7 +114,10 @@ def annotations(target: Any) -> dict[str, Any]:
 
 
 def check_value(key: str, value: Any, annotation: Any) -> None:
-    """Check a value against a constructor's annotation, strictly (an int is no bool, a string no number)."""
+    """Check a value against a constructor's annotation, without coercion: an int is not a bool, a string not a number.
+
+    Raises ConfigError, which names the key, the value and the accepted types or range.
+    """
     try:
         adapter = adapter_of(annotation)
     except PydanticSchemaGenerationError:
@@ -112,19 +125,20 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
     try:
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        # A union reports each of its members; those that JSON can never hold (a tensor) are no help.
+        # A union reports each of its members; those that JSON cannot represent (a tensor) are omitted.
         problems = [e for e in error.errors() if e["type"] not in ("is_instance_of", "needs_python_object")]
         if not problems:
             raise ConfigError(f"{key}={json.dumps(value)}: cannot be set in a config") from error
-        null = ["null"] if type(None) in typing.get_args(annotation) else []  # Pydantic does not tell of it
+        null = ["null"] if type(None) in typing.get_args(annotation) else []  # pydantic's message omits it
         message = " or ".join(dict.fromkeys([*(describe(problem["loc"], problem["msg"]) for problem in problems), *null]))
         shown = json.dumps(value) if not isinstance(value, str) else value
         if isinstance(value, str) and is_number(value):
-            message += " (this is text: leave out the quotes)"
+            message += " (this is text; remove the quotes)"
         raise ConfigError(f"{key}={shown}: {message}") from error
 
 
 def is_number(text: str) -> bool:
+    """Whether a string can be parsed as a number."""
     try:
         float(text)
     except ValueError:
@@ -133,11 +147,12 @@ def is_number(text: str) -> bool:
 
 
 def describe(location: tuple[int | str, ...], message: str) -> str:
-    """Pydantic's message, with the position in a list where it is about one item."""
+    """Pydantic's message, preceded by the position where it concerns an item of a list."""
     item = f"item {location[0] + 1}: " if location and isinstance(location[0], int) else ""
     return item + message[0].lower() + message[1:]
 
 
 @functools.cache
 def adapter_of(annotation: Any) -> TypeAdapter[Any]:
+    """pydantic's validator for an annotation."""
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))

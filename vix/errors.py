@@ -1,4 +1,4 @@
-"""Errors whose message is one line for the user, and words that such messages share."""
+"""Errors whose message is one line for the user, and helpers to write such messages."""
 
 import difflib
 import re
@@ -6,33 +6,36 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can put right; its message is one line with the cause and the way out."""
+    """An error that the user can fix; its message is one line with the cause and the fix."""
 
 
 class ConfigError(UserError, ValueError):
-    """A config that cannot work; the message names the key."""
+    """An invalid config; the message names the key."""
 
 
 class DataError(UserError):
-    """Data that is missing or not what it should be; the message names the file and what to do."""
+    """Missing or invalid data; the message names the file and the fix."""
 
 
 def nearest_divisors(number: int, near: int) -> str:
-    """The one or two divisors of ``number`` nearest to ``near``, as words for an error message."""
+    """The one or two divisors of ``number`` nearest to ``near``, separated by commas, for an error message."""
     divisors = (n for n in range(1, number + 1) if number % n == 0)
     return ", ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - near))[:2])))
 
 
 def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """Words for an error message: the valid names nearest to ``name``, or all of them where none is near."""
+    """Part of an error message: up to three valid names similar to ``name``, or all of them where none is similar.
+
+    prefix: written before each name.
+    """
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if close:
         return "nearest: " + ", ".join(prefix + c for c in close)
-    return "valid: " + ", ".join(prefix + v for v in valid) if valid else "it has none"
+    return "valid: " + ", ".join(prefix + v for v in valid) if valid else "it has no options"
 
 
 def first_paragraph(error: Exception) -> str:
-    """The first paragraph of an error's message on one line, without where Hydra would look things up."""
+    """The first paragraph of an error's message on one line, without Hydra's links and OmegaConf's internal fields."""
     text = re.sub(r"\n\s*(See https|full_key|object_type).*", "", str(error).strip()).split("\n\n")[0]
     return " ".join(text.split()) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Overrides of the command line, read by Hydra's own grammar.
+"""Overrides of the command line, parsed by Hydra's own grammar.
 
-Imports neither torch nor, before an override is read, Hydra: programs that read results start faster.
+Imports no torch, and Hydra only when the first override is parsed, so that commands that read results start fast.
 """
 
 import functools
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def parser() -> "OverridesParser":
+    """Hydra's parser for overrides."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create()
@@ -20,12 +21,12 @@ def parser() -> "OverridesParser":
 
 @functools.lru_cache(maxsize=16384)
 def parse_override(override: str) -> "Override":
-    """An override such as ``+attention@extra=linear``. Raises HydraException where the grammar does not accept it."""
+    """Parse an override such as ``+attention@extra=linear``. Raises HydraException where the grammar does not accept it."""
     return parser().parse_overrides([override])[0]
 
 
 def parse_or_none(override: str) -> "Override | None":
-    """The same, or None where the grammar does not accept it."""
+    """Parse an override; None where the grammar does not accept it."""
     from hydra.errors import HydraException
 
     try:
@@ -37,11 +38,11 @@ def parse_or_none(override: str) -> "Override | None":
 def override_key(override: str) -> str:
     """``+model.dim=64`` → ``model.dim``, and ``attention@extra=linear`` → ``attention``."""
     parsed = parse_or_none(override)
-    return parsed.key_or_group if parsed else override  # else kept by some other program
+    return parsed.key_or_group if parsed else override  # results of another program may contain any text
 
 
 def canonical(override: str) -> str:
-    """The same override however it was written: ``+optimizer.lr=1e-3`` → ``optimizer.lr=0.001``, ``x='a'`` → ``x=a``."""
+    """The canonical form of an override: ``+optimizer.lr=1e-3`` → ``optimizer.lr=0.001``, ``x='a'`` → ``x=a``."""
     parsed = parse_or_none(override)
     if parsed is None or parsed.is_sweep_override():
         return override
@@ -53,7 +54,7 @@ def canonical(override: str) -> str:
 
 
 def unquoted(value: str) -> str:
-    """A quoted value without its quotes, where it means the same without them."""
+    """A quoted value without its quotes, where it parses to the same value without them."""
     if value[:1] not in ("'", '"'):
         return value
     quoted = parse_or_none(f"key={value}")
@@ -64,7 +65,7 @@ def unquoted(value: str) -> str:
 
 
 def quote(text: str) -> str:
-    """``text`` in Hydra's quotes, as the value of an override."""
+    """``text`` quoted for Hydra's grammar, as the value of an override."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text, Quote.single).with_quotes()

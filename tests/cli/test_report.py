@@ -210,7 +210,7 @@ def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
     def names(*arguments: str) -> list[str]:
         done = module("report", tmp_path, "--no-files", *arguments)
         assert done.returncode == 0, done.stderr
-        table = done.stdout.partition("Beside the paper")[0].splitlines()
+        table = done.stdout.partition("Comparison with the paper")[0].splitlines()
         return [line.split()[0] for line in table if line.split()[:1] in (["vin"], ["vip"], ["vil"])]
 
     assert names() == ["vip", "vil", "vin"]  # the paper's order
@@ -245,7 +245,7 @@ def test_without_finished_runs_there_are_no_footnotes(real: dict[str, Any], tmp_
     done = module("report", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:4] == ["Not", "in", "the", "table"]
-    assert "One line for all seeds" not in done.stdout
+    assert "One line per run" not in done.stdout
 
 
 def test_an_empty_directory_is_no_error(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_diff(real: dict[str, Any], tmp_path: Path) -> None:
     assert "from epoch 2 on" in done.stdout
     same = module("diff", tmp_path / "a", tmp_path / "a")
     assert same.stdout.count("no difference") == 3
-    assert "every epoch that both have (2)" in same.stdout
+    assert "all epochs that both runs have (2)" in same.stdout
 
 
 def test_diff_of_what_is_no_run(real: dict[str, Any], tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_sweep_names_what_a_table_lacks(copy: Path, tmp_path: Path) -> None:
     (directory / "conf/experiment/vip.yaml").unlink()
     done = sweep(directory, tmp_path, "table1")
     assert done.returncode != 0
-    assert done.stderr.splitlines() == ["error: table1: conf/experiment/ has no file for: vip"]
+    assert done.stderr.splitlines() == ["error: table1: conf/experiment/ lacks a file for: vip"]
     assert "table5" in sweep(directory, tmp_path, "table9").stderr
 
 

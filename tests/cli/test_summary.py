@@ -154,7 +154,7 @@ def test_the_command():
     used.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime)
     assert done.returncode == 0, done.stderr
     assert used[2] - used[1] < 8 * (used[1] - used[0])  # measured: 1.9 times
-    table, _, totals = done.stdout.partition("\n\n")[2].partition("A row holds")
+    table, _, totals = done.stdout.partition("\n\n")[2].partition("Each row includes")
     rows = [line.split() for line in table.splitlines()]
     assert ["to_qkv:", "Linear", "1×1025×384", "49,152", "50,380,800"] in rows
     for total in ("662,298", "530,970", "86.62 MB", "2,668,", "1.589 GFLOPs", "4.765 GFLOPs"):

@@ -35,7 +35,7 @@ def test_other_mixers_over_an_experiment(tmp_path: Path, forked: Forked) -> None
     assert status == 0, output
     assert [row[1] for row in table_after(output, "jobs of this sweep") if len(row) > 2 and row[1]] == ["finished"] * 5
     for option in ("performer", "softmax", "linformer", "linear"):
-        note = f"attention={option}: left out what experiment/quickstart sets for attention=nystrom: landmarks=16"
+        note = f"attention={option}: ignoring the options of experiment/quickstart for attention=nystrom: landmarks=16"
         assert output.count(note) == 1
         (run,) = tmp_path.glob(f"outputs/quickstart,*attention={option},*/seed=0")
         own = composed("experiment=quickstart", f"attention={option}", "attention.heads=2")[0]["attention"]
@@ -89,14 +89,14 @@ def test_optimizers(tmp_path: Path) -> None:
     write_configs(tmp_path, {"experiment/typo": ON_DIGITS + "  - override /attention: nystrom\nattention: {landmark: 4}"})
     sgd, notes = composed("experiment=chosen", "optimizer=sgd", directory=tmp_path)
     assert (sgd["optimizer"]["lr"], "betas" in sgd["optimizer"]) == (0.1, False)
-    assert notes == ["optimizer=sgd: left out what experiment/chosen sets for optimizer=adamw: betas=[0.8, 0.9], lr=0.5"]
+    assert notes == ["optimizer=sgd: ignoring the options of experiment/chosen for optimizer=adamw: betas=[0.8, 0.9], lr=0.5"]
     sgd, notes = composed("experiment=only_set", "optimizer=sgd", directory=tmp_path)  # lr is an option of both
     assert (sgd["optimizer"]["lr"], "betas" in sgd["optimizer"]) == (0.5, False)
-    assert notes == ["optimizer: left out what experiment/only_set sets and SGD lacks: betas=[0.8, 0.9]"]
+    assert notes == ["optimizer: ignoring options of experiment/only_set that SGD does not accept: betas=[0.8, 0.9]"]
     nadam = ("optimizer._target_=torch.optim.NAdam",)
     cfg, notes = composed("experiment=chosen", *nadam, directory=tmp_path)
     assert (cfg["optimizer"]["betas"], "fused" in cfg["optimizer"]) == ([0.8, 0.9], False)
-    assert notes == ["optimizer: left out what optimizer/adamw sets and NAdam lacks: fused=True"]
+    assert notes == ["optimizer: ignoring options of optimizer/adamw that NAdam does not accept: fused=True"]
     model = vix.build_model(compose([*nadam, "experiment=quickstart"]))
     assert type(parse(compose([*nadam, "experiment=quickstart"])).build_optimizer(model)).__name__ == "NAdam"
     with pytest.raises(ConfigError, match=r"optimizer\.fused: NAdam has no such option"):
@@ -135,7 +135,7 @@ def test_later_overlays_and_included_ones(tmp_path: Path) -> None:
     )
     cfg, notes = composed("experiment=child", directory=tmp_path)
     assert cfg["attention"]["features"] == 8
-    assert notes == ["attention=performer: left out what experiment/base sets for attention=nystrom: landmarks=4"]
+    assert notes == ["attention=performer: ignoring the options of experiment/base for attention=nystrom: landmarks=4"]
     cfg, notes = composed("experiment=[base,late]", directory=tmp_path)
     assert cfg["attention"]["heads"] == 2
     assert "landmarks" not in cfg["attention"]
@@ -149,5 +149,5 @@ def test_the_plan_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [job.state for job in jobs] == ["new", "new"]
     assert [job.left_out for job in jobs] == [
         [],
-        ["attention=performer: left out what experiment/quickstart sets for attention=nystrom: landmarks=16"],
+        ["attention=performer: ignoring the options of experiment/quickstart for attention=nystrom: landmarks=16"],
     ]

@@ -116,7 +116,7 @@ def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "vix", "summary", "experiment=tiny", "--config-dir", "mine")
     assert "1×24" in done.stdout, done.stderr
     done = run(sys.executable, "-m", "vix", "summary", "experiment=tiny", "--config-dir", "nowhere")
-    assert done.stderr == "error: --config-dir nowhere: there is no such directory\n"
+    assert done.stderr == "error: --config-dir nowhere: no such directory\n"
 
 
 def test_flags_are_those_of_the_config(tmp_path: Path) -> None:
@@ -301,4 +301,4 @@ def test_a_text_where_a_number_belongs() -> None:
     """In words for users, also where the constructor takes a tensor, too."""
     with pytest.raises(ConfigError) as refused:
         parse(compose(["optimizer.lr='1e-3'"]))
-    assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text: leave out the quotes)"
+    assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text; remove the quotes)"

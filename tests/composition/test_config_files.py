@@ -42,15 +42,18 @@ FORBIDDEN = {
     "params_dict": ("hydra: {sweeper: {params: {++hydra: '{job:{env_set:{CXX:PROGRAM}}}'}}}", "hydra.sweeper.params"),
     "params_group": ("hydra: {sweeper: {params: {hydra/launcher: joblib}}}", "hydra.sweeper.params"),
     "params_package": ("hydra: {sweeper: {params: {+attention@hydra.job: linear}}}", "hydra.sweeper.params"),
-    "another_key": ("callbacks: {x: 1}", "callbacks: nothing reads this key"),
+    "another_key": ("callbacks: {x: 1}", "callbacks: unknown key"),
     "tag": ("model: {dim: !!python/object/apply:os.system [PROGRAM]}", "python/object/apply"),
     "defaults_group": ("# @package _global_\ndefaults: [override /hydra/launcher: joblib]", "/hydra/launcher"),
     "defaults_added": ("# @package _global_\ndefaults: [/hydra/callbacks: evil]", "/hydra/callbacks"),
     "defaults_file": ("# @package _global_\ndefaults: [/hydra/callbacks/evil]", "/hydra/callbacks/evil"),
     "defaults_package": ("# @package _global_\ndefaults: [/variables@hydra.job.env_set: cxx]", "hydra.job.env_set"),
     "defaults_here": ("# @package _global_\ndefaults: [/variables@_global_.hydra.job.env_set: cxx]", "hydra.job.env_set"),
-    "defaults_outside": ("# @package _global_\ndefaults: [/attention/../../secret]", "leads out"),
-    "option_outside": ("# @package _global_\ndefaults: [override /attention: ../hydra/callbacks/evil]", "leads out"),
+    "defaults_outside": ("# @package _global_\ndefaults: [/attention/../../secret]", "outside of the group's directory"),
+    "option_outside": (
+        "# @package _global_\ndefaults: [override /attention: ../hydra/callbacks/evil]",
+        "outside of the group's directory",
+    ),
     "package": ("# @package hydra.job\nenv_set: {CXX: PROGRAM}", "hydra.job.env_set"),
     "package_whole": ("# @package hydra\njob: {env_set: {CXX: PROGRAM}}", "hydra.job.env_set"),
     "includes": ("# @package _global_\ndefaults: [env_set]", "hydra.job.env_set"),
@@ -189,7 +192,7 @@ def test_what_stays_free(tmp_path: Path) -> None:
 
 # Mistakes in YAML: the content of an experiment file, and what the message has after the file's name.
 MISTAKES: dict[str, tuple[str | bytes, str]] = {
-    "tab": ("# @package _global_\nmodel:\n\tdim: 64\n", ":3: indented with a tab; YAML takes spaces"),
+    "tab": ("# @package _global_\nmodel:\n\tdim: 64\n", ":3: indented with a tab; YAML requires spaces"),
     "late_tab": ("# @package _global_\nmodel:\n  dim: 64\n\tdepth: 2\n", ":4: indented with a tab"),
     "colon": ("# @package _global_\nmodel:\n  dim 64\n", ":3: model: text (dim 64) where options are expected"),
     "colon_before": ("# @package _global_\nmodel:\n  dim 64\n  depth: 2\n", ":3: a colon is missing (key: value): dim 64"),
@@ -197,16 +200,16 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
     "colon_on_top": ("# @package _global_\nmodel\n  depth: 2\n", ":2: a colon is missing (key: value): model"),
     "space": ("# @package _global_\nmodel:\n  dim:64\n", ":3: model: text (dim:64) where options are expected"),
     "nothing_below": ("# @package _global_\nmodel:\ntrainer:\n  epochs: 2\n", ":2: model: nothing where options are expected"),
-    "indent": ("# @package _global_\nmodel:\n  dim: 64\n   depth: 2\n", ":4: a key where none can be"),
-    "bracket": ("# @package _global_\nmodel: {dim: [1, 2}\n", ":2: not YAML"),
-    "empty": ("", ": is empty"),
-    "blank": ("\n  \n\n", ": is empty"),
+    "indent": ("# @package _global_\nmodel:\n  dim: 64\n   depth: 2\n", ":4: a key is not allowed here"),
+    "bracket": ("# @package _global_\nmodel: {dim: [1, 2}\n", ":2: invalid YAML"),
+    "empty": ("", ": the file is empty"),
+    "blank": ("\n  \n\n", ": the file is empty"),
     "no_package": ("model:\n  dim: 64\n", ":1: the first line must be '# @package _global_'"),
     "late_package": ("# Mine\n# @package _global_\nmodel:\n  dim: 64\n", ":1: the first line must be '# @package _global_'"),
     "list": ("# @package _global_\n- model\n- dim\n", ":2: a list where keys are expected"),
     "text": ("# @package _global_\nmodel dim 64\n", ":2: text where keys are expected"),
     "inner_list": ("# @package _global_\nmodel:\n  - dim: 64\n", ":3: model: a list where options are expected"),
-    "twice": ("# @package _global_\nmodel:\n  dim: 64\n  dim: 32\n", ":4: dim is set twice, first in line 3"),
+    "twice": ("# @package _global_\nmodel:\n  dim: 64\n  dim: 32\n", ":4: dim is set twice, first on line 3"),
     "bom": ("\ufeff# @package _global_\nmodel:\n  dim: 64\n".encode(), ":1: starts with a byte-order mark"),
     "latin1": ("# @package _global_\n# für\nseed: 0\n".encode("latin1"), ":2: not UTF-8 text (byte 0xfc)"),
     "utf16": ("# @package _global_\nseed: 0\n".encode("utf-16"), ":1: not UTF-8 text"),
@@ -226,8 +229,8 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
     ),
     "option": ("# @package _global_\ndefaults:\n  - override /attention: performr\n", "nearest: performer"),
     "defaults": ("# @package _global_\ndefaults:\n  override /attention: performer\n", ":3: defaults: a list is expected"),
-    "two_documents": ("# @package _global_\nseed: 0\n---\nseed: 1\n", ":3: not YAML"),
-    "key": ("# @package _global_\nmodle:\n  dim: 64\n", ":2: modle: nothing reads this key; nearest: model"),
+    "two_documents": ("# @package _global_\nseed: 0\n---\nseed: 1\n", ":3: invalid YAML"),
+    "key": ("# @package _global_\nmodle:\n  dim: 64\n", ":2: modle: unknown key; nearest: model"),
 }
 
 
@@ -271,7 +274,7 @@ def test_a_mistake_in_any_file_is_one_line(tmp_path: Path, forked: Forked) -> No
     flags = f"--config-dir={tmp_path}/mine"
     for arguments, named in (
         (("experiment=tab",), "experiment/tab.yaml:3: indented with a tab"),
-        (("attention=empty",), "attention/empty.yaml: is empty"),
+        (("attention=empty",), "attention/empty.yaml: the file is empty"),
         (("--config-name=primary",), "primary.yaml:2: a colon is missing"),
     ):
         status, output = forked.run(tmp_path / named.split("/")[0], flags, *TINY, *arguments)

@@ -181,7 +181,7 @@ def test_the_same_command_again(tmp_path: Path) -> None:
     before = (directory / "results.json").read_bytes()
     again = run_train(tmp_path, *TINY)
     assert again.returncode == 0
-    assert "not run again" in again.stdout
+    assert "Already finished, skipping" in again.stdout
     assert (directory / "results.json").read_bytes() == before
 
     # The same name with another meaning: a user edits YAML.
@@ -235,7 +235,7 @@ def test_multirun(tmp_path: Path) -> None:
     assert len({r["train_loss"] for r in results if r["status"] == "finished"}) == 2
     good = run_train(tmp_path, "-m", *TINY, "seed=0,1", "attention.landmarks=8")
     assert good.returncode == 0
-    assert good.stdout.count("not run again") == 2
+    assert good.stdout.count("Already finished, skipping") == 2
     assert [row[1] for row in table_after(good.stdout, "jobs of this sweep")] == ["finished before"] * 2
 
 

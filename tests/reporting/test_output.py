@@ -46,14 +46,14 @@ def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
     name = NAME if encoding == "utf-8" else NAME.replace("猫", "\\u732b")
     assert text.count(name) == 3  # the group, and the error of both that failed
     assert ("+/-" if encoding == "ascii" else "±") in text
-    assert "Last epoch: percent of the whole test set" in text
+    assert "Last epoch: percent of the test set" in text
 
 
 @pytest.mark.parametrize("way", ["| head -1", "| true", ">&-", ">/dev/full", ">&- 2>&-"])
 def test_the_report_writes_its_files_whatever_happens_to_its_output(runs: Path, way: str) -> None:
     done = shell(f"$PYTHON -m vix report {way}", runs)
     assert done.returncode == 0
-    lost = b"warning: standard output is lost from here on (No space left on device)\n"
+    lost = b"warning: further standard output is lost (No space left on device)\n"
     assert done.stderr == (lost if "full" in way else b"")
     assert NAME.replace("[", "\\[").replace("]", "\\]") in (runs / "outputs" / "report.md").read_text()
     assert imread(runs / "outputs" / "learning_curves.png").var() > 0

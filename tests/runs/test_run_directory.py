@@ -280,7 +280,7 @@ def test_an_interrupted_rerun_is_continued(tmp_path: Path, forked: Forked) -> No
     status, output = forked.run(tmp_path, *rerun)
     assert status == 0, output
     results = read(tmp_path / "r/results.json")
-    assert output.count("Continuing an interrupted rerun") == 2
+    assert output.count("Resuming an interrupted rerun") == 2
     assert output.count("was moved to") == 1
     assert sum("epoch 1/60" in line for line in output.splitlines()) == 2  # of the first run, and of the rerun
     assert results["train_loss"] == first["train_loss"]
@@ -386,7 +386,7 @@ def test_a_run_that_cannot_be_moved_stays_finished(tmp_path: Path, forked: Forke
     (tmp_path / "r/.previous.tmp").write_text("in the way")
     status, output = forked.run(tmp_path, *IN_R, "rerun=true")
     assert status == 1
-    assert "cannot move the earlier run" in last_error(output)
+    assert "cannot archive the earlier run" in last_error(output)
     assert (tmp_path / "r/results.json").read_bytes() == before
     (tmp_path / "r/.previous.tmp").unlink()
     assert forked.run(tmp_path, *IN_R, "rerun=true")[0] == 0
@@ -394,7 +394,7 @@ def test_a_run_that_cannot_be_moved_stays_finished(tmp_path: Path, forked: Forke
 
 
 def test_lost_and_damaged_results(tmp_path: Path, forked: Forked) -> None:
-    """results.json is rebuilt from the checkpoint, as it was; without a checkpoint finished results stay finished."""
+    """results.json is restored from the checkpoint, as it was; without a checkpoint finished results stay finished."""
     assert forked.run(tmp_path, *IN_R)[0] == 0
     path = tmp_path / "r/results.json"
     whole = path.read_bytes()
@@ -404,7 +404,7 @@ def test_lost_and_damaged_results(tmp_path: Path, forked: Forked) -> None:
         path.unlink() if damage is None else path.write_bytes(damage)
         status, output = forked.run(tmp_path, *IN_R)
         assert status == 0, output
-        assert "Already finished" in output.split("rebuilt from the checkpoint")[-1]
+        assert "Already finished" in output.split("restored from the checkpoint")[-1]
         assert "Traceback" not in output
         assert read(path) == parts
 
@@ -419,13 +419,13 @@ def test_lost_and_damaged_results(tmp_path: Path, forked: Forked) -> None:
         status, output = forked.run(tmp_path, *IN_R)
         assert status == 0, output
         assert path.read_bytes() == whole
-        with pytest.raises(UserError, match="damaged" if contents else "checkpoint is lost"):
+        with pytest.raises(UserError, match="damaged" if contents else "checkpoint is missing"):
             vix.load_model(tmp_path / "r")
     with pytest.raises(DataError, match="rerun=true"):
         vix.load_model(tmp_path / "r")
     status, output = forked.run(tmp_path, *IN_R, "trainer.epochs=3", "trainer.resume=force")
     assert status == 1
-    assert "checkpoint is lost" in last_error(output)
+    assert "checkpoint is missing" in last_error(output)
     assert path.read_bytes() == whole
 
 

@@ -110,7 +110,7 @@ def test_a_gpu_without_kernels_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         "error: trainer.device=cuda: this build of PyTorch has no kernels for that GPU, only for compute capability "
-        "7.5, 8.0, 8.6, 9.0, 10.0, 12.0 and compatible ones; auto, cpu and cuda:N are names"
+        "7.5, 8.0, 8.6, 9.0, 10.0, 12.0 and compatible ones; valid: auto, cpu, cuda:N"
     ]
 
 
@@ -142,7 +142,7 @@ def test_what_is_refused(gpus: Driver) -> None:
         resolve_device("cuda:7")
     with pytest.raises(UserError, match="has 2 CUDA GPUs"):
         chosen_device("cuda:7")
-    with pytest.raises(ConfigError, match=r"this GPU has 16\.0 GB"):
+    with pytest.raises(ConfigError, match=r"this GPU has only 16\.0 GB"):
         check_memory_limit(torch.device("cuda", 1), 17.0)
 
 

@@ -106,7 +106,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     sweep = start(tmp_path, "-m", *TINY, "seed=0,1")
     _, errors = sweep.communicate(timeout=HANGS)
     assert sweep.returncode != 0
-    assert "error: -m: torchrun is for one run over several processes" in errors
+    assert "error: -m: torchrun starts one run in several processes" in errors
     wrong = start(tmp_path, *TINY, "model.dimm=3")
     _, errors = wrong.communicate(timeout=HANGS)
     assert wrong.returncode != 0

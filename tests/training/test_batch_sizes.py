@@ -22,7 +22,10 @@ def refuse(cfg: DictConfig) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.batch_size=718"], r"^trainer\.batch_size=718: of 1437 .* 1 image at a time.*needs 2 .*work: 717, 719$"),
+        (
+            ["trainer.batch_size=718"],
+            r"^trainer\.batch_size=718: of 1437 .* 1 image at a time.*needs at least 2 .*work: 717, 719$",
+        ),
         (["trainer.batch_size=1"], r"^trainer\.batch_size=1: .*nearest that work: 3$"),
         (["trainer.micro_batch=1"], r"^trainer\.micro_batch=1: .*nearest that work: 5$"),
         (["trainer.batch_size=100", "trainer.micro_batch=99"], r"^trainer\.micro_batch=99: .*nearest that work: 98, 100$"),

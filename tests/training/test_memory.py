@@ -50,7 +50,9 @@ def test_too_little_memory_is_one_line(compose_config: Compose, tmp_path: Path, 
     done = run_train(tmp_path, *arguments)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"error: out of {'GPU ' if device == 'cuda' else ''}memory under {arguments[-1]}, with 800 images")
+    assert line.startswith(
+        f"error: out of {'GPU ' if device == 'cuda' else ''}memory under {arguments[-1]}, with micro-batches of 800 images"
+    )
     assert "trainer.micro_batch=400" in line
     assert "trainer.micro_batch=auto" in line
     assert "trainer.activation_checkpointing=full" in line

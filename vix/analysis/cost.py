@@ -40,6 +40,7 @@ class AllocationCounter(TorchDispatchMode):
         return result
 
     def count(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.known.add(storage._cdata)
@@ -48,6 +49,7 @@ class AllocationCounter(TorchDispatchMode):
             weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
 
     def forget(self, storage: int, size: int) -> None:
+        """Subtract a freed storage of ``size`` bytes."""
         self.known.discard(storage)
         self.alive -= size
 

@@ -41,6 +41,7 @@ class LinearAttention(MultiHeadMixer):
         self.has_attention_weights = kernel != "cosine"  # which weighs channels, not tokens
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """Linear attention: queries, keys and values (B, H, N, E) → (B, H, N, E), in at least float32."""
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, values_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
             if self.kernel == "elu":

@@ -64,6 +64,7 @@ class Linformer(nn.Module):
         return q_BHNE, self.rotate(k_BHNE), v_BHNE
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """Attention to the projected keys and values: queries (B, H, N, E), keys and values (B, G, N, E) → (B, H, N, E)."""
         k_BHME = self.length_k.T @ k_BHNE
         # Values are never rotated. Without rotation, shared values are the projected keys.
         shared = v_BHNE is k_BHNE and self.length_v is None

@@ -65,6 +65,7 @@ class Performer(MultiHeadMixer):
             self.features_ME.copy_(orthogonal_features(*self.features_ME.shape), non_blocking=True)
 
     def attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        """Window attention in the local heads, linear attention in the others: (B, H, N, E) each → (B, H, N, E)."""
         near, far = ([t[:, heads] for t in (q_BHNE, k_BHNE, v_BHNE)] for heads in self.near_and_far)
         parts = []
         if self.local_heads:

@@ -1,6 +1,6 @@
-"""``python -m vix diff RUN_A RUN_B``: in which config keys, versions and results two runs differ.
+"""``python -m vix diff RUN_A RUN_B``: compare the configs, versions and results of two runs.
 
-Reads the two ``results.json`` and never imports torch.
+Reads only the two ``results.json``, and imports no torch.
 """
 
 import argparse
@@ -33,21 +33,21 @@ ABSENT = "–"
 
 
 def load(directory: Path) -> Row:
-    """The results of a run's directory, finished or not. Raises UserError where there are none."""
+    """The results of a run, finished or not. Raises UserError where the directory contains none."""
     path = directory / "results.json"
     if not directory.is_dir():
-        raise UserError(f"{directory}: there is no such directory; a run's is like outputs/vin/seed=0")
+        raise UserError(f"{directory}: no such directory; pass the directory of a run, such as outputs/vin/seed=0")
     if not path.is_file():
         below = [str(p.parent) for p in sorted(directory.glob("*/results.json"))]
-        raise UserError(f"{directory}: holds no results.json; directories in it that do: {', '.join(below) or 'none'}")
+        raise UserError(f"{directory}: contains no results.json; subdirectories with one: {', '.join(below) or 'none'}")
     run = read_run(path)
     if not isinstance(run.results.get("config"), dict):
-        raise UserError(f"{path} is {run.status} ({run.error or 'it holds no config'})")
+        raise UserError(f"{path} is {run.status} ({run.error or 'it contains no config'})")
     return run.results
 
 
 def differences(a: Row, b: Row) -> list[tuple[str, str, str, str]]:
-    """(key, in a, in b, b − a) for every key whose values differ; no difference where one is no number."""
+    """(key, value in a, value in b, b − a) for every key whose values differ; b − a is empty unless both are numbers."""
     lines = []
     for key in [*a, *(key for key in b if key not in a)]:
         if key not in a or key not in b or a[key] != b[key]:
@@ -57,14 +57,14 @@ def differences(a: Row, b: Row) -> list[tuple[str, str, str, str]]:
 
 
 def change(a: Any, b: Any) -> str:
-    """By how much two numbers differ."""
+    """b − a with a sign; empty unless both are numbers."""
     if any(isinstance(x, bool) or not isinstance(x, int | float) for x in (a, b)):
         return ""
     return f"{b - a:+,}" if isinstance(b - a, int) else f"{b - a:+.6g}"
 
 
 def first_different_epoch(a: Row, b: Row) -> int | None:
-    """The first epoch with another loss or accuracy; None where all epochs that both have agree."""
+    """The first epoch whose loss or accuracy differs; None where all epochs that both runs have agree."""
     for one, other in zip(a.get("history") or (), b.get("history") or (), strict=False):
         if any(one[key] != other[key] for key in ("train_loss", "top1", "top5")):
             return int(one["epoch"])
@@ -72,7 +72,7 @@ def first_different_epoch(a: Row, b: Row) -> int | None:
 
 
 def diff(run_a: Path, run_b: Path) -> None:
-    """Print what differs. Raises UserError where one is no run."""
+    """Print the differences of two runs' directories. Raises UserError where a directory contains no run."""
     a, b = load(run_a), load(run_b)
     print(f"A: {run_a}\nB: {run_b}\n")
 
@@ -93,14 +93,16 @@ def diff(run_a: Path, run_b: Path) -> None:
     if epoch:
         print(f"Loss and accuracy differ from epoch {epoch} on.")
     elif both:
-        print(f"Loss and accuracy agree to the last digit in every epoch that both have ({both}).")
+        print(f"Loss and accuracy are identical in all epochs that both runs have ({both}).")
 
 
 def main() -> None:
+    """The command."""
     protect_output()
-    parser = argparse.ArgumentParser(prog="python -m vix diff", description="What differs between two runs.")
+    description = "Compare the configs, versions and results of two runs."
+    parser = argparse.ArgumentParser(prog="python -m vix diff", description=description)
     parser.add_argument("run_a", metavar="RUN_A", type=user_path, help="a run's directory, such as outputs/vin/seed=0")
-    parser.add_argument("run_b", metavar="RUN_B", type=user_path)
+    parser.add_argument("run_b", metavar="RUN_B", type=user_path, help="the directory of the other run")
     options = parser.parse_args()
     try:
         diff(options.run_a, options.run_b)

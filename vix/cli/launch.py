@@ -1,4 +1,4 @@
-"""What ``train.py`` does: a job from its config to its results, errors in one line each, and the exit status."""
+"""``train.py``: runs one job from its config to its results, and maps errors to one-line messages and exit codes."""
 
 import gc
 import logging
@@ -41,12 +41,17 @@ from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
 from vix.training.compile import release_compiled
 
-REPORT = "VIX_REPORT"  # environment variable: after a sweep, print the report of all runs below its directory (sweep.sh)
+REPORT = "VIX_REPORT"  # environment variable that sweep.sh sets: print the report of all runs after the sweep
 log = logging.getLogger("vix")
 
 
 def run_job(cfg: DictConfig) -> float:
-    """Train what a config of Hydra's says, in its directory, and return the top-1 accuracy. Errors are logged in one line."""
+    """Run one job in its output directory, and return its top-1 accuracy in percent.
+
+    cfg: the config that Hydra composed for the job.
+
+    Errors of a job of a sweep are logged in one line and raised; a UserError of a single run ends the process.
+    """
     protect_output()  # a launcher may have started this process
     job = HydraConfig.get()
     choices = job.runtime.choices
@@ -64,18 +69,18 @@ def run_job(cfg: DictConfig) -> float:
     }
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
-        held = exclusive_lock(directory) if rank() == 0 else nullcontext()  # the first of several processes holds it for all
+        lock = exclusive_lock(directory) if rank() == 0 else nullcontext()  # rank 0 holds it for all processes
         parts = [*run_name_parts(choices, job.overrides.task, digest_of_images(cfg)), f"seed={cfg.get('seed')}"]
         outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
-        with JobStatus(parts, number, cfg.get("fail_fast") is True, outputs) as this_job, held, process_group():
+        with JobStatus(parts, number, cfg.get("fail_fast") is True, outputs) as job_status, lock, process_group():
             run = RunDirectory(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
             results = train(cfg, run)
-            this_job.finished(results, before=results is run.previous_results)
+            job_status.finished(results, before=results is run.previous_results)
             return float(results["top1"])
     except Exception as error:
         if isinstance(error, LockedError) and job.mode == RunMode.RUN:
             undo_start(locked=True)
-        if job.mode == RunMode.MULTIRUN:  # the sweep goes on, and its end would tell the first failure only
+        if job.mode == RunMode.MULTIRUN:  # the sweep continues, and Hydra reports only the first failure at its end
             log.error("%s: %s", identity["name"], first_paragraph(error))
         elif isinstance(error, UserError):
             sys.exit(f"error: {error}")
@@ -83,7 +88,11 @@ def run_job(cfg: DictConfig) -> float:
 
 
 def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
-    """Build what the config says, train it in the run's directory, and return the results."""
+    """Build and train the model of a config in the run's directory, and return the results.
+
+    Raises ConfigError where the config is invalid, and UserError where memory does not suffice. The status in results.json is
+    then ``refused`` or ``failed``.
+    """
     hydra_config = HydraConfig.get()
     try:
         use_given_cpus()
@@ -91,7 +100,7 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
             raise ConfigError(reason)
         for note in left_out_messages(hydra_config):
             log.info(note)
-        experiment = parse(cfg)  # refuses, like all up to check_batches, before any data is read
+        experiment = parse(cfg)  # config errors are raised here and up to check_batches, before data is read
         torch.manual_seed(experiment.seed)
         model = experiment.build_model()
         experiment.build_optimizer(model)
@@ -100,12 +109,12 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         run.add_identity(image_set=data.image_set)
         results = broadcast_from_rank0(lambda: run.prepare(experiment.rerun, trainer.resume))
         if results:
-            log.info("Already finished, and not run again: rerun=true starts over")
+            log.info("Already finished, skipping (rerun=true starts over)")
         else:
             try:
                 results = trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed)
             finally:
-                limit_memory(trainer.torch_device, None)  # not for telling of a failure, nor for the sweep's next job
+                limit_memory(trainer.torch_device, None)  # for the error handling below, and the next job of a sweep
     except ConfigError as error:
         if hydra_config.mode == RunMode.RUN:
             if rank() == 0 and not run.begun:
@@ -120,7 +129,7 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
             raise message from error
         raise
     finally:
-        # The next job of a sweep in this process must find the memory free.
+        # Free the memory for the next job of a sweep in this process.
         release_compiled()
         gc.collect()
         if torch.cuda.is_available():
@@ -128,101 +137,101 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
     if rank() == 0:
         print_results(results)
     if results.get("config_changes"):
-        log.info("Continued under another config (config_changes in results.json): no single command reproduces this run")
+        log.info("Resumed under another config (config_changes in results.json): no single command reproduces this run")
     else:
         log.info("To reproduce: %s", run.identity["command"])
     return results
 
 
 def oom_message(cfg: DictConfig, error: Exception) -> UserError:
-    """What is told when the memory of the GPU or of the machine does not suffice."""
+    """The error for an out-of-memory error of the GPU or of the machine, with the options that reduce memory."""
     kind = "GPU memory" if gpu_out_of_memory(error) else "memory"
     limit = cfg.trainer.memory_limit_gb
     under = f" under trainer.memory_limit_gb={limit}" if limit else ""
-    at_once, tested = cfg.trainer.micro_batch or cfg.trainer.batch_size, cfg.trainer.eval_batch_size
-    if at_once == "auto":
+    micro_batch, eval_batch = cfg.trainer.micro_batch or cfg.trainer.batch_size, cfg.trainer.eval_batch_size
+    if micro_batch == "auto":
         return UserError(
-            f"out of {kind}{under}, with trainer.micro_batch=auto; unless it happened in a test, of {tested} images at a time "
-            f"(trainer.eval_batch_size), no smaller part of a batch would do: take a smaller model, or more memory"
+            f"out of {kind}{under}, with trainer.micro_batch=auto; if in training, even the smallest micro-batch does not fit: "
+            f"use a smaller model or more memory; if in evaluation, reduce trainer.eval_batch_size={eval_batch}"
         )
-    twice = (
-        "" if cfg.trainer.activation_checkpointing == "full" else "trainer.activation_checkpointing=full keeps less of each, "
-    )
+    full = cfg.trainer.activation_checkpointing == "full"
+    checkpointing = "" if full else "trainer.activation_checkpointing=full stores fewer activations, "
     return UserError(
-        f"out of {kind}{under}, with {at_once} images at a time (trainer.batch_size={cfg.trainer.batch_size}) or {tested} in a "
-        f"test (trainer.eval_batch_size); {twice}trainer.micro_batch={max(1, at_once // 2)} takes fewer and trains the same, "
-        f"trainer.micro_batch=auto finds what fits"
+        f"out of {kind}{under}, with micro-batches of {micro_batch} images (trainer.batch_size={cfg.trainer.batch_size}) in "
+        f"training and trainer.eval_batch_size={eval_batch} in evaluation; {checkpointing}"
+        f"trainer.micro_batch={max(1, micro_batch // 2)} uses smaller micro-batches and trains the same, "
+        "trainer.micro_batch=auto finds a size that fits"
     )
 
 
 def launch(main: Callable[[], Any]) -> int:
-    """Run ``main``, a function that Hydra has wrapped, with errors in one line each, and after a sweep the table of its jobs.
+    """Run ``main``, a function wrapped by ``hydra.main``; print errors in one line, and after a sweep the table of its jobs.
 
-    Returns the exit status.
+    Returns the exit code: 0, 1 for an error or an unfinished job, 2 for wrong usage, 128 + N after signal N.
     """
     protect_output()
-    # With this variable set Hydra lets its errors through, and they become one line here.
+    # With this variable set, Hydra raises its errors instead of printing them; they are printed in one line below.
     wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Processes that a launcher starts must find vix, wherever this was called from.
+    # Processes started by a launcher must be able to import vix, whatever the working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
     sys.argv[1:] = expand_arguments(sys.argv[1:])
     command = parse_command(sys.argv[1:])
     sweep: Sweep | None = None
     unfinished = 0
-    problem: Exception | None = None
+    failure: Exception | None = None
     stopped: SystemExit | KeyboardInterrupt | None = None
     try:
         outputs = sweep_outputs(command)
         if world_size() > 1 and outputs:
-            print("error: -m: torchrun is for one run over several processes; start a sweep without it", file=sys.stderr)
+            print("error: -m: torchrun starts one run in several processes; start a sweep without it", file=sys.stderr)
             return 2
-        if rank() > 0:  # the first process writes, and is heard
+        if rank() > 0:  # only rank 0 writes files and logs
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
             logging.disable(logging.WARNING)
         sweep = Sweep(sys.argv, outputs) if outputs else None
     except Exception as error:
-        problem = error
+        failure = error
     with sweep or nullcontext():
         try:
-            if not problem:
+            if not failure:
                 main()
         except (SystemExit, KeyboardInterrupt) as error:
             stopped = error
         except Exception as error:
-            problem = error
+            failure = error
         unfinished = print_jobs(sweep) if sweep else 0
     if isinstance(stopped, SystemExit):
-        if isinstance(stopped.code, int) and stopped.code > 128:  # by a signal: all is saved and told
+        if isinstance(stopped.code, int) and stopped.code > 128:  # a signal: everything is already saved and logged
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(stopped.code)  # Python's own end would wait for the C++ compilers that a compiled step has started
+            os._exit(stopped.code)  # a normal exit would wait for the C++ compilers that a compiled step has started
         raise stopped
     if stopped:
         print("error: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    tellable = isinstance(problem, UserError | OSError) or (problem and is_hydra_error(problem))
-    if problem and (wants_tracebacks or not (unfinished or tellable)):
-        raise problem
+    user_error = isinstance(failure, UserError | OSError) or (failure and is_hydra_error(failure))
+    if failure and (wants_tracebacks or not (unfinished or user_error)):
+        raise failure
     if rank() > 0:
-        return 1 if problem else 0
+        return 1 if failure else 0
     if unfinished:
         print(f"error: {unfinished} of this sweep's jobs did not finish", file=sys.stderr)
-    elif problem:
-        print(f"error: {format_error(problem, command.overrides, command.flags)}", file=sys.stderr)
+    elif failure:
+        print(f"error: {format_error(failure, command.overrides, command.flags)}", file=sys.stderr)
     reported = print_report(sweep.outputs) if sweep and os.environ.get(REPORT) else True
-    return 1 if problem or unfinished or not reported else 0
+    return 1 if failure or unfinished or not reported else 0
 
 
 def print_jobs(sweep: Sweep) -> int:
-    """Print every job of a sweep with its state, and return how many did not finish."""
+    """Print a table of the jobs of a sweep with their states, and return the number of unfinished jobs."""
     jobs = sweep.jobs()
     if not jobs:
         return 0
     sweep.outputs = list(dict.fromkeys(job["outputs"] for job in jobs))
     table = Table(title="jobs of this sweep")
-    for column in ("job", "state", "top-1 %", "minutes", *(("why",) if any(job["error"] for job in jobs) else ())):
+    for column in ("job", "state", "top-1 %", "minutes", *(("reason",) if any(job["error"] for job in jobs) else ())):
         table.add_column(column, justify="right" if column in ("top-1 %", "minutes") else "left", overflow="fold")
     for job, name in zip(jobs, distinct([job["parts"] for job in jobs]), strict=True):
         top1, seconds = job.get("top1"), job.get("seconds")
@@ -233,13 +242,13 @@ def print_jobs(sweep: Sweep) -> int:
 
 
 def distinct(names: Sequence[Sequence[str]]) -> list[str]:
-    """Names of runs, given as their parts, without the parts that all of them share."""
+    """Names of runs, given as lists of parts, without the parts that all of them share."""
     shared = set.intersection(*map(set, names)) if len(names) > 1 else set()
     return [" ".join(part for part in name if part not in shared) or name[0] for name in names]
 
 
 def print_report(directories: list[str]) -> bool:
-    """``python -m vix report`` on the directories of a sweep; False where it fails."""
+    """Print the report of the directories of a sweep; False where that fails."""
     from vix.cli.report import parse_arguments, report
 
     try:

@@ -1,7 +1,7 @@
-"""``python -m vix plan [group=option,option] [key=value,value] …``: what a sweep would do, before anything starts.
+"""``python -m vix plan [group=option,option] [key=value,value] …``: list the runs of a sweep and their cost.
 
-Takes what ``train.py -m`` takes, composes and builds every run of it, and prints each with its cost, with what there is of it
-already, and with the reason where it would be refused; the exit status is then 1. Reads no data and writes nothing.
+Accepts the arguments of ``train.py -m``, composes and builds every run, and prints its state and its cost. A run that would be
+refused is printed with the reason, and the exit code is then 1. Reads no data, starts nothing and writes nothing.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from vix.system.files import check_unlocked
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
 
-# Keys that change neither the time of an epoch nor the memory: runs that differ in these alone cost the same.
+# Keys that affect neither the time of an epoch nor the memory: runs that differ only in these have the same cost.
 COST_NEUTRAL_KEYS = (
     *(
         "seed",
@@ -56,22 +56,27 @@ COST_NEUTRAL_KEYS = (
     *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
 )
 HOW_TO_READ = (
-    "GFLOPs are for one image: of a forward pass, and of training on it. Hours, of the epochs that are left, and peak GPU GB\n"
-    "are taken from runs of the same model, data, batch and hardware in the same outputs. Where there are none, ~GB follows\n"
-    "from the shapes, and hours are unknown (–); --measure trains each model for a few steps now to tell them."
+    "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and peak GPU GB are taken from\n"
+    "earlier runs with the same model, data, batch size and hardware in the same output directory. Without such runs, GB are\n"
+    "estimated from the shapes (~), and hours are unknown (–); --measure trains each model for a few steps to measure both."
 )
 
 
 @dataclass
 class PlannedRun:
-    """A run of a sweep: what there is of it, and what it would cost.
+    """A run of a sweep: its state and its cost.
 
-    directory, outputs: where it and all runs of the sweep would write; None where its config cannot be composed.
-    state: new, continues, finished, again (rerun=true) or refused; ``reason`` is why it is refused.
-    left: epochs that it would train.   device: the hardware that it would do so on.
-    hours, gpu_gb: None where nothing tells. GB are of 10⁹ bytes.
-    measured: whether the memory was measured, by an earlier run or now; else it is computed.
-    left_out: options of its experiment or recipe that belong to another choice than the job's, one sentence for each file.
+    name: the run's name, or its overrides where the config cannot be composed.
+    state: new, continues, finished, again (rerun=true) or refused.
+    reason: why it is refused; else empty.
+    directory, outputs: of the run, and of all runs of the sweep; None where the config cannot be composed.
+    config, experiment, image_set: the composed config, its validated parts, and the image set.
+    left: epochs still to train.
+    device: the hardware on which it would run.
+    summary: parameters and FLOPs of the model.
+    hours, gpu_gb: estimated time, and peak memory in GB of 10⁹ bytes; None where unknown.
+    measured: whether the memory was measured, by an earlier run or by --measure; else it is estimated from the shapes.
+    left_out: messages about options of the experiment or recipe that do not apply, because another option was chosen.
     """
 
     name: str
@@ -92,16 +97,18 @@ class PlannedRun:
 
 
 def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None = None) -> list[PlannedRun]:
-    """Every job of the sweep, in the order in which ``train.py -m`` runs them.
+    """The jobs of a sweep, in the order in which ``train.py -m`` runs them.
 
-    measuring: train each model for a few steps, where no earlier run tells what it costs.
+    arguments: overrides of the command line.
+    measuring: train a model for a few steps where the cost is not known from an earlier run.
+    flags: which config files are used.
 
-    Raises what Hydra raises for arguments that it cannot use, and UserError for a search.
+    Raises Hydra's exceptions for invalid arguments, and UserError for a search, whose runs are not known in advance.
     """
     models: dict[str, Summary] = {}
     jobs = [plan_run(number, overrides, models, flags) for number, overrides in enumerate(expand(arguments, flags))]
-    tops = {job.outputs for job in jobs if job.outputs}
-    earlier = [run.results for run in find_runs(top for top in tops if top.is_dir())]
+    outputs = {job.outputs for job in jobs if job.outputs}
+    earlier = [run.results for run in find_runs(directory for directory in outputs if directory.is_dir())]
     for job in jobs:
         cost_from_history(job, earlier)
     estimate_cost([job for job in jobs if job.left and job.state != "refused"], measuring)
@@ -109,11 +116,11 @@ def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None 
 
 
 def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[str]]:
-    """The overrides of each job, as Hydra's own sweeper makes them."""
+    """The overrides of each job, expanded by Hydra's basic sweeper. Raises UserError for another sweeper."""
     master = compose_with_hydra(arguments, flags, RunMode.MULTIRUN)
     sweeper = master.hydra.runtime.choices.get("hydra/sweeper")
     if sweeper != "basic":
-        raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs as it goes, so they cannot be planned")
+        raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs adaptively, so they cannot be planned")
     params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=make_loader(flags or Flags()))
     parsed = parser.parse_overrides([*params, *master.hydra.overrides.task])
@@ -123,7 +130,10 @@ def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[st
 
 
 def plan_run(number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None) -> PlannedRun:
-    """One job, by the checks that ``train.py`` makes. ``models`` keeps the summaries: counting takes a third of a second."""
+    """Plan one job, with the checks of ``train.py``.
+
+    models: cache of the summaries, which take a third of a second each; extended in place.
+    """
     job = PlannedRun(" ".join(overrides))
     try:
         cfg = compose_with_hydra(overrides, flags)
@@ -150,7 +160,7 @@ def plan_run(number: int, overrides: list[str], models: dict[str, Summary], flag
 
 
 def output_directory(cfg: DictConfig, number: int) -> Path:
-    """The directory of the sweep's job of that number, from a config composed with Hydra's own part."""
+    """The directory of job ``number`` of the sweep; ``cfg``: its config, with Hydra's part."""
     with open_dict(cfg):
         cfg.hydra.job.num = number
     HydraConfig.instance().set_config(cfg)
@@ -158,12 +168,12 @@ def output_directory(cfg: DictConfig, number: int) -> Path:
 
 
 def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> None:
-    """Find the job's state. Raises UserError where ``train.py`` would refuse it."""
+    """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would refuse the run."""
     with torch.device("meta"):
         model = experiment.build_model()
         experiment.build_optimizer(model)
     trainer, data = experiment.trainer, experiment.data
-    experiment.augmentation  # noqa: B018  (checked against the image size)
+    experiment.augmentation  # noqa: B018  (constructing it checks the image size)
     check_batches(experiment.build_model, data, trainer)
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
     job.image_set = data.image_set
@@ -180,7 +190,7 @@ def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> N
 
 
 def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
-    """Set the job's hours and memory to the median of those earlier runs that cost the same, where there are any."""
+    """Set the job's hours and memory to the median of earlier runs with the same cost, if there are any."""
     if job.state == "refused" or job.config is None:
         return
     key = cost_key(job.config)
@@ -190,7 +200,7 @@ def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
         if r.get("device") == job.device
         and r.get("processes", 1) == 1
         and cost_key(r.get("config")) == key
-        # An epoch over other images takes other times.
+        # The time of an epoch depends on the image set.
         and image_set(r) == job.image_set
     ]
     seconds = [r["seconds"] / r["epochs"] for r in alike if is_number(r.get("seconds")) and is_number(r.get("epochs"))]
@@ -202,8 +212,8 @@ def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
 
 
 def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool) -> None:
-    """Set the memory, and where ``measuring`` the hours, of jobs whose like has not been run; each kind is done once."""
-    known: dict[str, tuple[float | None, int | None, int]] = {}  # seconds of a step, bytes measured, and by the shapes
+    """Set the memory, and if ``measuring`` the hours, of jobs without comparable earlier runs; once per distinct cost."""
+    known: dict[str, tuple[float | None, int | None, int]] = {}  # seconds per step, bytes measured, bytes estimated
     for job in jobs:
         if job.gpu_gb is not None and (job.hours is not None or not measuring):
             continue
@@ -211,21 +221,24 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool) -> None:
         assert experiment is not None
         if kind not in known:
             known[kind] = *(measure_step(experiment) if measuring else (None, None)), peak_memory(experiment)
-        seconds, measured, foreseen = known[kind]
+        seconds, measured, estimated = known[kind]
         if job.gpu_gb is None:
-            job.gpu_gb, job.measured = (foreseen if measured is None else measured) / 1e9, measured is not None
+            job.gpu_gb, job.measured = (estimated if measured is None else measured) / 1e9, measured is not None
         if job.hours is None and seconds is not None:
             steps = math.ceil(experiment.data.train_images / experiment.trainer.batch_size)
             job.hours = seconds * steps * job.left / 3600
 
 
 def is_number(value: Any) -> bool:
-    """Whether a field of someone's results.json is a number above 0."""
+    """Whether a field of a results.json is a positive number."""
     return isinstance(value, int | float) and value > 0
 
 
 def cost_key(config: Any) -> Row:
-    """What of a config decides on its cost; empty for what is no config. An option that is null may be younger than a run."""
+    """The keys of a config that determine its cost; empty where it is not a config.
+
+    Options that are null are omitted: an earlier run may predate them.
+    """
     return (
         {k: v for k, v in flatten(config).items() if v is not None and k not in COST_NEUTRAL_KEYS}
         if isinstance(config, dict)
@@ -234,7 +247,7 @@ def cost_key(config: Any) -> Row:
 
 
 def print_plan(jobs: Sequence[PlannedRun]) -> None:
-    """Print the table, the reasons of the refused jobs, and the sums."""
+    """Print the table, the totals, and the reasons of refused jobs."""
 
     def number(value: float | None, digits: int) -> str:
         return "–" if value is None else f"{value:,.{digits}f}"
@@ -262,13 +275,13 @@ def print_plan(jobs: Sequence[PlannedRun]) -> None:
     Table("Plan", heads, lines, words=2).print()
     print(HOW_TO_READ)
     states = Counter(job.state for job in jobs)
-    device = next((job.device for job in jobs if job.device), "no hardware")
+    device = next((job.device for job in jobs if job.device), "unknown hardware")
     print(f"\n{len(jobs)} runs on {device}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
     to_train = [job for job in jobs if job.left and job.state != "refused"]
     hours = [job.hours for job in to_train if job.hours is not None]
     if to_train:
         unknown = f"; unknown for {len(to_train) - len(hours)} of {len(to_train)} runs" if len(hours) < len(to_train) else ""
-        print(f"time, one after another: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
+        print(f"total time, sequentially: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
     for note in dict.fromkeys(note for job in jobs for note in job.left_out):
         print(note)
     for job in jobs:
@@ -277,19 +290,17 @@ def print_plan(jobs: Sequence[PlannedRun]) -> None:
 
 
 def main() -> None:
+    """The command; exits with 1 where a run would be refused."""
     protect_output()
-    parser = argparse.ArgumentParser(
-        prog="python -m vix plan", description="What a sweep would do: its runs, their cost, and which would be refused."
-    )
-    parser.add_argument("overrides", nargs="*", help="what train.py -m takes: experiment=vin,vip seed=0,1 …")
-    parser.add_argument(
-        "--multirun", "-m", action="store_true", help="changes nothing: what would be a sweep is planned as one"
-    )
+    description = "List the runs of a sweep, their cost, and which would be refused, without starting them."
+    parser = argparse.ArgumentParser(prog="python -m vix plan", description=description)
+    parser.add_argument("overrides", nargs="*", help="as for train.py -m: experiment=vin,vip seed=0,1 …")
+    parser.add_argument("--multirun", "-m", action="store_true", help="accepted for compatibility with train.py; no effect")
     add_flags(parser)
-    parser.add_argument("--measure", action="store_true", help="train each model for a few steps to tell time and memory")
+    parser.add_argument("--measure", action="store_true", help="train each model for a few steps to measure time and memory")
     parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
     overrides, flags = parsed.overrides, flags_from(parsed)
-    logging.getLogger("vix").setLevel(logging.ERROR)  # that there is no GPU need not be told once a run
+    logging.getLogger("vix").setLevel(logging.ERROR)  # otherwise every run warns about a missing GPU
     clock = time.perf_counter()
     try:
         if parsed.measure:

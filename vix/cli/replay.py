@@ -1,4 +1,4 @@
-"""``python -m vix replay RUN``: repeat the step of a run whose loss or gradient was not finite, and name the first layer."""
+"""``python -m vix replay RUN``: repeat the step whose loss or gradient was not finite, and name the first such layer."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from vix.training.nonfinite import FILE, locate_layer
 
 
 def saved_device(name: str) -> torch.device:
-    """The device that a step was saved on, or where this machine lacks it another one; set up as for training."""
+    """The device on which a step was saved, or ``auto`` where this machine lacks it; set up as for training."""
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         name = "auto"
@@ -23,12 +23,13 @@ def saved_device(name: str) -> torch.device:
 
 
 def main() -> None:
+    """The command."""
     protect_output()
     parser = argparse.ArgumentParser(prog="python -m vix replay", description=__doc__)
-    parser.add_argument("directory", type=user_path, help="directory of a run that stopped because a number was not finite")
+    parser.add_argument("directory", type=user_path, help="directory of a run that stopped at a non-finite loss or gradient")
     directory = parser.parse_args().directory
     if not (directory / FILE).is_file():
-        sys.exit(f"error: {directory} holds no {FILE}: no step of a run there was not finite")
+        sys.exit(f"error: {directory} contains no {FILE}: no run in it stopped at a non-finite loss or gradient")
     use_given_cpus()
     state = torch.load(directory / FILE, map_location="cpu", weights_only=True)
     device = saved_device(state["device"])

@@ -1,6 +1,6 @@
-"""``python -m vix report [DIR …]``: what the runs below some directories reached and cost, beside the paper's figures.
+"""``python -m vix report [DIR …]``: accuracy, memory and time of the runs below directories, next to the published figures.
 
-Reads each run's ``results.json`` and nothing else, and never imports torch: 1,000 runs take about a second.
+Reads only each run's ``results.json``, and imports no torch: 1,000 runs take about a second.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from vix.system.files import atomic_write, user_path
 
 
 class Column(NamedTuple):
-    """How a column of numbers looks: its head in a table, decimals, and whether a plus sign is written."""
+    """Format of a column: its heading, the number of decimals, and whether positive numbers get a plus sign."""
 
     head: str
     digits: int = 0
     signed: bool = False
 
 
-# What --sort takes and report.csv holds, in this order.
+# Columns of report.csv, in this order, and valid arguments of --sort.
 COLUMNS = {
     "experiment": Column("experiment"),
     "seeds": Column("seeds"),
@@ -48,19 +48,19 @@ COLUMNS = {
     "images_per_second": Column("images/s"),
     "minutes": Column("minutes", 2),
     "published_top1": Column("paper's\ntop-1 %", 2),
-    "top1_difference": Column("differs\nby", 2, signed=True),
+    "top1_difference": Column("ours −\npaper", 2, signed=True),
     "published_top5": Column("paper's\ntop-5 %", 2),
-    "top5_difference": Column("differs\nby", 2, signed=True),
+    "top5_difference": Column("ours −\npaper", 2, signed=True),
     "published_params": Column("paper's\ncount"),
-    "params_difference": Column("differs\nby", signed=True),
+    "params_difference": Column("ours −\npaper", signed=True),
     "published_gpu_gb": Column("paper's\nGPU GB", 1),
-    "gpu_difference": Column("differs\nby", 1, signed=True),
+    "gpu_difference": Column("ours −\npaper", 1, signed=True),
     "published_size_mb": Column("paper's\n“size” MB", 2),
     "device": Column("device"),
     "precision": Column("precision"),
 }
 COUNTS = ("weight_bias_params", "trainable_params")
-# Column: ours minus the paper's.
+# Column of a difference → the columns of our value and the paper's.
 DIFFERENCES = {
     "top1_difference": ("best_top1", "published_top1"),
     "top5_difference": ("best_top5", "published_top5"),
@@ -71,36 +71,37 @@ OURS = (
     *("experiment", "seeds", "epochs", "top1", "top5", "best_top1", "weight_bias_params", "trainable_params"),
     *("checkpoint_mb", "gpu_gb", "images_per_second", "minutes"),
 )
-BESIDE_PAPER = (
+PAPER_COMPARISON = (
     *("experiment", "best_top1", "published_top1", "top1_difference", "best_top5", "published_top5", "top5_difference"),
     *("weight_bias_params", "published_params", "params_difference", "gpu_gb", "published_gpu_gb", "gpu_difference"),
     "published_size_mb",
 )
 
 HOW_TO_READ = (
-    "One line for all seeds of a run. Last epoch: percent of the whole test set, mean ± sample standard deviation over the "
-    "seeds. Best of all: the highest top-1 after any epoch of any seed. Peak GPU GB: the most that PyTorch had allocated in "
-    "a training step, without the images, in 10⁹ bytes. Images/s of training and minutes in all are means over the seeds. "
-    "Weights and biases is the paper's count; trainable adds position tables, class tokens and Linformer's projections."
+    "One line per run, for all of its seeds. Last epoch: percent of the test set, mean ± sample standard deviation over the "
+    "seeds. Best of all: the highest top-1 after any epoch of any seed. Peak GPU GB: PyTorch's peak allocated memory in the "
+    "training steps, without the data set, in 10⁹ bytes. Training images/s and total minutes are means over the seeds. "
+    "Weights and biases is the paper's count; trainable adds position embeddings, class tokens and Linformer's projections."
 )
 PROTOCOL = (
-    "The paper's figures come from another protocol. Each is the best test epoch of one run without a seed or a validation "
-    "split (the text says best of three), so it is set beside our best of all epochs and seeds; both flatter the model, and "
-    "the last epoch's mean is the fair figure.",
-    "Its accuracies are means of the batches' percentages, in which a short last batch weighs too much; ours count every test "
-    "image once.",
-    "It trained with AdamW at a constant rate of 1e-3 (the text says Adam), for some 16 to 40 epochs, with batches of 64 for "
-    "ViT, 128 for ViP, ViN and the hybrids and 192 to 640 for others; ours are of 64 unless a line says otherwise. The "
-    "paper's GPU memory is for 64.",
-    "It computed in float32: its automatic mixed precision covered the loss alone. Ours use 16 bits on a GPU, and softmax "
-    "attention does not store the tokens × tokens matrix unless attention.implementation=explicit, so they need less memory.",
-    "Its “size” estimates the activations for one image and is not that of a file, so no difference is taken. Its count of "
-    "LeViP's parameters, 662,410, is a misprint of 622,410; table 5 prints no counts.",
+    "The paper's protocol differs from ours. Each published accuracy is the best test epoch of one unseeded run without a "
+    "validation split (the text says best of three), so it is compared with our best over all epochs and seeds. Both are "
+    "optimistic; the mean of the last epoch is the unbiased figure.",
+    "The paper averages the accuracies of batches, which gives a short last batch too much weight; ours count every test image "
+    "once.",
+    "The paper trained with AdamW at a constant learning rate of 1e-3 (the text says Adam), for about 16 to 40 epochs, with a "
+    "batch size of 64 for ViT, 128 for ViP, ViN and the hybrids, and 192 to 640 for others; ours is 64 unless a line says "
+    "otherwise. The paper's GPU memory is for 64.",
+    "The paper computed in float32: its automatic mixed precision covered only the loss. Ours uses 16 bits on a GPU, and "
+    "softmax attention does not store the tokens × tokens matrix unless attention.implementation=explicit, so it needs less "
+    "memory.",
+    "The paper's “size” estimates the activations of one image, not the size of a file, so it is not compared. Its count of "
+    "LeViP's parameters, 662,410, is a misprint of 622,410; table 5 contains no counts.",
 )
 
 
 def columns(group: Group) -> Row:
-    """A group's value for every column; None where there is none."""
+    """A group's row of the table: column → value, None where it is unknown."""
     best, seconds = group.best, group.mean("seconds")
     row: Row = {
         "experiment": group.name,
@@ -124,17 +125,20 @@ def columns(group: Group) -> Row:
 
 
 def sort_rows(rows: list[Row], column: str) -> list[Row]:
-    """By a column, descending with a minus in front; rows without a value come last. Raises UserError for no such column."""
+    """Rows sorted by a column, descending if its name begins with a minus; rows without a value come last.
+
+    Raises UserError for an unknown column.
+    """
     key = column.removeprefix("-")
     if key not in COLUMNS:
         near = difflib.get_close_matches(key, COLUMNS, 1)
-        raise UserError(f"--sort {column}: there is no such column{f' ({near[0]}?)' if near else ''}; {', '.join(COLUMNS)}")
+        raise UserError(f"--sort {column}: unknown column{f' ({near[0]}?)' if near else ''}; valid: {', '.join(COLUMNS)}")
     known = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key], reverse=column.startswith("-"))
     return known + [row for row in rows if row[key] is None]
 
 
 def cell(row: Row, key: str) -> str:
-    """A value as the tables show it."""
+    """A value as formatted in the tables."""
     value, column = row[key], COLUMNS[key]
     if value is None or isinstance(value, str):
         return value or "–"
@@ -144,25 +148,26 @@ def cell(row: Row, key: str) -> str:
 
 
 def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
-    """What was reached, beside the paper, and what is not in the table; without the empty ones."""
+    """The tables of results, of the comparison with the paper, and of other runs; empty tables are omitted."""
 
-    def of(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
+    def make_table(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
         return Table(title, [COLUMNS[key].head for key in keys], [[cell(row, key) for key in keys] for row in rows], 1)
 
-    ours = of("Runs", OURS, rows)
-    beside = of("Beside the paper", BESIDE_PAPER, [row for row in rows if row["published_top1"] is not None])
+    ours = make_table("Runs", OURS, rows)
+    compared = [row for row in rows if row["published_top1"] is not None]
+    comparison = make_table("Comparison with the paper", PAPER_COMPARISON, compared)
     rest = Table("Not in the table", ("run", "status", "error"), [(str(r.path.parent), r.status, r.error) for r in others], 3)
-    return [table for table in (ours, beside, rest) if table.lines]
+    return [table for table in (ours, comparison, rest) if table.lines]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """The footnotes that the tables need; none where there are no rows."""
+    """The footnotes of the tables; empty without rows."""
     published = any(row["published_top1"] is not None for row in rows)
     return [*([HOW_TO_READ] if rows else []), *(PROTOCOL if published else [])]
 
 
 def as_csv(rows: Iterable[Row]) -> str:
-    """Every column, unrounded; empty where there is no value."""
+    """The rows as CSV with all columns, unrounded; a missing value is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
     writer.writeheader()
@@ -171,32 +176,48 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a directory, which is made if need be; each is whole or absent. Raises UserError."""
+    """Write files atomically into a directory, which is created if necessary. Raises UserError where that fails.
+
+    files: name → contents.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: this directory cannot be made ({error.strerror}); choose another with --out") from error
+        raise UserError(f"{out}: cannot create this directory ({error.strerror}); choose another with --out") from error
     for name, content in files.items():
         atomic_write(out / name, content)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vix report", description="Accuracy, memory and time of runs, as a table.")
-    outputs = [Path("outputs")]
-    parser.add_argument("directories", metavar="DIR", nargs="*", type=user_path, default=outputs, help="default: outputs")
+    """The options of the command; the fields are directories, where, sort, out and no_files."""
+    description = "Accuracy, memory and time of runs, next to the published figures."
+    parser = argparse.ArgumentParser(prog="python -m vix report", description=description)
+    parser.add_argument(
+        "directories",
+        metavar="DIR",
+        nargs="*",
+        type=user_path,
+        default=[Path("outputs")],
+        help="directories that are searched for runs (default: outputs)",
+    )
     parser.add_argument(
         "--where",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="only runs with this field of results.json or key of the config: attention=nystrom, trainer.epochs=10; repeatable",
+        help="only runs with this value of a field of results.json or a key of the config, such as attention=nystrom or "
+        "trainer.epochs=10; repeatable",
     )
-    parser.add_argument("--sort", metavar="COLUMN", help=f"-COLUMN descends; default: the paper's order. {', '.join(COLUMNS)}")
     parser.add_argument(
-        "--out", metavar="DIR", type=user_path, help="for report.md, report.csv and pictures; default: the first DIR"
+        "--sort",
+        metavar="COLUMN",
+        help=f"sort by a column, -COLUMN in descending order (default: the paper's order); columns: {', '.join(COLUMNS)}",
     )
-    parser.add_argument("--no-files", action="store_true", help="only print")
-    # argparse takes -COLUMN for an option of its own, unless it hangs on --sort.
+    parser.add_argument(
+        "--out", metavar="DIR", type=user_path, help="directory of report.md, report.csv and figures (default: the first DIR)"
+    )
+    parser.add_argument("--no-files", action="store_true", help="print the report, but write no files")
+    # argparse would take a separate -COLUMN for an option, so it is joined with --sort.
     for i in range(len(arguments) - 1, 0, -1):
         if arguments[i - 1] == "--sort" and arguments[i].startswith("-"):
             arguments[i - 1 : i + 1] = [f"--sort={arguments[i]}"]
@@ -204,12 +225,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Print the tables and write the files. Raises UserError."""
+    """Print the tables and write the files. Raises UserError for invalid options and unreadable or unwritable directories.
+
+    options: of :func:`parse_arguments`.
+    """
     if options.sort:
-        sort_rows([], options.sort)  # a wrong name is told before anything is read
+        sort_rows([], options.sort)  # reports an unknown column before runs are read
     runs = filter_runs(find_runs(options.directories), options.where)
     if not runs:
-        print(f"No results.json below {join_names(options.directories)}: train something with python train.py experiment=NAME")
+        print(f"No results.json below {join_names(options.directories)}: start a run with python train.py experiment=NAME")
         return
     groups, others = group_seeds(runs)
     rows = [columns(group) for group in groups]
@@ -236,6 +260,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """The command."""
     protect_output()
     try:
         report(parse_arguments(sys.argv[1:]))

@@ -1,6 +1,6 @@
-"""``python -m vix summary [group=option] [key=value] …``: a model as a table of its layers, and what it costs.
+"""``python -m vix summary [group=option] [key=value] …``: layers of a model, with output shapes, parameters and FLOPs.
 
-Takes what ``train.py`` takes, and reads no data. The model runs on PyTorch's meta device, which works out shapes alone.
+Accepts the arguments of ``train.py``. Reads no data: the model runs on PyTorch's meta device, which computes only shapes.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 
 NOTE = """\
-A row holds all that is in it. Multiply-adds are those of matrix products and convolutions, and 2.5 n log₂ n for a Fourier
-transform of n values; each is two FLOPs. Training is a forward and a backward pass, without what fused kernels compute twice.
+Each row includes the layers below it. Multiply-adds count matrix products and convolutions, and 2.5 n log₂ n for a Fourier
+transform of n values; each is two FLOPs. Training is a forward and a backward pass, without recomputation in fused kernels.
 """
 
 
 def print_summary(summary: Summary) -> None:
-    """Print the table and the totals."""
+    """Print the table of layers, and the totals."""
     lines = []
     for layer in summary.layers:
         depth, name = layer.name.count(".") + bool(layer.name), layer.name.rpartition(".")[2]
@@ -35,19 +35,19 @@ def print_summary(summary: Summary) -> None:
         ("trainable parameters", f"{summary.trainable_params:,}"),
         ("weights and biases (the paper's count)", f"{summary.weight_bias_params:,}"),
         ("“size” as in the paper", f"{summary.paper_mb:.2f} MB"),
-        ("checkpoint (the weights)", f"{summary.checkpoint_mb * 1e6:,.0f} bytes"),
-        ("forward pass of an image", f"{summary.forward_flops / 1e9:.3f} GFLOPs"),
-        ("training on an image", f"{summary.training_flops / 1e9:.3f} GFLOPs"),
+        ("checkpoint (weights)", f"{summary.checkpoint_mb * 1e6:,.0f} bytes"),
+        ("forward pass per image", f"{summary.forward_flops / 1e9:.3f} GFLOPs"),
+        ("training per image", f"{summary.training_flops / 1e9:.3f} GFLOPs"),
     ):
         print(f"{label:<40}{value:>18}")
 
 
 def main() -> None:
+    """The command."""
     protect_output()
-    parser = argparse.ArgumentParser(
-        prog="python -m vix summary", description="A model as a table of its layers, and its cost."
-    )
-    parser.add_argument("overrides", nargs="*", help="what train.py takes: experiment=vin, model=pit, model.depth=6, …")
+    description = "Layers of a model, with output shapes, parameters and FLOPs."
+    parser = argparse.ArgumentParser(prog="python -m vix summary", description=description)
+    parser.add_argument("overrides", nargs="*", help="as for train.py: experiment=vin, model=pit, model.depth=6, …")
     add_flags(parser)
     parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
     overrides, flags = parsed.overrides, flags_from(parsed)

@@ -1,4 +1,4 @@
-"""Command lines of ``train.py``: Hydra's flags and overrides, and the command that reproduces a run."""
+"""The command line of ``train.py``: Hydra's flags and overrides, and the command that reproduces a run."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ CONFIG_NAME = "config"
 
 
 class Flags(NamedTuple):
-    """Hydra's options that say which files a config comes from."""
+    """Hydra's options that select the config files: ``--config-dir``, ``--config-path`` and ``--config-name``."""
 
     config_dir: str | None = None
     config_path: str | None = None
@@ -28,7 +28,7 @@ class Flags(NamedTuple):
 
 
 def quote_home(override: str) -> str:
-    """``data.root=~/x``, which Hydra's grammar refuses, with the home directory in its place; anything else unchanged."""
+    """Expand ``~`` in an override such as ``data.root=~/x``, which Hydra's grammar rejects; other overrides are unchanged."""
     key, equals, value = override.partition("=")
     if not equals or not value.startswith("~"):
         return override
@@ -36,7 +36,12 @@ def quote_home(override: str) -> str:
 
 
 class Command(NamedTuple):
-    """A command line of ``train.py``; ``runs`` is False where it only shows something, such as ``--help`` and ``--cfg``."""
+    """A parsed command line of ``train.py``.
+
+    flags, overrides: config files, and overrides.
+    multirun: whether ``-m`` is given.
+    runs: False where the command only prints information, such as ``--help`` and ``--cfg``.
+    """
 
     flags: Flags
     overrides: list[str]
@@ -45,14 +50,14 @@ class Command(NamedTuple):
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
-    """The arguments of ``train.py``, by Hydra's own parser."""
+    """Parse the arguments of ``train.py`` with Hydra's own parser."""
     parsed = get_args_parser().parse_args(list(arguments))
     only_shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
     return Command(flags_from(parsed), parsed.overrides, parsed.multirun, not (only_shows or parsed.experimental_rerun))
 
 
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments of ``train.py`` with a leading ``~`` in a flag's or an override's value replaced by the home directory."""
+    """Expand a leading ``~`` in the values of flags and overrides."""
     expanded = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -61,18 +66,19 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add Hydra's options that say which files a config comes from."""
-    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a directory with files of your own, next to conf/")
-    parser.add_argument("--config-path", "-cp", metavar="DIR", help="a directory in the place of conf/")
-    parser.add_argument("--config-name", "-cn", metavar="NAME", help="another primary config than config")
+    """Add Hydra's options that select the config files."""
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="an additional directory with config files")
+    parser.add_argument("--config-path", "-cp", metavar="DIR", help="a directory that replaces conf/")
+    parser.add_argument("--config-name", "-cn", metavar="NAME", help="name of the primary config (default: config)")
 
 
 def flags_from(parsed: argparse.Namespace) -> Flags:
+    """The flags of a parser with the options of :func:`add_flags`."""
     return Flags(parsed.config_dir, parsed.config_path, parsed.config_name)
 
 
 def flags_of(hydra_config: Any) -> Flags:
-    """The flags with which a config was composed, read from its Hydra part, also in a launcher's process."""
+    """The flags with which a config was composed, from its Hydra part, which is also available in a launcher's process."""
     sources = {str(source.provider): source for source in hydra_config.runtime.config_sources}
     main, extra, name = sources.get("main"), sources.get("command-line"), hydra_config.job.config_name
     path = None
@@ -81,16 +87,15 @@ def flags_of(hydra_config: Any) -> Flags:
     return Flags(extra.path if extra is not None else None, path, name if name != CONFIG_NAME else None)
 
 
-# Hydra's keys that say how the jobs of a sweep are made and started, not what one of them is.
+# Hydra's keys that affect how the jobs of a sweep are created and started, but not the jobs themselves.
 SWEEP_ONLY_KEYS = ("hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra.sweep", "hydra.job.env_set.VIX_SWEEP")
 
 
 def reproduce_command(job: Any) -> str:
-    """The command, ready for a shell, that does a run again from its start: its program, flags and overrides.
+    """The shell command that reproduces a run from its start: program, flags and overrides.
 
     job: Hydra's part of the run's config.
     """
-
     given = {f"--{key.replace('_', '-')}": value for key, value in flags_of(job)._asdict().items() if value is not None}
     flags = [word for flag in given.items() for word in flag]
     single = job.mode == RunMode.RUN
@@ -100,7 +105,10 @@ def reproduce_command(job: Any) -> str:
 
 
 def is_part_of_job(key: str, single: bool) -> bool:
-    """Whether a key of Hydra's that the command line sets is repeated; of a sweep's job only where configs are looked for."""
+    """Whether the command that reproduces a run includes a key of Hydra's; for a job of a sweep, only the search path is.
+
+    single: whether the run is not a job of a sweep.
+    """
     if not single:
         return key == "hydra.searchpath"
     return not any(
@@ -109,12 +117,12 @@ def is_part_of_job(key: str, single: bool) -> bool:
 
 
 def launch_words() -> list[str]:
-    """What starts the program: Python, or torchrun with its processes."""
+    """The beginning of the command: python, or torchrun with its options."""
     if world_size() == 1:
         return ["python"]
     world, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     if local == world:
         return ["torchrun", "--standalone", f"--nproc-per-node={local}"]
     endpoint = f"{os.environ.get('MASTER_ADDR', 'HOST')}:29400"
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
-    return ["torchrun", f"--nnodes={-(-world // local)}", f"--nproc-per-node={local}", *meeting]
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    return ["torchrun", f"--nnodes={-(-world // local)}", f"--nproc-per-node={local}", *rendezvous]

@@ -1,7 +1,8 @@
-"""From a command line to a config: one way for ``train.py``, its sweeps and workers, and the commands of ``vix``.
+"""Composes configs from command lines, in the same way for ``train.py``, its sweeps and workers, and the commands of ``vix``.
 
-Importing this module puts :class:`Loader` in the place of Hydra's own, so that every config that Hydra composes is checked file
-by file (:mod:`vix.composition.yaml_files`), and an experiment's options for an attention stay with that attention.
+Importing this module replaces Hydra's config loader by :class:`Loader`. It validates every file
+(:mod:`vix.composition.yaml_files`) and applies an experiment's options only to the options that the experiment chooses
+(:mod:`vix.composition.overlays`).
 """
 
 import copy
@@ -37,18 +38,18 @@ from vix.runs.identity import run_name
 from vix.system.files import expand_home
 
 VERSION_BASE = "1.3"
-# Parts of Hydra's own config that hold paths of a user's.
+# Parts of Hydra's own config that contain paths.
 HYDRA_PATHS = ("run", "sweep", "launcher", "sweeper")
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's loader with four more rules.
+    """Hydra's config loader with four more rules.
 
     - A file of a group may set only the program's options (:mod:`vix.composition.yaml_files`).
-    - What an experiment or a recipe sets for a group belongs to the option that it chose there. Where another one is chosen in
-      the end, it is left out, and ``hydra.runtime.left_out`` says so.
-    - A leading ``~`` in a value is the home directory.
-    - A job of a sweep whose config cannot be composed becomes one that is refused, and the other jobs run.
+    - The keys that an experiment or a recipe sets for a group apply only to the option that it chooses there. Where another
+      option is chosen, they are dropped and listed in ``hydra.runtime.left_out``.
+    - A leading ``~`` in a value is expanded to the home directory.
+    - A job of a sweep whose config cannot be composed is refused, and the other jobs run.
     """
 
     layers: "OverlayOptions"
@@ -66,6 +67,7 @@ class Loader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
+        """Hydra's method; the arguments are those of ConfigLoaderImpl."""
         assert isinstance(self.repository, Repository)
         self.repository.primary = config_name
         overrides = list(map(quote_home, overrides))
@@ -76,7 +78,7 @@ class Loader(ConfigLoaderImpl):
             common = self.common_to_all_jobs() if run_mode == RunMode.MULTIRUN else overrides
             if common == overrides:
                 raise
-            # An option that some of the sweep's choices have and others lack: each job is composed by itself.
+            # An option that only some of the sweep's choices accept: each job is composed separately later.
             self.overrides = OverridesParser.create().parse_overrides(common)
             cfg = super().load_configuration(config_name, common, run_mode, from_shell, validate_sweep_overrides)
             cfg.hydra.overrides.task = [o for o in overrides if not parse_override(o).is_hydra_override()]
@@ -88,7 +90,7 @@ class Loader(ConfigLoaderImpl):
         return cfg
 
     def common_to_all_jobs(self) -> list[str]:
-        """The overrides without values of options, where the sweep is over a group so that its jobs have different options."""
+        """The overrides that apply to all jobs. In a sweep over a group, these exclude values of options, which may differ."""
         if not any(o.is_sweep_override() and self.repository.group_exists(o.key_or_group) for o in self.overrides):
             return [str(o.input_line) for o in self.overrides]
         return [
@@ -98,6 +100,7 @@ class Loader(ConfigLoaderImpl):
         ]
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The config of one job of a sweep; a refused job where it cannot be composed."""
         try:
             return super().load_sweep_config(master_config, sweep_overrides)
         except (HydraException, OmegaConfBaseException, UserError) as error:
@@ -105,7 +108,7 @@ class Loader(ConfigLoaderImpl):
             return self.refused_job(master_config, sweep_overrides, message)
 
     def refused_job(self, master: DictConfig, overrides: Sequence[str], message: str) -> DictConfig:
-        """A config of the sweep's settings alone, which carries ``message`` to the job as ``hydra.runtime.refused``."""
+        """A config that contains only the settings outside the groups, and ``message`` as ``hydra.runtime.refused``."""
         job = OmegaConf.masked_copy(master, [key for key in ("hydra", *SETTINGS) if key in master])
         job = copy.deepcopy(job)
         with flag_override(job, ["struct", "readonly"], [False, False]), open_dict(job.hydra.runtime):
@@ -131,7 +134,7 @@ class Loader(ConfigLoaderImpl):
 
 
 def expand_homes(node: Any) -> None:
-    """Replace a leading ``~`` in every text below a node, but for what is Hydra's."""
+    """Expand a leading ``~`` in every string below a node, except in Hydra's part."""
     if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation() or node._is_missing():
         return
     for key in range(len(node)) if isinstance(node, ListConfig) else [key for key in node if key != "hydra"]:
@@ -142,7 +145,7 @@ def expand_homes(node: Any) -> None:
 
 
 def oc_env(key: str, *default: Any) -> str | None:
-    """``${oc.env:KEY,default}`` with a leading ``~`` as the home directory."""
+    """The resolver ``${oc.env:KEY,default}``, with a leading ``~`` expanded."""
     value = oc.env(key, *default)
     return expand_home(value) if isinstance(value, str) else value
 
@@ -151,7 +154,12 @@ def oc_env(key: str, *default: Any) -> str | None:
 
 
 def compose(overrides: Sequence[str] = (), flags: Flags | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-    """The config that ``python train.py OVERRIDES`` runs, without Hydra's part. Raises what Hydra raises, and ConfigError."""
+    """The config that ``python train.py OVERRIDES`` runs, without Hydra's part.
+
+    overrides: of the command line.   flags: which config files are used.   mode: one run, or a sweep (multirun).
+
+    Raises Hydra's exceptions for invalid overrides, and ConfigError for invalid config files.
+    """
     cfg = compose_with_hydra(overrides, flags, mode)
     with open_dict(cfg):
         del cfg["hydra"]
@@ -159,7 +167,7 @@ def compose(overrides: Sequence[str] = (), flags: Flags | None = None, mode: Run
 
 
 def compose_with_hydra(overrides: Sequence[str] = (), flags: Flags | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-    """The same with Hydra's part; with ``RunMode.MULTIRUN`` what all jobs of a sweep share, without what is swept over."""
+    """As :func:`compose`, with Hydra's part; with ``RunMode.MULTIRUN`` the config that all jobs of a sweep have in common."""
     flags = flags or Flags()
     single = mode == RunMode.RUN
     name = flags.config_name or CONFIG_NAME
@@ -167,9 +175,9 @@ def compose_with_hydra(overrides: Sequence[str] = (), flags: Flags | None = None
 
 
 def sweep_outputs(command: Command) -> Path | None:
-    """Below which directory a command's sweep has its runs, as far as that is known; None where it starts no sweep.
+    """The directory below which the runs of a command's sweep are; None where it starts no sweep.
 
-    Raises what :func:`compose` raises.
+    Raises the exceptions of :func:`compose`.
     """
     if not command.runs:
         return None
@@ -178,7 +186,7 @@ def sweep_outputs(command: Command) -> Path | None:
 
 
 def sweep_directory(cfg: DictConfig) -> Path:
-    """``hydra.sweep.dir`` of a config that all jobs share; outputs/ where only a job's own config gives it a value."""
+    """``hydra.sweep.dir`` of the config that all jobs have in common; outputs/ where it depends on the job."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)
     try:
@@ -190,35 +198,37 @@ def sweep_directory(cfg: DictConfig) -> Path:
 
 
 def make_loader(flags: Flags) -> Loader:
-    """A loader that looks where Hydra looks for these flags. Raises UserError where the directory is absent."""
+    """A loader with the search path that Hydra uses for these flags. Raises UserError where ``--config-dir`` does not exist."""
     main = compute_search_path_dir(str(CONFIG_DIR.parent / "train.py"), None, expand_home(flags.config_path or str(CONFIG_DIR)))
     search_path = create_config_search_path(main)
     if flags.config_dir:
         extra = Path(expand_home(flags.config_dir)).absolute()
         if not extra.is_dir():
-            raise UserError(f"--config-dir {flags.config_dir}: there is no such directory")
+            raise UserError(f"--config-dir {flags.config_dir}: no such directory")
         search_path.prepend(provider="command-line", path=f"file://{extra}", anchor=SearchPathQuery(provider="schema"))
     return Loader(search_path)
 
 
 def refused_reason(hydra_config: Any) -> str | None:
-    """Why the config of a sweep's job could not be composed, or None."""
+    """Why the config of a sweep's job could not be composed; None where it was composed."""
     return OmegaConf.select(hydra_config, "runtime.refused")
 
 
 def left_out_messages(hydra_config: Any) -> list[str]:
-    """What a composed config does not have of its experiment and recipe, one sentence for each file and group."""
+    """Messages about the keys of the experiment and the recipe that were dropped, one per file and group."""
     return list(OmegaConf.select(hydra_config, "runtime.left_out") or ())
 
 
 def run_name_of_config(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig) -> str:
-    """``${run_name:…}``: a run's directory below outputs/, with the digest of its images. OmegaConf supplies ``_root_``."""
+    """The resolver ``${run_name:…}``: a run's directory below outputs/. OmegaConf supplies ``_root_``, the whole config."""
     return run_name(choices, overrides, seed, digest_of_images(_root_))
 
 
 def digest_of_images(cfg: DictConfig | None) -> str:
-    """Eight digits of the digest of a config's image set; empty where its content is always the same, and for images that
-    cannot be looked at: the run is then refused with the reason, once its directory is known."""
+    """The first eight digits of the digest of a config's image set; empty where its content is fixed, or cannot be read.
+
+    In the latter case, the run is refused with the reason once its directory is known.
+    """
     try:
         return str(construct("data", parse_group(cfg, "data")).digest)[:8] if cfg is not None else ""
     except (UserError, OmegaConfBaseException, AttributeError):
@@ -226,19 +236,21 @@ def digest_of_images(cfg: DictConfig | None) -> str:
 
 
 def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None = None) -> str:
-    """Hydra's or OmegaConf's error about a command in one line that names the key and the nearest valid ones; the
-    program's own as it is."""
+    """The error message for a command, in one line. Hydra's and OmegaConf's errors get the key and the nearest valid keys.
+
+    arguments, flags: of the command.
+    """
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
-        where = "choose where runs go with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
-        return f"{error.filename}: {error.strerror}; mend that, or {where}"
+        where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+        return f"{error.filename}: {error.strerror}; fix the cause, or {where}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
         options = [str(o) for o in error.options or ()]
         if group.startswith("hydra/"):
-            plugins = "its plugin is missing: pip install -r requirements-launchers.txt"
-            return f"{group}={option}: there is no such option, or {plugins}"
+            plugins = "its plugin is not installed: pip install -r requirements-launchers.txt"
+            return f"{group}={option}: no such option, or {plugins}"
         return (
             f"{group}={option}: conf/{group}/ has no such file; {nearest(option, options)}" if group else first_paragraph(error)
         )
@@ -250,7 +262,7 @@ def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None
 
 
 def is_hydra_error(error: BaseException) -> bool:
-    """Whether an error was raised inside Hydra or OmegaConf, as it is for arguments that they cannot use."""
+    """Whether an error was raised inside Hydra or OmegaConf, which indicates invalid arguments."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -259,8 +271,7 @@ def is_hydra_error(error: BaseException) -> bool:
 
 
 def valid_keys(arguments: Sequence[str], wrong_key: str, flags: Flags | None = None) -> list[str]:
-    """Groups and dotted keys of the config that the arguments compose, without the wrong one."""
-
+    """Groups and dotted keys of the config that the arguments compose, ignoring those for ``wrong_key``."""
     choices = []
     for argument in arguments:
         override = parse_or_none(argument)

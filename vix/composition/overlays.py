@@ -1,4 +1,7 @@
-"""What experiments and recipes set for a group belongs to the option that they chose there."""
+"""Overlays: experiments and recipes, whose options for a group apply only to the option that they choose in this group.
+
+For example, ``experiment=quickstart attention=performer`` drops the landmarks that the experiment sets for Nyström attention.
+"""
 
 import copy
 import functools
@@ -18,12 +21,14 @@ from vix.errors import ConfigError
 
 
 class OverlayOptions:
-    """The files of a defaults list by what they set for the program's groups.
+    """Tracks which file of a defaults list sets which options of the program's groups.
 
-    chosen: the option of each group, and of each overlay group, that the composed config has.
-    base: the option that the primary config has for each group.
-    meant: for each overlay's file the options of the groups that it is written for.
-    origin: for each key of a group the file that set it last.
+    chosen: the options chosen in each group, and in each overlay group.
+    base: the option that the primary config chooses in each group.
+    intended: for each overlay file, the option of each group to which its keys apply.
+    origin: for each group, key → the last file that set it.
+    first_target: for each group, the ``_target_`` of the group's own file.
+    left_out: messages about dropped keys.
     """
 
     def __init__(self, defaults: Sequence[ResultDefault], repo: Any) -> None:
@@ -39,16 +44,19 @@ class OverlayOptions:
         for override in (False, True):
             for path in free_files(self.parents, primary):
                 self.base |= self.choices_of(path, override)
-        self.meant: dict[str, dict[str, Any]] = {}
+        self.intended: dict[str, dict[str, Any]] = {}
         for path in self.parents:
             if is_group_file(path) and path.partition("/")[0] not in GROUPS:
-                self.meant[path] = self.choices_meant(path)
+                self.intended[path] = self.intended_choices(path)
         self.origin: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
         self.first_target: dict[str, Any] = {}
         self.left_out: list[str] = []
 
     def choices_of(self, path: str, override: bool) -> dict[str, Any]:
-        """The options that a file's own defaults list names for the program's groups."""
+        """The options that a file's own defaults list chooses in the program's groups.
+
+        override: whether to return the entries with ``override``, or those without.
+        """
         loaded = self.repo.load_config(config_path=path)
         defaults = (loaded.defaults_list or []) if loaded else []
         named = {
@@ -56,16 +64,19 @@ class OverlayOptions:
         }
         return {group: option for group, option in named.items() if group in GROUPS}
 
-    def choices_meant(self, path: str) -> dict[str, Any]:
-        """The options that an overlay's file names, or else the files that it includes."""
-        meant: dict[str, Any] = {}
+    def intended_choices(self, path: str) -> dict[str, Any]:
+        """The options that an overlay file chooses, or else the files that it includes."""
+        intended: dict[str, Any] = {}
         for child, parents in self.parents.items():
             if path in parents and child != path and is_group_file(child):
-                meant |= self.choices_meant(child)
-        return meant | self.choices_of(path, override=True)
+                intended |= self.intended_choices(child)
+        return intended | self.choices_of(path, override=True)
 
     def drop_foreign_options(self, default: ResultDefault, loaded: ConfigResult) -> ConfigResult:
-        """A loaded file without its options for groups in which another option than the file's was chosen."""
+        """Drop a file's keys for groups in which another option than the file's was chosen.
+
+        default, loaded: entry of the defaults list, and its contents, which are not modified.
+        """
         path = str(default.config_path)
         if not isinstance(loaded.config, DictConfig):
             return loaded
@@ -74,14 +85,15 @@ class OverlayOptions:
             options = loaded.config._get_node(group)
             if not isinstance(options, DictConfig) or options._is_none() or options._is_interpolation():
                 continue
-            meant = self.meant.get(path, {}).get(group)
-            if path in self.meant and meant is None and "_target_" in options:
-                meant = self.base.get(group)  # a class is an option, too
-            if meant is not None and [meant] != self.chosen.get(group):
+            intended = self.intended.get(path, {}).get(group)
+            if path in self.intended and intended is None and "_target_" in options:
+                intended = self.base.get(group)  # setting a class counts as choosing an option
+            if intended is not None and [intended] != self.chosen.get(group):
                 foreign.append(group)
                 shown = ", ".join(f"{key}={value}" for key, value in plain_items(options))
                 self.left_out.append(
-                    f"{group}={option_name(self.chosen.get(group))}: left out what {path} sets for {group}={meant}: {shown}"
+                    f"{group}={option_name(self.chosen.get(group))}: "
+                    f"ignoring the options of {path} for {group}={intended}: {shown}"
                 )
                 continue
             for key in options:
@@ -98,15 +110,15 @@ class OverlayOptions:
         return loaded
 
     def record_choices(self, cfg: DictConfig) -> None:
-        """Hydra keeps no choice for a list of options, such as ``experiment=[a,b]``: it becomes ``a+b``."""
+        """Record ``experiment=[a,b]`` as the choice ``a+b``; Hydra records no choice for a list of options."""
         for group, options in self.chosen.items():
             if len(options) > 1 and not cfg.hydra.runtime.choices.get(group):
                 cfg.hydra.runtime.choices[group] = option_name(options)
 
     def drop_unaccepted(self, cfg: DictConfig, overrides: Iterable[Override]) -> None:
-        """Drop options that were written for another class than the group's, and that this one lacks.
+        """Drop options that were set for another class than the group's, and that its class does not accept.
 
-        Those that the command line sets stay, and are refused later.
+        overrides: of the command line; the options that they set are kept, so that validation rejects them.
         """
         typed = set(typed_keys(overrides))
         for group, origins in self.origin.items():
@@ -120,23 +132,24 @@ class OverlayOptions:
             for key, path in origins.items():
                 written_for_another = (replaced and origins.get("_target_") != path) or (
                     (replaced and f"{group}._target_" in typed)
-                    or (path in self.meant and group not in self.meant[path] and self.differs(group))
+                    or (path in self.intended and group not in self.intended[path] and self.differs(group))
                 )
                 if written_for_another and key in options and f"{group}.{key}" not in typed and lacks(key):
                     dropped.setdefault(path, []).append(f"{key}={options._get_node(key)}")
                     del options[key]
             for path, keys in dropped.items():
                 name = str(target).rpartition(".")[2]
-                self.left_out.append(f"{group}: left out what {path} sets and {name} lacks: {', '.join(keys)}")
+                self.left_out.append(f"{group}: ignoring options of {path} that {name} does not accept: {', '.join(keys)}")
         with open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.left_out = list(self.left_out)
 
     def differs(self, group: str) -> bool:
+        """Whether another option than the primary config's is chosen."""
         return [self.base.get(group)] != self.chosen.get(group)
 
 
 def lacks_option(group: str, target: Any, key: str) -> bool:
-    """Whether a class has no option of that name; False where the class cannot be told, which is refused elsewhere."""
+    """Whether a class does not accept an option; False where the class cannot be imported, which validation reports."""
     if key == "_target_":
         return False
     try:
@@ -158,16 +171,17 @@ def typed_keys(overrides: Iterable[Override]) -> Iterator[str]:
 
 
 def plain_items(options: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a group, as plain containers with interpolations unresolved."""
     for key, value in OmegaConf.to_container(options, resolve=False).items():  # type: ignore[union-attr]
         yield str(key), value
 
 
 def option_name(option: Any) -> str:
-    """``[a, b]`` → ``a+b``"""
+    """The name of a choice: ``[a, b]`` → ``a+b``."""
     return "+".join(map(str, option)) if isinstance(option, list | ListConfig) else str(option)
 
 
 def unresolved(node: Any, key: Any) -> Any:
-    """The value of a key with its interpolation as it is written."""
+    """The value of a key, without resolving interpolations."""
     child = node._get_node(key)
     return child if isinstance(child, DictConfig | ListConfig) else child._value() if child is not None else None

@@ -1,8 +1,8 @@
-"""What the files of ``conf/`` and of a user's own config directories may hold, checked while Hydra loads them.
+"""Validation of the files of ``conf/`` and of additional config directories while Hydra loads them.
 
-Configs are shared, so a file of a group (an experiment, a recipe, an attention) sets options of the program and nothing else:
-it cannot set environment variables, callbacks, log handlers, launchers or sweepers, which run programs. Those belong to the
-primary config, to the files of ``hydra/`` and to the command line. Mistakes in YAML are reported with file and line.
+Configs are shared, so a file of a group (an experiment, a recipe, an attention) may set only the program's options. It may not
+set environment variables, callbacks, log handlers, launchers or sweepers, which can execute code. Those are allowed in the
+primary config, in the files of ``hydra/`` and on the command line. YAML errors are reported with file and line.
 """
 
 import codecs
@@ -25,14 +25,14 @@ from vix.errors import ConfigError, nearest
 from vix.overrides import parse_or_none
 from vix.system.files import expand_home
 
-# Keys of Hydra that only choose directories and the values of a sweep.
+# Keys of Hydra that only set directories and the values of a sweep.
 HARMLESS = ("mode", "run.dir", "sweep.dir", "sweep.subdir", "sweeper.params")
 PARAMS = "sweeper.params"
-WHERE = "belongs to the command line, to the primary config or to a file of conf/hydra/"
+WHERE = "is allowed only on the command line, in the primary config and in files of conf/hydra/"
 
 
 class Repository(ConfigRepository):
-    """Hydra's search through the config directories, with every file checked as it is loaded. Raises ConfigError.
+    """Hydra's repository of config files, which validates every file when it is loaded. Raises ConfigError.
 
     primary: the name of the primary config, which may set anything.
     """
@@ -40,6 +40,7 @@ class Repository(ConfigRepository):
     primary: str | None = None
 
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        """Hydra's method, with a leading ``~`` expanded in the search path."""
         for entry in config_search_path.get_path():
             scheme, separator, path = (entry.path or "").rpartition("://")
             if scheme in ("", "file"):
@@ -47,6 +48,7 @@ class Repository(ConfigRepository):
         super().initialize_sources(config_search_path)
 
     def load_config(self, config_path: str) -> ConfigResult | None:
+        """Load and validate a file; None where it does not exist. Raises ConfigError."""
         path = self.file_of(config_path)
         if path is None:
             return super().load_config(config_path)
@@ -62,7 +64,7 @@ class Repository(ConfigRepository):
         return result
 
     def file_of(self, config_path: str) -> Path | None:
-        """The file that a config is loaded from; None for those that Hydra and its plugins bring along."""
+        """The file from which a config is loaded; None for the configs of Hydra and its plugins."""
         source = self._find_object_source(config_path=config_path, object_type=ObjectType.CONFIG)
         if source is None or source.scheme() != "file":
             return None
@@ -70,7 +72,7 @@ class Repository(ConfigRepository):
 
 
 def is_group_file(config_path: str) -> bool:
-    """Whether a config belongs to one of the program's groups or of a user's, and not to Hydra's."""
+    """Whether a config belongs to a group other than Hydra's own."""
     return "/" in config_path and not config_path.startswith("hydra/")
 
 
@@ -78,7 +80,7 @@ def is_group_file(config_path: str) -> bool:
 
 
 def read_yaml(path: Path) -> yaml.Node | None:
-    """The syntax tree of a file, None for an empty one. Raises ConfigError with file and line for what is not YAML."""
+    """The syntax tree of a file, None for an empty file. Raises ConfigError with file and line for invalid YAML."""
     try:
         written = path.stat()
         return parse_yaml(path, written.st_mtime_ns, written.st_size)
@@ -88,9 +90,10 @@ def read_yaml(path: Path) -> yaml.Node | None:
 
 @functools.lru_cache(maxsize=1024)
 def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
+    """Parse a file; ``written`` and ``size`` (modification time in ns, bytes) are part of the cache key."""
     data = path.read_bytes()
     if data.startswith(codecs.BOM_UTF8):
-        raise ConfigError(f"{path}:1: starts with a byte-order mark (BOM), which hides its first line; save it without")
+        raise ConfigError(f"{path}:1: starts with a byte-order mark (BOM), which hides its first line; save it without a BOM")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -105,7 +108,7 @@ def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
         line = text[: error.position].count("\n") + 1
         raise ConfigError(f"{path}:{line}: the character U+{error.character:04X} is not allowed in YAML") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split()) or 'nested too deeply'})") from error
+        raise ConfigError(f"{path}: invalid YAML ({' '.join(str(error).split()) or 'nested too deeply'})") from error
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}:{line_of(root)}: {kind_of(root)} where keys are expected (key: value)")
@@ -114,12 +117,12 @@ def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
 
 
 def syntax_error(lines: Sequence[str], error: yaml.MarkedYAMLError) -> tuple[int, str]:
-    """Line and description of what YAML does not accept."""
+    """Line number and description of a YAML syntax error."""
     mark = error.problem_mark or error.context_mark
     line = mark.line if mark else 0
     here = lines[line] if line < len(lines) else ""
     if "\t" in here[: len(here) - len(here.lstrip())]:
-        return line + 1, "indented with a tab; YAML takes spaces"
+        return line + 1, "indented with a tab; YAML requires spaces"
     if error.context_mark and "could not find expected ':'" in str(error.problem):
         line = error.context_mark.line
         return line + 1, f"a colon is missing (key: value): {lines[line].strip()}"
@@ -127,12 +130,12 @@ def syntax_error(lines: Sequence[str], error: yaml.MarkedYAMLError) -> tuple[int
         before = next((n for n in range(line - 1, -1, -1) if lines[n].strip()), None)
         if before is not None and not re.search(r":(\s|$)|^\s*(#|-)", lines[before]):
             return before + 1, f"a colon is missing (key: value): {lines[before].strip()}"
-        return line + 1, f"a key where none can be, check its indentation and colons: {here.strip()}"
-    return line + 1, f"not YAML ({error.problem or error})"
+        return line + 1, f"a key is not allowed here; check indentation and colons: {here.strip()}"
+    return line + 1, f"invalid YAML ({error.problem or error})"
 
 
 def refuse_duplicates(path: Path, root: yaml.Node) -> None:
-    """Raise ConfigError for a key that stands twice in one mapping."""
+    """Raises ConfigError where a mapping contains a key twice."""
     seen: set[int] = set()
     nodes = [root]
     while nodes:
@@ -148,16 +151,17 @@ def refuse_duplicates(path: Path, root: yaml.Node) -> None:
                 nodes.append(value)
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if key.value in lines:
-                        raise ConfigError(f"{path}:{line_of(key)}: {key.value} is set twice, first in line {lines[key.value]}")
+                        raise ConfigError(f"{path}:{line_of(key)}: {key.value} is set twice, first on line {lines[key.value]}")
                     lines[key.value] = line_of(key)
 
 
 def check_layout(path: Path, group: str, root: yaml.Node | None) -> None:
-    """Raise ConfigError where a group's file is empty, or an overlay does not say that its keys are global."""
+    """Raises ConfigError where a group's file is empty, an overlay lacks its ``# @package _global_`` line, or a list or mapping
+    is expected."""
     first = path.read_text(encoding="utf-8").lstrip().partition("\n")[0]
     has_header = re.match(r"#\s*@package\s", first) is not None
     if root is None and not has_header:
-        raise ConfigError(f"{path}: is empty; compare it with the other files of conf/{group}/")
+        raise ConfigError(f"{path}: the file is empty; see the other files of conf/{group}/")
     if group not in GROUPS and not has_header:
         raise ConfigError(f"{path}:1: the first line must be '# @package _global_', or its keys become {group}.KEY")
     for name, value in entries(root):
@@ -174,7 +178,7 @@ def check_layout(path: Path, group: str, root: yaml.Node | None) -> None:
 
 
 def check_default_item(path: Path, item: yaml.Node) -> None:
-    """Raise ConfigError where an item of a defaults list lacks a part of ``override /GROUP: OPTION``."""
+    """Raises ConfigError where an entry of a defaults list lacks a part of ``override /GROUP: OPTION``."""
     if isinstance(item, yaml.ScalarNode):
         words = item.value.replace("=", " ").replace(":", " ").split()
         if words and (words[0] == "override" or words[0].strip("/") in GROUPS):
@@ -190,29 +194,34 @@ def check_default_item(path: Path, item: yaml.Node) -> None:
 
 
 def refuse_item(path: Path, item: yaml.Node, written: str, group: str, option: str) -> None:
+    """Raises ConfigError for an entry of a defaults list, with the corrected entry."""
     raise ConfigError(f"{path}:{line_of(item)}: defaults: '{written}' must be 'override /{group.strip('/')}: {option}'")
 
 
 def entries(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
-    """Keys and values of a mapping, nothing of any other node."""
+    """Keys and values of a mapping; empty for any other node."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield str(key.value), value
 
 
 def kind_of(node: yaml.Node) -> str:
+    """The kind of a node, for an error message."""
     return {"sequence": "a list", "mapping": "a mapping"}.get(node.id, "text")
 
 
 def is_text(node: yaml.Node) -> bool:
+    """Whether a node is a scalar."""
     return isinstance(node, yaml.ScalarNode)
 
 
 def is_null(node: yaml.Node) -> bool:
+    """Whether a node is null."""
     return node.tag == "tag:yaml.org,2002:null"
 
 
 def line_of(node: yaml.Node) -> int:
+    """Line number of a node, from 1."""
     return int(node.start_mark.line) + 1
 
 
@@ -220,7 +229,7 @@ def line_of(node: yaml.Node) -> int:
 
 
 def check_defaults(repository: Any, config_path: str, defaults: Iterable[InputDefault]) -> None:
-    """Raise ConfigError where the defaults list of a group's file names what it may not choose, or what does not exist."""
+    """Raises ConfigError where the defaults list of a group's file contains an entry that is not allowed or does not exist."""
     path = repository.file_of(config_path)
     for default in defaults:
         name = str(default.group if isinstance(default, GroupDefault) else getattr(default, "path", ""))
@@ -231,9 +240,9 @@ def check_defaults(repository: Any, config_path: str, defaults: Iterable[InputDe
         group = name.strip("/")
         if group.split("/")[0] == "hydra" or package[:1] == ["hydra"]:
             shown = name + (f"@{default.package}" if default.package else "")
-            raise ConfigError(f"{location(path, group)}: defaults: {shown}: what configures Hydra {WHERE}")
+            raise ConfigError(f"{location(path, group)}: defaults: {shown}: Hydra's own configuration {WHERE}")
         if ".." in parts:
-            raise ConfigError(f"{location(path, group)}: defaults: {name}: leads out of the group's directory")
+            raise ConfigError(f"{location(path, group)}: defaults: {name}: is outside of the group's directory")
         if isinstance(default, GroupDefault) and default.override and name.startswith("/") and not default.is_interpolation():
             for option in values:
                 if repository.group_exists(group) and not repository.config_exists(f"{group}/{option}"):
@@ -245,7 +254,7 @@ def check_defaults(repository: Any, config_path: str, defaults: Iterable[InputDe
 
 
 def check_permissions(defaults: Sequence[ResultDefault], repository: Any) -> None:
-    """Raise ConfigError where a file that is to be merged sets more than it may."""
+    """Raises ConfigError where a file of the defaults list sets a key that it may not set."""
     parents = parents_of(defaults)
     primary = {default.config_path for default in defaults if default.primary}
     for default in defaults:
@@ -260,14 +269,14 @@ def check_permissions(defaults: Sequence[ResultDefault], repository: Any) -> Non
 
 
 def refuse_shadowing(repository: Repository, path: str) -> None:
-    """Raise ConfigError where a directory of a user's replaces a file of hydra/ that Hydra or a plugin brings along."""
+    """Raises ConfigError where an additional config directory replaces a file of Hydra or of a plugin."""
     first, *others = [source for source in repository.get_sources() if source.is_config(path)]
     if first.provider not in ("hydra", "main", "schema") and others:
         raise ConfigError(f"{repository.file_of(path)}: would replace Hydra's own {path}; give it another name")
 
 
 def embedded(loaded: ConfigResult, package: str | None) -> dict[str, Any]:
-    """The keys of a file as they stand in the composed config, interpolations unresolved."""
+    """The keys of a file at their place in the composed config, with interpolations unresolved."""
     content = OmegaConf.create(OmegaConf.to_container(loaded.config, resolve=False))
     package = loaded.header["package"] if package is None else package
     if package and package != "_global_":
@@ -278,20 +287,18 @@ def embedded(loaded: ConfigResult, package: str | None) -> dict[str, Any]:
 
 
 def check_keys(repository: Any, file: Path, config: Any) -> None:
-    """Raise ConfigError unless the keys are options of the program's groups, its settings, or harmless ones of Hydra."""
+    """Raises ConfigError unless the keys are options of the program's groups, its settings, or harmless keys of Hydra."""
     for key, value in config.items():
         if key == "hydra":
             check_hydra_keys(repository, file, value)
         elif key in GROUPS and not isinstance(value, dict):
             raise ConfigError(f"{location(file, key)}: {key}: {value!r} where options are expected (key: value)")
         elif key not in GROUPS and key not in SETTINGS:
-            raise ConfigError(
-                f"{location(file, key)}: {key}: nothing reads this key; {nearest(str(key), [*GROUPS, *SETTINGS])}"
-            )
+            raise ConfigError(f"{location(file, key)}: {key}: unknown key; {nearest(str(key), [*GROUPS, *SETTINGS])}")
 
 
 def check_hydra_keys(repository: Any, file: Path, value: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a key of Hydra that a group's file may not set."""
+    """Raises ConfigError for a key of Hydra that a group's file may not set."""
     if prefix == PARAMS and isinstance(value, dict):
         for key, values in value.items():
             check_param(repository, file, str(key), values)
@@ -309,18 +316,18 @@ def check_hydra_keys(repository: Any, file: Path, value: Any, prefix: str = "") 
 
 
 def check_param(repository: Any, file: Path, key: str, value: Any) -> None:
-    """Raise ConfigError where a sweep's parameter, which becomes an override, is none of the program's own keys."""
+    """Raises ConfigError where a parameter of a sweep, which becomes an override, is not one of the program's own keys."""
     override = parse_or_none(f"{key}={value}")
     if override and override.package is None:
         name = override.key_or_group
         first = re.match(r"\w*", name)
         if first and first[0] != "hydra" and (first[0] in (*GROUPS, *SETTINGS) or repository.group_exists(name)):
             return
-    raise ConfigError(f"{location(file, key)}: hydra.sweeper.params: {key}: only the program's own keys can be swept in a file")
+    raise ConfigError(f"{location(file, key)}: hydra.sweeper.params: {key}: a file may sweep only over the program's own keys")
 
 
 def location(file: Path | None, key: str) -> str:
-    """``FILE:LINE`` of the first line that holds the key, for a message; ``FILE`` where none does."""
+    """``FILE:LINE`` of the first line that contains the key, for a message; ``FILE`` where no line does."""
     if file is None or not file.is_file():
         return str(file)
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -330,7 +337,7 @@ def location(file: Path | None, key: str) -> str:
 
 
 def parents_of(defaults: Sequence[ResultDefault]) -> dict[str, set[str]]:
-    """The files that include each file of a defaults list."""
+    """File → the files that include it, for all files of a defaults list."""
     parents: dict[str, set[str]] = {}
     for default in defaults:
         parents.setdefault(str(default.config_path), set()).add(str(default.parent))
@@ -338,7 +345,7 @@ def parents_of(defaults: Sequence[ResultDefault]) -> dict[str, set[str]]:
 
 
 def is_free(path: str, parents: Mapping[str, set[str]], primary: set[str | None]) -> bool:
-    """Whether a file may set anything: the primary config, files outside the groups that it includes, and those of hydra/."""
+    """Whether a file may set anything: the primary config, files outside of groups that it includes, and files of hydra/."""
     if path in primary or path in ("<root>", "None"):
         return True
     if "/" in path and not path.startswith("hydra/"):
@@ -347,4 +354,5 @@ def is_free(path: str, parents: Mapping[str, set[str]], primary: set[str | None]
 
 
 def free_files(parents: Mapping[str, set[str]], primary: set[str | None]) -> list[str]:
+    """The files that may set anything, without those of hydra/."""
     return [path for path in parents if not path.startswith("hydra/") and is_free(path, parents, primary)]

@@ -64,7 +64,7 @@ class Cifar10(ImageData):
                     self.download(reader, archive)
                 train, test = (reader(self.root, train=train) for train in (True, False))
         except PermissionError as error:
-            raise DataError(f"{error.filename}: permission denied; {self.remedy}") from error
+            raise DataError(f"{error.filename}: no permission to access it; {self.remedy}") from error
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
             unpack = f"remove that folder to unpack {archive} again, or " if present and archive.is_file() else ""

@@ -78,14 +78,17 @@ def blend(images_BCYX: Tensor, other: Tensor, amount_B: Tensor) -> Tensor:
 
 
 def brightness(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Blend with black."""
     return blend(images_BCYX, torch.zeros((), device=images_BCYX.device), amount_B)
 
 
 def color(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Blend with the grayscale image."""
     return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float(), amount_B)
 
 
 def contrast(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
+    """Blend with the mean of the grayscale image."""
     return blend(images_BCYX, tv.rgb_to_grayscale(images_BCYX).float().mean(dim=(1, 2, 3), keepdim=True), amount_B)
 
 
@@ -110,6 +113,7 @@ def solarize(images_BCYX: Tensor, amount_B: Tensor) -> Tensor:
 
 
 def as_uint8(images: Tensor) -> Tensor:
+    """Round and clamp to uint8."""
     return images.round().clamp(0, 255).to(torch.uint8)
 
 

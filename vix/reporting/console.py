@@ -1,4 +1,4 @@
-"""Output that never fails a job: characters that the terminal lacks are replaced, and a closed pipe or full disk is ignored."""
+"""Console output that never raises: unencodable characters are replaced, and a closed pipe or a full disk is ignored."""
 
 import codecs
 import errno
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 ERRORS = "vix.replace"  # name of the codec error handler below
-# The signs of this program's own messages and tables, as ASCII of the same width where there is one.
+# Typographic characters of this program's messages and tables, with their ASCII replacements.
 SIGNS = {
     "–": "-",
     "−": "-",
@@ -32,12 +32,12 @@ ASCII = str.maketrans(SIGNS)
 
 
 def console() -> Console:
-    """A console on standard output that prints texts as they are: ``[brackets]`` and ``:colons:`` in names are not markup."""
+    """A console on standard output without markup: ``[brackets]`` and ``:colons:`` are printed as they are."""
     return Console(markup=False, emoji=False, highlight=False)
 
 
 def replace_unencodable(error: UnicodeError) -> tuple[str, int]:
-    """Codec error handler: plain signs for typographic ones, and ``\\u732b`` for every other character that is missing."""
+    """Codec error handler: replaces typographic characters by ASCII, and other unencodable ones by escapes (``\\u732b``)."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     plain = error.object[error.start : error.end].translate(ASCII)
@@ -48,22 +48,23 @@ codecs.register_error(ERRORS, replace_unencodable)
 
 
 def encodable(text: str) -> str:
-    """The text as valid Unicode: a file's name need not be UTF-8, and Python keeps its other bytes as lone surrogates."""
+    """The text as valid Unicode. File names need not be UTF-8; Python represents their other bytes as lone surrogates."""
     return text.encode(errors="backslashreplace").decode()
 
 
 class LossyFile(io.FileIO):
-    """A standard stream's file descriptor. What cannot be written is dropped, with all that follows.
+    """The file descriptor of a standard stream. After a failed write, all further output is dropped.
 
-    The descriptor is then that of the null device, so that C libraries and child processes do not fail either. A reader that
-    has left (``| head``) is no fault; any other cause is reported once on standard error.
+    The descriptor is redirected to the null device, so that C libraries and child processes do not fail either. A closed pipe
+    (``| head``) is not reported; any other cause is reported once on standard error.
     """
 
     def write(self, data: Any, /) -> int:
+        """Write all bytes, or drop them after an error; returns their number in both cases."""
         size = memoryview(data).nbytes
         try:
             written = super().write(data)
-            while written is None:  # a descriptor that somebody made non-blocking
+            while written is None:  # the descriptor is non-blocking
                 select.select([], [self.fileno()], [])
                 written = super().write(data)
             return written
@@ -71,11 +72,12 @@ class LossyFile(io.FileIO):
             redirect_to_null(self.fileno())
             if error.errno != errno.EPIPE and self.fileno() == 1:
                 with suppress(OSError):
-                    os.write(2, f"warning: standard output is lost from here on ({error.strerror})\n".encode())
+                    os.write(2, f"warning: further standard output is lost ({error.strerror})\n".encode())
             return size
 
 
 def redirect_to_null(descriptor: int) -> None:
+    """Redirect a file descriptor to the null device."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)
@@ -83,22 +85,22 @@ def redirect_to_null(descriptor: int) -> None:
 
 
 def protect_output() -> None:
-    """Make standard output and error of this process such that writing to them never raises.
+    """Replace standard output and standard error by streams to which writing never raises.
 
-    Called by every command, and by every job of a sweep, as a launcher may have started its process. A stream that is not on
-    a file descriptor (a notebook's, a test's) is left as it is, and so is one that is protected already.
+    Called by every command, and by every job of a sweep, because a launcher may have started its process. A stream without a
+    file descriptor (in a notebook or a test) is unchanged, and so is a stream that is already protected.
     """
     sys.stdout = protect_stream(sys.stdout, 1)
     sys.stderr = protect_stream(sys.stderr, 2)
 
 
 def protect_stream(stream: "TextIO | None", descriptor: int) -> TextIO:
-    """A stream that never raises in place of one that may; logging handlers that write to the old one get the new one."""
-    if stream is None:  # closed by whoever started the program (``>&-``)
+    """A stream that never raises, in place of ``stream``; logging handlers of ``stream`` are switched to it."""
+    if stream is None:  # closed by the parent process (``>&-``)
         try:
             os.fstat(descriptor)
         except OSError:
-            redirect_to_null(descriptor)  # else the next file that is opened would get all that C libraries print
+            redirect_to_null(descriptor)  # otherwise the next opened file would receive the output of C libraries
         return open(os.devnull, "w")
     if not isinstance(stream, io.TextIOWrapper) or isinstance(getattr(stream.buffer, "raw", None), LossyFile):
         return stream

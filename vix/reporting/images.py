@@ -1,7 +1,7 @@
-"""A run's pictures for TensorBoard: the confusion matrix, the worst-classified images, what the class token attends to.
+"""A run's images for TensorBoard: the confusion matrix, the worst-classified images, and attention maps of the class token.
 
-Each is drawn without a display and returned as an array (Y, X, 3) of uint8. matplotlib takes long to import, so only
-:mod:`vix.reporting.tensorboard` imports this, when a run ends. Images are arrays (count, Y, X, C) of uint8.
+Each function draws without a display and returns an array (Y, X, 3) of uint8. Input images are arrays (count, Y, X, C) of
+uint8. matplotlib is slow to import, so only :mod:`vix.reporting.tensorboard` imports this module.
 """
 
 import warnings
@@ -18,21 +18,24 @@ from vix.reporting.console import encodable
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DPI = 100
-MOST_NUMBERS, MOST_NAMES = 25, 100  # classes up to which the numbers in the cells, and the names on the axes, can be read
-CELL, GAP, LINE = 96, 14, 13  # pixels: the side of an image, between images, and a line of the text below them
+MOST_NUMBERS, MOST_NAMES = 25, 100  # number of classes up to which cell values, and class names, are legible
+CELL, GAP, LINE = 96, 14, 13  # pixels: side of an image, gap between images, height of a line of text
 COLUMNS = 8  # of the worst images
 
 
-@rc_context({"text.parse_math": False})  # dollars in names are text
+@rc_context({"text.parse_math": False})  # dollar signs in names are text
 def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) -> Array:
-    """For each true class (a row) the share taken for each class (a column), from the two classes of every image."""
+    """The confusion matrix, in percent of each true class (rows).
+
+    true, predicted: class index of every image, (count,).
+    """
     classes = len(class_names)
     counts = np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = np.clip(0.5 * classes, 4.5, 9) if classes <= MOST_NUMBERS else np.clip(0.12 * classes, 6, 12)
     figure = Figure((side + 2, side + 1), DPI, layout="constrained")
     axes = figure.subplots()
-    # The square root: a mistake that is made once in 20 times must be seen.
+    # Square-root color scale: an error rate of 5 % must be visible.
     picture = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
     axes.set_title(f"Test images by class, top-1 {100 * np.mean(true == predicted):.2f} %")
     axes.set_xlabel("predicted class")
@@ -53,9 +56,12 @@ def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) 
     return render(figure)
 
 
-@rc_context({"text.parse_math": False})  # dollars in names are text
+@rc_context({"text.parse_math": False})  # dollar signs in names are text
 def worst_images(images: Array, true: Array, predicted: Array, losses: Array, class_names: Sequence[str]) -> Array:
-    """Images in rows, each with its true and its predicted class, red where these differ, and its loss (nats)."""
+    """A grid of images with their true and predicted classes, red where these differ, and their losses.
+
+    true, predicted: class index of every image, (count,).   losses: cross-entropy in nats, (count,).
+    """
     names = [short(name) for name in class_names]
     captions = [f"{names[t]} → {names[p]}\nloss {x:.2f}" for t, p, x in zip(true, predicted, losses, strict=True)]
     colors = ["tab:red" if wrong else "black" for wrong in true != predicted]
@@ -65,12 +71,15 @@ def worst_images(images: Array, true: Array, predicted: Array, losses: Array, cl
     return grid(title, cells, [captions[row] for row in rows], [colors[row] for row in rows])
 
 
-@rc_context({"text.parse_math": False})  # dollars in names are text
+@rc_context({"text.parse_math": False})  # dollar signs in names are text
 def attention_maps(images: Array, true: Array, predicted: Array, maps: Sequence[Array], class_names: Sequence[str]) -> Array:
-    """A row for each image: itself with its two classes, then the class token's attention in each layer (count, Y, X).
+    """One row per image: the image with its true and predicted classes, then the class token's attention in each layer.
 
-    Each map has a scale of its own, from 0 (black) to its largest weight, which is told in units of what even attention would
-    give; where an approximate mixer has negative weights these are blue.
+    true, predicted: class index of every image, (count,).
+    maps: for each layer, the attention weights averaged over the heads, (count, Y, X).
+
+    Each map has its own color scale, from 0 (black) to its largest weight, which the caption gives as a multiple of the weight
+    of uniform attention. Negative weights, which approximate mixers can produce, are blue.
     """
     cells, texts = [], []
     for i, image in enumerate(images):
@@ -79,19 +88,19 @@ def attention_maps(images: Array, true: Array, predicted: Array, maps: Sequence[
         caption = f"{short(class_names[true[i]])}\n→ {short(class_names[predicted[i]])}"
         texts.append([caption, *(f"layer {k}\nmax. {layer.max():.1f} ×" for k, layer in enumerate(layers))])
     blue = "; blue: negative" if any(layer.min() < 0 for layer in maps) else ""
-    title = f"Attention of the class token, mean of the heads\n(× the weight of even attention{blue})"
+    title = f"Attention of the class token, mean over the heads\n(× the weight of uniform attention{blue})"
     return grid(title, cells, texts, [["black"] * len(row) for row in cells])
 
 
 def heat(map_YX: Array) -> Array:
-    """A map in colours (Y, X, 3): black, red, yellow from 0 to its largest magnitude, and blue below 0."""
+    """A map in color, (Y, X, 3): black, red, yellow from 0 to its largest magnitude, and blue below 0."""
     shade_YX1 = (map_YX / max(np.abs(map_YX).max(), 1e-30))[..., None]
     colors = np.where(shade_YX1 >= 0, colormaps["inferno"](shade_YX1[..., 0])[..., :3], -shade_YX1 * [0.2, 0.65, 1.0])
     return np.round(255 * colors).astype(np.uint8)
 
 
 def square(image_YXC: Array) -> Array:
-    """An image in colours, each pixel of it so many times as wide and high that it fills a cell: (CELL, CELL, 3)."""
+    """An image resized to (CELL, CELL, 3) by nearest-neighbor interpolation."""
     rows, columns = (np.arange(CELL) * size // CELL for size in image_YXC.shape[:2])
     return np.broadcast_to(image_YXC[rows][:, columns], (CELL, CELL, 3))
 
@@ -99,11 +108,11 @@ def square(image_YXC: Array) -> Array:
 def grid(
     title: str, cells: Sequence[Sequence[Array]], texts: Sequence[Sequence[str]], colors: Sequence[Sequence[str]]
 ) -> Array:
-    """Rows of images with two lines of text below each."""
+    """Rows of images (CELL, CELL, 3), each with two lines of colored text below it."""
     head = LINE * (title.count("\n") + 2)
     step = CELL + GAP
     height, width = head + len(cells) * (step + 2 * LINE), GAP + max(map(len, cells)) * step
-    # One picture with texts on it: axes for each image would take a hundred times as long.
+    # One image with text on it: separate axes per image would be a hundred times slower.
     canvas = np.full((height, width, 3), 255, np.uint8)
     figure = Figure((width / DPI, height / DPI), DPI)
     figure.text(0.5, 1 - LINE / 2 / height, title, ha="center", va="top", fontsize=10)
@@ -119,13 +128,14 @@ def grid(
 
 
 def short(name: str) -> str:
-    """A class's name, cut where it would run into the next."""
+    """A class name, truncated to 12 characters."""
     name = encodable(name)
     return name if len(name) <= 12 else f"{name[:11]}…"
 
 
 def render(figure: Figure) -> Array:
+    """The pixels of a figure, (Y, X, 3) of uint8."""
     canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
+    with warnings.catch_warnings(action="ignore"):  # a character missing from the font is drawn as a box
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

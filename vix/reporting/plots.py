@@ -1,6 +1,7 @@
-"""The report's pictures: figure 4 of the paper, accuracy against what it costs, and learning curves.
+"""Figures of the report: figure 4 of the paper, accuracy against cost, and learning curves.
 
-matplotlib is drawn into memory as PNG without a display; only :mod:`vix.cli.report` imports this, when it writes files.
+matplotlib renders PNGs in memory, without a display. It is slow to import, so :mod:`vix.cli.report` imports this module only
+when it writes files.
 """
 
 import io
@@ -27,9 +28,9 @@ from matplotlib.transforms import Bbox
 from vix.reporting.console import encodable
 from vix.runs.results import Group, Row
 
-# The paper's colours: ViT red, ViX blue, hybrid ViT orange, hybrid ViX green.
+# The paper's colors: ViT red, ViX blue, hybrid ViT orange, hybrid ViX green.
 FAMILIES = {"ViT": "tab:red", "ViX": "tab:blue", "Hybrid ViT": "tab:orange", "Hybrid ViX": "tab:green"}
-# Rows of the paper in its figure 4: their family, and what the point is called.
+# Experiments in the paper's figure 4 → family, label of the point.
 FIGURE_4 = {
     "vit": ("ViT", "ViT"),
     "vip": ("ViX", "ViP"),
@@ -51,29 +52,29 @@ COLORS = {
     "token_mlp": "tab:brown",
 }
 OTHER = "tab:gray"
-KINDS = {"levit": "softmax", "cvt": "softmax"}  # their own attentions: softmax with convolutions
-# Column of the table → the word in the title, the axis with its unit, and what the column is divided by.
+KINDS = {"levit": "softmax", "cvt": "softmax"}  # softmax attention with convolutions
+# Column of the table → the word in the title, the axis label with its unit, and the divisor.
 COSTS = {
     "trainable_params": ("parameters", "trainable parameters, millions", 1e6),
-    "minutes": ("time", "training and testing, minutes", 1.0),
+    "minutes": ("time", "training and evaluation, minutes", 1.0),
     "gpu_gb": ("memory", "peak GPU memory, GB", 1.0),
 }
-DPI = 130  # labels are placed in the very pixels that are saved: text does not scale evenly
-MOST_LABELS = 40  # beside the front's; more could not be told apart
-MOST_CURVES = 20  # ten colours in two kinds of line
+DPI = 130  # of the label placement and of the file: the size of text is not proportional to the resolution
+MOST_LABELS = 40  # in addition to those of the Pareto front; more would be illegible
+MOST_CURVES = 20  # ten colors with two line styles
 LINES = ("-", "--")
 SIDES = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
-# Where a label may stand, in points (1/72 inch) from its point to the label's near side: the nearest first.
+# Candidate offsets from a point to the near side of its label, in points (1/72 inch): the nearest first.
 OFFSETS = [(r * dx, r * dy) for r in (6, 12, 20, 30, 42, 56, 72, 90) for dx, dy in SIDES]
-# Alignment of a label whose offset has this sign: 0, 1, -1.
+# Alignment of a label by the sign of its offset: index 0, 1, -1.
 ACROSS = ("center", "left", "right")
 UP = ("center", "bottom", "top")
 Pixels = np.ndarray[Any, np.dtype[np.float64]]
-Line = tuple[tuple[float, float], tuple[float, float]]  # from and to, in the axes' quantities
+Line = tuple[tuple[float, float], tuple[float, float]]  # start and end, in data coordinates
 
 
 class Entry(NamedTuple):
-    """A group with its line of the table, and what the pictures call it."""
+    """A group with its row of the table and its label in the figures."""
 
     group: Group
     row: Row
@@ -81,7 +82,7 @@ class Entry(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A labelled point; ``first`` ones get their labels before the others take the room."""
+    """A labeled point, in data coordinates; labels of ``first`` points are placed before the others."""
 
     x: float
     y: float
@@ -90,18 +91,20 @@ class Point(NamedTuple):
     first: bool = False
 
 
-@rc_context({"text.parse_math": False})  # dollars in names are text
+@rc_context({"text.parse_math": False})  # dollar signs in names are text
 def pictures(
     groups: Sequence[Group], rows: Sequence[Row], published: Mapping[str, Mapping[str, str]]
 ) -> dict[str, tuple[str, bytes]]:
-    """File name → (title, PNG). ``rows``: the groups' lines of the table; ``published``: the paper's rows by experiment.
+    """All figures: file name → (title, PNG).
 
-    A picture for which no group has figures is left out; figure 4 always shows the published points.
+    rows: each group's row of the table.   published: the paper's rows by experiment.
+
+    A figure without data is omitted; figure 4 always shows the published points.
     """
     labels, common = without_common([encodable(group.name) for group in groups])
     entries = [Entry(*entry) for entry in zip(groups, rows, labels, strict=True)]
     note = f"all: {' '.join(common)}" if common else ""
-    with warnings.catch_warnings(action="ignore"):  # a letter that the font lacks is drawn as a box
+    with warnings.catch_warnings(action="ignore"):  # a character missing from the font is drawn as a box
         drawn = {
             "figure4.png": figure_4(entries, note, published),
             **{f"accuracy_{word}.png": pareto(entries, note, cost) for cost, (word, *_) in COSTS.items()},
@@ -111,41 +114,41 @@ def pictures(
 
 
 def without_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names without the overrides that all of them share, and those overrides."""
+    """The names without the overrides that they all share, and the shared overrides."""
     words = [name.split(" ") for name in names]
     common = set.intersection(*(set(w[1:]) for w in words)) if len(words) > 1 else set()
     return [" ".join(w for w in ws if w not in common) for ws in words], sorted(common)
 
 
 def figure_4(entries: Iterable[Entry], note: str, published: Mapping[str, Mapping[str, str]]) -> Figure:
-    """Accuracy against GPU memory in the paper's four families: the published points hollow, ours filled."""
+    """Accuracy against GPU memory for the paper's four families: hollow published points, and our filled ones."""
     figure, axes = new_figure("Accuracy against GPU memory (the paper's figure 4)", note)
     points: list[Point] = []
     lines: dict[Line, str] = {}
     ours: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-    at: dict[str, tuple[float, float]] = {}
+    published_points: dict[str, tuple[float, float]] = {}
     for name, (family, label) in FIGURE_4.items():
-        at[name] = float(published[name]["published_gpu_gb"]), float(published[name]["published_top1"])
-        axes.plot(*at[name], "o", mfc="white", mec=FAMILIES[family], mew=1.6, ms=7, zorder=3)
-        points.append(Point(*at[name], label, FAMILIES[family], first=True))
+        published_points[name] = float(published[name]["published_gpu_gb"]), float(published[name]["published_top1"])
+        axes.plot(*published_points[name], "o", mfc="white", mec=FAMILIES[family], mew=1.6, ms=7, zorder=3)
+        points.append(Point(*published_points[name], label, FAMILIES[family], first=True))
     for group, row, label in entries:
-        kin = family_of(group.best)
-        if kin is None or row["gpu_gb"] is None:
+        run_family = family_of(group.best)
+        if run_family is None or row["gpu_gb"] is None:
             continue
-        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[kin]
+        x, y, color = row["gpu_gb"], row["best_top1"], FAMILIES[run_family]
         ours[color].append((x, y))
-        there = at.get(group.runs[0].experiment)
-        if group.published and there:
-            lines[there, (x, y)] = color
+        published_point = published_points.get(group.runs[0].experiment)
+        if group.published and published_point:
+            lines[published_point, (x, y)] = color
         points.append(Point(x, y, label, color))
-    for color, ours_there in ours.items():
-        axes.plot(*zip(*ours_there, strict=True), "o", color=color, ms=7, zorder=4)
+    for color, own_points in ours.items():
+        axes.plot(*zip(*own_points, strict=True), "o", color=color, ms=7, zorder=4)
     axes.add_collection(LineCollection([*lines], colors=[*lines.values()], linestyles=":", linewidths=1, zorder=1))
     axes.margins(0.12)
     logarithmic(axes)
     axes.set_xlabel("peak GPU memory, GB (the paper's at batch 64)")
     axes.set_ylabel("top-1 accuracy of the best epoch, %")
-    filled = "ours" if ours else "ours: none has GPU figures"
+    filled = "ours" if ours else "ours: no GPU measurements"
     handles = [dot(family, color) for family, color in FAMILIES.items()]
     legend(figure, [*handles, dot("published", "black", mfc="white", mew=1.6), dot(filled, "black")])
     put_labels(figure, axes, points, [*lines])
@@ -153,7 +156,7 @@ def figure_4(entries: Iterable[Entry], note: str, published: Mapping[str, Mappin
 
 
 def family_of(results: Row) -> str | None:
-    """A run's family in figure 4; None where it is no ViT or ViX on CIFAR-10 with learned positions."""
+    """A run's family in figure 4; None where it is not a ViT or ViX on CIFAR-10 with learned position embeddings."""
     if (results.get("model"), results.get("data"), results.get("posenc")) != ("vit", "cifar10", "learned"):
         return None
     attention = results.get("attention")
@@ -163,7 +166,10 @@ def family_of(results: Row) -> str | None:
 
 
 def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
-    """Last epoch's accuracy (mean ± standard deviation) against one of COSTS, with the Pareto front."""
+    """Accuracy of the last epoch (mean ± standard deviation) against one of COSTS, with the Pareto front.
+
+    None where no group has this cost.
+    """
     word, axis, unit = COSTS[cost]
     measured = [entry for entry in entries if entry.row[cost]]
     if not measured:
@@ -172,7 +178,7 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
     front = pareto_front((row[cost] / unit, row["top1"]) for _, row, _ in measured)
     points: list[Point] = []
     lines: list[Line] = []
-    bars: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # by what their colour stands for
+    bars: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # keyed by the color's meaning
     for group, row, label in measured:
         kind = KINDS.get(attention := str(group.best.get("attention")), attention)
         x, y, std = row[cost] / unit, row["top1"], row["top1_std"]
@@ -184,7 +190,7 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
         axes.errorbar(x, y, std, fmt="o", color=COLORS.get(kind, OTHER), ms=6, capsize=3, lw=1, zorder=3)
     axes.margins(0.12)
     logarithmic(axes)
-    # The front goes on to the right at its best accuracy: more cost bought no more.
+    # The front is extended to the right edge at its best accuracy.
     left, right = axes.get_xlim()
     corners = [front[0]]
     for x, y in [*front[1:], (right, front[-1][1])]:
@@ -201,7 +207,7 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, accuracy) points that none beats in both, by rising cost."""
+    """The Pareto-optimal (cost, accuracy) points, by increasing cost."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(set(points), key=lambda point: (point[0], -point[1])):
         if not front or y > front[-1][1]:
@@ -210,7 +216,10 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
-    """Training loss and test accuracy by epoch: means over a group's seeds, with a band of ± one standard deviation."""
+    """Training loss and test accuracy per epoch: the mean over a group's seeds, with a band of ± one standard deviation.
+
+    None where no run has a history.
+    """
     logged = [entry for entry in entries if all(curve(run.results, "top1") for run in entry.group.runs)]
     if not logged:
         return None
@@ -224,7 +233,7 @@ def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
     for i, (group, _, label) in enumerate(shown):
         color, line = f"C{i % 10}", LINES[i // 10]
         for axes, key in zip(panels, ("train_loss", "top1"), strict=True):
-            # Not strict: the loss of one seed may overflow before the others'.
+            # Not strict: histories end where the loss overflows, which may differ between seeds.
             seeds = list(zip(*(curve(run.results, key) for run in group.runs), strict=False))
             epochs, means = range(1, len(seeds) + 1), [statistics.fmean(values) for values in seeds]
             axes.plot(epochs, means, lw=1.5, marker="o" if len(means) < 4 else None, ms=4, color=color, ls=line)
@@ -233,7 +242,7 @@ def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
                 low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
                 axes.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
         text = textwrap.fill(label, 36)
-        # matplotlib leaves labels that begin with an underscore out of a legend.
+        # matplotlib omits labels that begin with an underscore from a legend.
         handles.append(Line2D([], [], label=f" {text}" if text.startswith("_") else text, color=color, ls=line))
     for axes, quantity in zip(panels, ("training loss, nats", "top-1 test accuracy, %"), strict=True):
         axes.set_xlabel("epoch")
@@ -245,7 +254,7 @@ def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
 
 
 def curve(results: Row, key: str) -> list[float]:
-    """A column of a run's history up to where it is no number any more (a loss may overflow)."""
+    """A column of a run's history, up to the first value that is not a number (an overflowed loss is null)."""
     values = []
     for epoch in results["history"]:
         if not isinstance(epoch.get(key), int | float):
@@ -255,6 +264,7 @@ def curve(results: Row, key: str) -> list[float]:
 
 
 def new_figure(title: str, note: str) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, a title and a note."""
     figure = Figure((9, 5.5), DPI)
     axes = figure.subplots()
     headings(figure, title, note)
@@ -263,24 +273,24 @@ def new_figure(title: str, note: str) -> tuple[Figure, Axes]:
 
 
 def headings(figure: Figure, title: str, note: str) -> None:
-    """A title, and below it what all points have in common."""
+    """A title, and a note below it."""
     figure.suptitle(title, fontweight="bold")
     figure.text(0.5, 0.93, textwrap.shorten(note, 120, placeholder=" …"), ha="center", va="top", size=8, color="dimgray")
     figure.subplots_adjust(top=0.88, left=0.08)
 
 
 def legend(figure: Figure, handles: list[Line2D]) -> None:
-    """A legend to the right of the axes; ``png`` widens the picture for it."""
+    """A legend to the right of the axes; ``png`` widens the figure for it."""
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.91, 0.88), frameon=False, fontsize=8)
 
 
 def dot(label: str, color: str, **style: Any) -> Line2D:
-    """A point for a legend."""
+    """A legend entry with a point."""
     return Line2D([], [], ls="", marker="o", color=color, label=label, **style)
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic x axis with plain numbers, so many of them that there are always some."""
+    """A logarithmic x axis with plain numbers; narrow ranges get more ticks, so that there are always some."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0) if high > 5 * low else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -290,9 +300,11 @@ def logarithmic(axes: Axes) -> None:
 
 
 def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Sequence[Line]) -> None:
-    """Write each point's label where it hides no point, no other label and, if it can be, no line; a thin line leads to it.
+    """Place each point's label where it overlaps no point, no other label and, if possible, no line; draw a leader line to it.
 
-    Labels that find no room are left out; ``first`` points are served first.
+    points, lines: in data coordinates.
+
+    Labels without a free position are omitted; ``first`` points come first.
     """
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # fixes the pixels
@@ -303,8 +315,8 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
     thin = np.concatenate([np.empty((0, 4)), *(along(*to_pixels(line)) for line in lines)])
     leaders: list[tuple[Pixels, Pixels]] = []
     leader_colors: list[str] = []
-    served = sorted(range(len(points)), key=lambda i: not points[i].first)
-    for i in served[: sum(point.first for point in points) + MOST_LABELS]:
+    order = sorted(range(len(points)), key=lambda i: not points[i].first)
+    for i in order[: sum(point.first for point in points) + MOST_LABELS]:
         x, y, text, color, _ = points[i]
         label = axes.annotate(
             textwrap.fill(text, 30),
@@ -317,31 +329,31 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )
         size = np.array(label.get_window_extent(renderer).size)
-        # The near side or corner lies at the offset: the lower left is a whole, half or no size further down.
+        # The near side or corner is at the offset; the lower left corner is 0, 1/2 or 1 label size below or left of it.
         near = pixels[i] + np.array(OFFSETS) * figure.dpi / 72
         low = near + size * (np.sign(OFFSETS) - 1) / 2
         boxes = np.concatenate([low, low + size], axis=1)
         free = (low > frame.min).all(axis=1) & (low + size < frame.max).all(axis=1) & ~overlap(boxes, solid)
-        labels = solid[len(points) :]  # a leader may pass a point, as many lie close together, but no label
+        labels = solid[len(points) :]  # leaders may cross points, which often lie close together, but no labels
         for k in (*np.flatnonzero(free & ~overlap(boxes, thin)), *np.flatnonzero(free)):
             leader = along(pixels[i], near[k])
             if not overlap(leader, labels).any():
                 dx, dy = OFFSETS[k]
                 label.set(position=(dx, dy), ha=ACROSS[np.sign(dx)], va=UP[np.sign(dy)])
                 solid = np.concatenate([solid, boxes[k : k + 1], leader])
-                if k >= len(SIDES):  # a label that touches its point needs none
+                if k >= len(SIDES):  # labels next to their point need no leader
                     leaders.append((near[k], pixels[i]))
                     leader_colors.append(color)
                 break
         else:
             label.remove()
-    # One artist for all lines: arrows of the labels' own would take most of the report's time.
+    # One artist for all leaders: an arrow per label would take most of the report's time.
     ends = [axes.transData.inverted().transform((start, end)) for start, end in leaders]
     axes.add_collection(LineCollection(ends, colors=leader_colors, linewidths=0.5, zorder=2), autolim=False)
 
 
 def along(start: Pixels, end: Pixels) -> Pixels:
-    """Boxes that cover the line from one pixel to another: a row of small ones, or one where it is upright or level."""
+    """Boxes that cover the line between two pixels: a row of small boxes, or one box for a vertical or horizontal line."""
     if (start == end).any():
         return np.concatenate([np.minimum(start, end) - 1, np.maximum(start, end) + 1])[None]
     middles = np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / 4))
@@ -349,15 +361,15 @@ def along(start: Pixels, end: Pixels) -> Pixels:
 
 
 def overlap(boxes: Pixels, others: Pixels) -> Any:
-    """For each box x0, y0, x1, y1, whether it shares a pixel with any of the others."""
+    """For each box (x0, y0, x1, y1), whether it overlaps any of the others."""
     left, low, right, high = boxes.T[:, :, None]
     return ((others[:, 0] < right) & (others[:, 1] < high) & (others[:, 2] > left) & (others[:, 3] > low)).any(axis=1)
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG, widened for what lies beside its axes."""
+    """A figure as PNG, widened to include the legends."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    # bbox_inches="tight" would find out what lies outside by drawing everything once more.
+    # bbox_inches="tight" would draw everything twice to determine the size.
     whole = Bbox.union([figure.bbox, *(legend.get_window_extent(renderer).padded(10) for legend in figure.legends)])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches=Bbox(whole.get_points() / figure.dpi))

@@ -1,4 +1,4 @@
-"""What a person sees of a run on a terminal: a progress bar, and the table at the end."""
+"""Progress of a run on a terminal: a progress bar, a log line per epoch, and a table of results."""
 
 import logging
 import sys
@@ -16,9 +16,11 @@ log = logging.getLogger(__name__)
 
 
 class EpochBar:
-    """Progress of one epoch on a terminal (epoch, loss, accuracy, images/s, time left); nothing where output is piped.
+    """Progress bar of one epoch (epoch, loss, accuracy, images/s, time left); hidden where output is not a terminal.
 
-    epoch, epochs: index of this one and number of all; images: in the whole epoch; history: of the epochs before.
+    epoch, epochs: index of this epoch, from 0, and number of epochs.
+    images: in the epoch.
+    history: rows of the previous epochs.
     """
 
     def __init__(self, epoch: int, epochs: int, images: int, history: list[dict[str, Any]]) -> None:
@@ -32,7 +34,7 @@ class EpochBar:
             TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
         )
-        # Transient: the bar gives way to the epoch's line in the log.
+        # Transient: the log line of the epoch replaces the bar.
         hidden = rank() > 0 or not sys.stdout.isatty()
         self.progress = Progress(*columns, console=console(), transient=True, disable=hidden)
         self.task = self.progress.add_task("", total=images, epoch=f"{epoch + 1}/{epochs}", note=top1)
@@ -46,7 +48,7 @@ class EpochBar:
         self.progress.stop()
 
     def step(self, images: int, loss: Tensor) -> None:
-        """Count a step. The loss is read off the device, which waits for it, twice a second at most."""
+        """Count a step of ``images`` images. Reads the loss at most twice per second, because that synchronizes the device."""
         self.done += images
         now = time.perf_counter()
         if self.progress.disable or now - self.shown < 0.5:
@@ -57,7 +59,7 @@ class EpochBar:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Print a run's results as a table."""
+    """Print the fields of a finished run's results.json as a table."""
     table = Table(title=results["name"], show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -84,7 +86,10 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def log_epoch(row: dict[str, Any], epochs: int, seconds: float) -> None:
-    """Log an epoch's row of the history; ``seconds`` is what it took, so the others will take as much."""
+    """Log an epoch's row of the history, with the estimated time left.
+
+    epochs: number of epochs.   seconds: duration of this epoch.
+    """
     log.info(
         "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%  %.0f images/s  %.1f min left",
         *(row["epoch"], epochs, row["train_loss"], row["top1"], row["top5"], row["images_per_second"]),

@@ -1,4 +1,4 @@
-"""Tables of text, for the terminal and as Markdown."""
+"""Text tables for the terminal and for Markdown."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,12 @@ from vix.reporting.console import console
 
 
 class Table(NamedTuple):
-    """A titled table of texts; ``words`` columns of it hold words, the others numbers."""
+    """A table of strings.
+
+    heads: column headings.
+    lines: rows of cells.
+    words: the first ``words`` columns contain text and are left-aligned; the others contain numbers.
+    """
 
     title: str
     heads: Sequence[str]
@@ -19,9 +24,9 @@ class Table(NamedTuple):
     words: int
 
     def print(self) -> None:
-        """Print the table; lines end where their text does."""
+        """Print the table, without trailing spaces."""
         table = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-        least = 2  # characters: the frame's, and those of the columns below
+        least = 2  # minimum width in characters, beginning with the frame's
         for i, texts in enumerate(zip(self.heads, *self.lines, strict=True)):
             word = i < self.words
             longest = max(len(line) for text in texts for line in text.split("\n"))
@@ -31,13 +36,15 @@ class Table(NamedTuple):
         for line in self.lines:
             table.add_row(*line)
         output = console()
-        # In a file or a pipe every line stays whole, for grep and less -S; on a terminal names are folded, figures are not.
+        # In a file or a pipe no line is wrapped, for grep and less -S; on a terminal text is wrapped, but numbers are not.
         output.width = max(least, output.width) if output.is_terminal else 10_000
         with output.capture() as capture:
             output.print(table)
         print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
     def markdown(self) -> str:
+        """The table in Markdown, under a heading of level 2."""
+
         def line(cells: Iterable[str]) -> str:
             return "| " + " | ".join(re.sub(r"[|\\[\]`*<]", r"\\\g<0>", " ".join(c.split())) for c in cells) + " |"
 

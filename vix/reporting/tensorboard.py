@@ -1,4 +1,4 @@
-"""A run's events for TensorBoard, in the run's own directory."""
+"""TensorBoard events of a run, written to the run's directory."""
 
 import json
 import logging
@@ -35,24 +35,24 @@ METRICS = (
     *("top1", "top5", "best_top1", "train_loss"),
     *("trainable_params", "images_per_second", "seconds", "peak_gpu_allocated_gb"),
 )
-PROBED, SHOWN, WORST = 16, 6, 40  # test images of the probe, of the attention maps, and with the highest loss
+PROBED, SHOWN, WORST = 16, 6, 40  # number of test images for the probe, for attention maps, and with the highest loss
 
 
 class EventFile:
-    """A new event file in a directory, which TensorBoard reads after those that are there already.
+    """A new event file whose name sorts after those of all existing event files of the directory.
 
-    It reads a directory's files in the order of their names, and what a later file says of a step replaces what earlier ones
-    do. PyTorch's own names begin with the time, so a clock that went back, or a machine whose clock is behind, would put the
-    continuation of a run before its beginning, and TensorBoard would show a part of the epochs. Here the number in the name
-    is higher than that of every file before it.
+    TensorBoard reads the files of a directory in the order of their names, and later events of a step replace earlier ones.
+    The names of PyTorch's own files begin with the time. If the clock was set back, or another machine's clock is slow, the
+    file of a resumed run would sort before that of the first start, and TensorBoard would show only part of the epochs. Here
+    the number in the name is higher than in every existing file.
 
-    Events are kept until ``flush``, which raises OSError where they cannot be written.
+    Events are buffered until ``flush``, which raises OSError where they cannot be written.
     """
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
         earlier = (re.match(r"events\.out\.tfevents\.(\d+)\.", name) for name in os.listdir(directory))
-        # As text, because that is how TensorBoard compares names: a clock that is centuries ahead adds a digit.
+        # Compared as text, as TensorBoard does: a clock that is centuries ahead adds a digit.
         latest = max((found[1] for found in earlier if found), default="")
         number = f"{int(time.time()):010d}"
         if number <= latest:
@@ -63,18 +63,22 @@ class EventFile:
         self.pending = [Event(wall_time=time.time(), file_version="brain.Event:2")]
 
     def get_logdir(self) -> str:
+        """The directory of the file; part of EventFileWriter's interface."""
         return self.directory
 
     def add_event(self, event: Event) -> None:
+        """Buffer an event."""
         self.pending.append(event)
 
     def flush(self) -> None:
+        """Write the buffered events. Raises OSError; unwritten events stay in the buffer."""
         while self.pending:
             self.records.write(self.pending[0].SerializeToString())
             del self.pending[0]
         self.file.flush()
 
     def close(self) -> None:
+        """Flush and close the file."""
         try:
             self.flush()
         finally:
@@ -82,11 +86,11 @@ class EventFile:
 
 
 class EventWriter(SummaryWriter):
-    """PyTorch's writer of events, into an ``EventFile``."""
+    """PyTorch's SummaryWriter on an ``EventFile``."""
 
     def _get_file_writer(self) -> Any:
         if self.file_writer is None:
-            writer = FileWriter.__new__(FileWriter)  # its constructor would make a file with a name from the clock
+            writer = FileWriter.__new__(FileWriter)  # its constructor would create a file named after the time
             writer.event_writer = EventFile(self.log_dir)
             vars(self).update(file_writer=writer, all_writers={self.log_dir: writer})
             if self.purge_step is not None:
@@ -96,10 +100,14 @@ class EventWriter(SummaryWriter):
 
 
 class TensorBoard:
-    """Scalars of every epoch, the config as text, a row of the HParams page, and pictures at the end.
+    """Context manager that writes the scalars of every epoch, the config as text, a row of the HParams page, and final images.
 
-    first_epoch: the one that comes next, from 1. test, class_names: what is shown of the model is seen on.
-    probe: log how far each approximate mixer is from softmax attention (:func:`vix.attention.inspection.softmax_error`).
+    run: directory and identity of the run.
+    first_epoch: the next epoch, counted from 1.
+    model: evaluated for the probe and the attention maps.
+    test, class_names: the evaluation images and the names of their classes.
+    probe: log the error of each approximate mixer against softmax attention
+        (:func:`vix.attention.inspection.softmax_error`).
     """
 
     def __init__(
@@ -109,27 +117,30 @@ class TensorBoard:
         self.class_names, self.probe = class_names, probe
 
     def __enter__(self) -> "TensorBoard":
-        # Purged: an epoch that an earlier start logged but did not save is done, and logged, again.
+        # Purge epochs that an earlier start logged after its last checkpoint: they are repeated.
         self.writer = EventWriter(str(self.run.directory), purge_step=self.first_epoch)
         self.writer.add_text("config", f"```json\n{json.dumps(self.run.config, indent=2)}\n```")
-        # Without PyTorch's list of all columns: TensorBoard takes one run's list for all, though other models have other keys.
+        # PyTorch's list of all columns is omitted: TensorBoard would use one run's list for all runs, whose keys may differ.
         _, start, self.end = hparams(hyperparameters(self.run), {})
         self.write_hparams(start)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what could not be written was told by ``flush``
+        with suppress(OSError):  # ``flush`` has already reported the error
             self.writer.close()
 
     def flush(self) -> None:
-        """Wait for the events to be on the disk. Raises UserError where they cannot be."""
+        """Write the buffered events to disk. Raises UserError where that fails."""
         try:
             self.writer.flush()
         except OSError as error:
             raise UserError(f"cannot write TensorBoard's events into {self.run.directory} ({error.strerror})") from error
 
     def epoch(self, row: dict[str, Any], memory: dict[str, float | None]) -> None:
-        """Log an epoch: its row of the history, and the memory figures."""
+        """Log an epoch.
+
+        row: of the history.   memory: :attr:`vix.system.memory.PeakMemory.gigabytes`.
+        """
         scalars = {
             "loss/train": row["train_loss"],
             "accuracy/top1": row["top1"],
@@ -148,11 +159,12 @@ class TensorBoard:
         self.flush()
 
     def finish(self, results: dict[str, Any], loss: Tensor, predicted: Tensor) -> None:
-        """Log the final metrics, and pictures of the predictions.
+        """Log the final metrics, and images of the predictions.
 
+        results: of the finished run.
         loss, predicted: cross-entropy (nats) and predicted class of every test image, (count,) on the CPU.
 
-        The run is trained by then: where this cannot be drawn or written, a warning says so.
+        Never raises: the model is already trained, so an error is only logged as a warning.
         """
         try:
             for name in METRICS:
@@ -161,29 +173,35 @@ class TensorBoard:
             self.write_hparams(self.end)
             self.pictures(loss, predicted, results["epochs"])
             self.flush()
-        except Exception as error:  # no disk or GPU memory left, fonts missing, …
-            log.warning("TensorBoard lacks the end of this run (%s: %s)", type(error).__name__, error)
+        except Exception as error:  # full disk, GPU out of memory, missing fonts, …
+            log.warning("TensorBoard lacks the final metrics (%s: %s)", type(error).__name__, error)
 
     def write_hparams(self, summary: Any) -> None:
-        """Write one of the messages with which a run's row of the HParams page begins and ends."""
+        """Write the first or the last event of the run's row of the HParams page."""
         assert self.writer.file_writer is not None
         self.writer.file_writer.add_summary(summary)
 
     def pictures(self, loss: Tensor, predicted: Tensor, epoch: int) -> None:
-        """Draw and log: the confusion matrix, the worst-classified images, and attention maps where the model has them."""
+        """Log the confusion matrix, the worst-classified images, and attention maps where the model has a class token.
 
+        loss, predicted: of every test image, (count,) on the CPU.   epoch: step of the events.
+        """
         labels, names = self.test.labels.cpu(), self.class_names
         true, guesses = labels.numpy(), predicted.numpy()
-        worst = loss.argsort(descending=True, stable=True)[:WORST].numpy()  # an index of one element stays an array
+        worst = loss.argsort(descending=True, stable=True)[
+            :WORST
+        ].numpy()  # an index array keeps its dimension, even with one element
         drawn = {
             "confusion_matrix": images.confusion_matrix(true, guesses, names),
             "worst_images": images.worst_images(self.pixels(worst), true[worst], guesses[worst], loss.numpy()[worst], names),
         }
-        # One image of each of the first classes that are among the test images.
-        some = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
-        maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, normalize(self.test.images[some]))]
+        # One image of each of the first classes that the test images contain.
+        examples = torch.stack([(labels == k).nonzero()[0, 0] for k in labels.unique()[:SHOWN]]).numpy()
+        maps = [m.float().cpu().numpy() for m in class_token_maps(self.model, normalize(self.test.images[examples]))]
         if maps:
-            drawn["class_token_attention"] = images.attention_maps(self.pixels(some), true[some], guesses[some], maps, names)
+            drawn["class_token_attention"] = images.attention_maps(
+                self.pixels(examples), true[examples], guesses[examples], maps, names
+            )
         for name, picture in drawn.items():
             self.writer.add_image(f"test/{name}", picture, epoch, dataformats="HWC")
 
@@ -193,9 +211,10 @@ class TensorBoard:
 
 
 def hyperparameters(run: RunDirectory) -> dict[str, str | int | float]:
-    """The columns of the HParams page: what was chosen, and every key that changes what is computed.
+    """The columns of the HParams page: the chosen options of the groups, and every key that affects the results.
 
-    Keys that are null are left out unless the command set them: most mean "as usual", and a column of numbers stays one.
+    Keys that are null are omitted unless the command set them: null usually means the default, and would turn a numeric column
+    into text.
     """
     columns = {name: run.identity[name] for name in CHOICES if run.identity.get(name)}
     given = {override_key(override) for override in run.identity.get("overrides", ())}

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without running code."""
+"""Checkpoint files: written atomically, and loaded without executing code (``weights_only=True``)."""
 
 import io
 from pathlib import Path
@@ -12,26 +12,26 @@ from vix.system.files import atomic_write
 
 
 def saved_megabytes(state: dict[str, Tensor]) -> float:
-    """Size of a state dict as torch.save writes it, in MB (10⁶ bytes)."""
+    """Size of a state dict as written by torch.save, in MB (10⁶ bytes)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.tell() / 1e6
 
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` as torch.save does, whole or not at all. Raises UserError."""
-    buffer = io.BytesIO()  # written by itself torch.save reports a full disk without saying so
+    """Write ``state`` with torch.save, atomically. Raises UserError where the disk is full or not writable."""
+    buffer = io.BytesIO()  # torch.save's own error message for a full disk does not name the cause
     torch.save(state, buffer)
     atomic_write(path, buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint.pt, on the CPU. Raises UserError, naming the file, where it is no sound checkpoint."""
+    """Load a checkpoint.pt onto the CPU. Raises UserError, which names the file, where it is damaged or not a checkpoint."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything
-        reason = "it holds code, which is never run" if "weights_only" in str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from error
+    except Exception as error:  # a damaged file can raise any exception
+        reason = "it contains code, which is never run" if "weights_only" in str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not (isinstance(state, dict) and {"model", "best_model", "config", "progress", "results"} <= set(state)):
-        raise UserError(f"{path} is damaged or no checkpoint (it is of another program)")
+        raise UserError(f"{path} is damaged or not a checkpoint (another program wrote it)")
     return state

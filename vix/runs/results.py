@@ -1,6 +1,6 @@
-"""Results of runs as other programs read them: found below directories, checked, filtered and grouped over their seeds.
+"""Reader of ``results.json``: finds the runs below directories, validates, filters and groups them by seed.
 
-Imports no torch, so that reading 1,000 runs takes a second.
+Imports no torch, so that reading 1,000 runs takes about a second.
 """
 
 import csv
@@ -26,23 +26,26 @@ Row = dict[str, Any]
 NUMBERS = ("top1", "top5", "best_top1", "best_top5", "epochs", "weight_bias_params", "trainable_params")
 NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_allocated_gb", "peak_gpu_reserved_gb")
 UNFINISHED = ("running", "failed", "refused", "interrupted")
-# Keys that say where a run happens or which of several equal runs it is: runs that differ in these alone are one group.
+# Runs that differ only in these keys form one group.
 IGNORED_IN_GROUPS = (
     *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes"),
     *("trainer.device", "trainer.resume", "trainer.probe"),
 )
-RUN_FILES = ("results.json", "checkpoint.pt", ".hydra")  # by which a run's directory is known
-DEFAULT_RECIPE = "recipe=paper"  # says what is so without it
+RUN_FILES = ("results.json", "checkpoint.pt", ".hydra")  # any of these marks a directory as a run's
+DEFAULT_RECIPE = "recipe=paper"  # the default, so it is omitted from names
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
-# Within those groups, but it changes what a model costs and not what it computes.
+# A key of those groups that affects the cost of the model, but not its results.
 SAME_MODEL = "attention.implementation"
 
 
 @dataclass
 class RunRecord:
-    """A ``results.json``, and when it was written (seconds since 1970).
+    """A ``results.json``.
 
-    ``status`` is its own, or unreadable, or foreign; ``error`` says why the run does not count, if that is known.
+    status: of the run; or ``unreadable``, or ``foreign`` where the file was not written by this program.
+    error: why the run is not finished or not valid; empty where that is unknown.
+    results: contents of the file; empty where it is unreadable or foreign.
+    written: modification time, in seconds since 1970.
     """
 
     path: Path
@@ -53,7 +56,7 @@ class RunRecord:
 
     @functools.cached_property
     def fields(self) -> Row:
-        """What --where can ask for: the plain fields of the results, and the config with dotted keys."""
+        """The fields that --where can filter by: scalar fields of the results, and the config with dotted keys."""
         plain = {k: v for k, v in self.results.items() if not isinstance(v, dict | list) and k != "traceback"}
         config = self.results.get("config")
         settings = flatten(config) if isinstance(config, dict) else {}
@@ -61,55 +64,65 @@ class RunRecord:
 
     @property
     def experiment(self) -> str:
-        """The experiment, or the parts of the model where there is none."""
+        """The experiment, or the model groups where no experiment was chosen."""
         return str(self.results.get("experiment") or "-".join(str(self.results.get(group)) for group in MODEL_GROUPS))
 
     @property
     def changes(self) -> list[str]:
-        """The overrides that tell this run from another of its experiment; of several for one key the last, which counts."""
-        told = {*IGNORED_IN_GROUPS, *(() if self.results.get("experiment") else MODEL_GROUPS)}
+        """The overrides that distinguish this run within its experiment; the last of several for one key wins."""
+        ignored = {*IGNORED_IN_GROUPS, *(() if self.results.get("experiment") else MODEL_GROUPS)}
         last = {override_key(override): canonical(override) for override in self.results["overrides"]}
-        changes = {override for key, override in last.items() if key not in told and not key.startswith(("hydra.", "hydra/"))}
+        changes = {
+            override for key, override in last.items() if key not in ignored and not key.startswith(("hydra.", "hydra/"))
+        }
         return sorted(changes - {DEFAULT_RECIPE})
 
     @property
     def group_key(self) -> tuple[str, ...]:
-        """Equal for runs that are seeds of one another: the config decides, as its files may have changed in between.
+        """Equal for runs that differ only in the seed. It contains the whole config, because config files may have changed.
 
-        An option that is null may be younger than a run, which then did without it.
+        Options that are null are omitted: a run may predate such an option.
         """
         config = {k: v for k, v in flatten(self.results["config"]).items() if v is not None and k not in IGNORED_IN_GROUPS}
         place = (str(self.results.get("device")), str(self.results.get("precision")))
-        # A run that was continued under another config is no seed of those that began with it.
+        # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
         return (self.experiment, *self.changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))
 
 
 @dataclass
 class Group:
-    """Runs that differ in the seed alone."""
+    """Runs that differ only in the seed.
+
+    name: the experiment and the overrides that distinguish the group.
+    runs: one per seed.
+    published: the paper's row for this model; empty where the paper has none.
+    """
 
     name: str
     runs: list[RunRecord]
     published: Mapping[str, str]
 
     def values(self, key: str) -> list[float]:
+        """A field of the results of every run that has it."""
         return [run.results[key] for run in self.runs if run.results.get(key) is not None]
 
     def mean(self, key: str) -> float | None:
+        """Mean over the seeds; None where no run has the field."""
         return statistics.fmean(values) if (values := self.values(key)) else None
 
     def std(self, key: str) -> float | None:
+        """Sample standard deviation over the seeds; None for fewer than two values."""
         return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
 
     @property
     def best(self) -> Row:
-        """Results of the seed with the best epoch, which is how the paper chose among its runs."""
+        """Results of the run with the highest accuracy after any epoch, which is the paper's selection rule."""
         return max(self.runs, key=lambda run: run.results["best_top1"]).results
 
 
 def image_set(results: Row) -> str:
-    """Which images a run used; of older results, which do not say so, the name of the set."""
+    """The image set of a run; for older results, which lack this field, the name of its class."""
     config = results.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     target = str(data.get("_target_", "")) if isinstance(data, dict) else ""
@@ -117,7 +130,7 @@ def image_set(results: Row) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Row:
-    """Nested dictionaries as one, with dotted keys."""
+    """Nested dictionaries flattened into one, with dotted keys."""
     items: Row = {}
     for key, value in config.items():
         items |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -125,35 +138,35 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Row:
 
 
 def published_rows() -> dict[str, dict[str, str]]:
-    """The paper's rows by the name of their experiment, in the paper's order."""
+    """The rows of the paper's tables, keyed by experiment, in the paper's order."""
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         return {row["experiment"]: row for row in csv.DictReader(file)}
 
 
 def read_run(path: Path) -> RunRecord:
-    """A ``results.json``, whatever it holds: what is no result of a run gets the status unreadable or foreign."""
+    """Read a ``results.json``. Never raises: an invalid file gets the status ``unreadable`` or ``foreign``."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         written = path.stat().st_mtime
     except OSError as error:
         return RunRecord(path, "unreadable", error.strerror or type(error).__name__)
     except (ValueError, RecursionError) as error:
-        return RunRecord(path, "unreadable", f"not whole, or no JSON: {error}")
+        return RunRecord(path, "unreadable", f"incomplete, or not JSON: {error}")
     if not isinstance(results, dict) or not isinstance(results.get("status"), str):
         return RunRecord(path, "foreign", "not written by train.py")
     status = results["status"]
     if status == "finished":
         wrong = next(wrong_fields(results), None)
         if wrong:
-            return RunRecord(path, "foreign", f"finished, but {wrong} is not as train.py writes it")
+            return RunRecord(path, "foreign", f"finished, but {wrong} is missing or invalid")
         return RunRecord(path, status, "", results, written)
     epochs = results.get("epochs")
-    why = results.get("error") or ("" if epochs is None else f"epochs done: {epochs}")
-    return RunRecord(path, status if status in UNFINISHED else "foreign", str(why), results)
+    reason = results.get("error") or ("" if epochs is None else f"epochs done: {epochs}")
+    return RunRecord(path, status if status in UNFINISHED else "foreign", str(reason), results)
 
 
 def wrong_fields(results: Row) -> Iterator[str]:
-    """Fields of finished results that do not hold what the table needs."""
+    """Fields of finished results that are missing or have the wrong type."""
     for key in (*NUMBERS, *NUMBERS_OR_NULL):
         value = results.get(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -168,16 +181,16 @@ def wrong_fields(results: Row) -> Iterator[str]:
 
 
 def find_runs(directories: Iterable[Path]) -> list[RunRecord]:
-    """Every ``results.json`` below the directories, links followed, but not those of runs that ``rerun=true`` moved aside.
+    """Read every ``results.json`` below the directories. Links are followed; runs archived by ``rerun=true`` are skipped.
 
-    Raises UserError for a directory that does not exist or cannot be read.
+    Raises UserError where a directory does not exist or cannot be read.
     """
-    paths: dict[Path, Path] = {}  # by their real path: one directory may lie in another
+    paths: dict[Path, Path] = {}  # keyed by real path, because one directory may contain another
     for directory in directories:
         if not directory.is_dir():
             near = directory.parent if directory.parent.is_dir() else Path()
             there = sorted(p.name for p in near.iterdir() if p.is_dir() and not p.name.startswith("."))
-            raise UserError(f"{directory}: there is no such directory; in {near.resolve()} there are: {join_names(there)}")
+            raise UserError(f"{directory}: no such directory; {near.resolve()} contains: {join_names(there)}")
         if not os.access(directory, os.R_OK | os.X_OK):
             raise UserError(f"{directory}: no permission to read it")
         for place, files in walk(directory, may_hold_runs):
@@ -188,52 +201,55 @@ def find_runs(directories: Iterable[Path]) -> list[RunRecord]:
 
 
 def may_hold_runs(entry: os.DirEntry[str]) -> bool:
-    """Whether to look for runs in a directory: it is not hidden, nor an earlier run that is kept inside a run's directory."""
+    """Whether to search a directory for runs: it is readable, not hidden, and not an archived run (``previous-N``)."""
     if entry.name.startswith("."):
         return False
     parent = Path(entry.path).parent
-    moved_aside = re.fullmatch(r"previous-\d+", entry.name) and any((parent / name).exists() for name in RUN_FILES)
-    return not moved_aside and os.access(entry.path, os.R_OK | os.X_OK)
+    archived = re.fullmatch(r"previous-\d+", entry.name) and any((parent / name).exists() for name in RUN_FILES)
+    return not archived and os.access(entry.path, os.R_OK | os.X_OK)
 
 
 def join_names(names: Iterable[Any], most: int = 40) -> str:
-    """Names with commas for an error message, not more than ``most`` of them."""
+    """At most ``most`` names, separated by commas, for an error message."""
     names = list(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
 
 
 def filter_runs(runs: list[RunRecord], conditions: Iterable[str]) -> list[RunRecord]:
-    """The runs for which every condition ``key=value`` holds. Raises UserError for an unknown key, or if none is left."""
+    """The runs that satisfy every condition ``key=value``. Raises UserError for an unknown key, or where no run is left."""
     for condition in conditions:
-        key, equals, wanted = condition.partition("=")
+        key, equals, text = condition.partition("=")
         known = sorted({k for run in runs for k in run.fields})
         if not equals or (runs and key not in known):
-            raise UserError(f"--where {condition}: KEY=VALUE is needed, with one of these keys: {join_names(known, 200)}")
-        kept = [run for run in runs if key in run.fields and matches(wanted, run.fields[key])]
-        if runs and not kept:
+            raise UserError(f"--where {condition}: expected KEY=VALUE with one of these keys: {join_names(known, 200)}")
+        matching = [run for run in runs if key in run.fields and matches(text, run.fields[key])]
+        if runs and not matching:
             values = sorted({as_text(run.fields[key]) for run in runs if key in run.fields})
-            raise UserError(f"--where {condition}: no run has it; {key} is one of {join_names(values)}")
-        runs = kept
+            raise UserError(f"--where {condition}: no run matches; values of {key}: {join_names(values)}")
+        runs = matching
     return runs
 
 
 def as_text(value: Any) -> str:
-    """A value as one writes it on the command line: null, true, 0.001, text without quotes."""
+    """A value as written on the command line: null, true, 0.001, text without quotes."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def matches(wanted: str, value: Any) -> bool:
-    """Whether the text names the value: 1e-3 and 0.001 are equal."""
-    if as_text(value) == wanted:
+def matches(text: str, value: Any) -> bool:
+    """Whether ``text`` denotes the value; numbers are compared numerically (1e-3 equals 0.001)."""
+    if as_text(value) == text:
         return True
     try:
-        return not isinstance(value, bool | str) and float(wanted) == value
+        return not isinstance(value, bool | str) and float(text) == value
     except ValueError:
         return False
 
 
 def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]]:
-    """The finished runs in groups of the same config, and all others; a seed's newest run counts, its older ones do not."""
+    """Group the finished runs that differ only in the seed; only the newest run of each seed counts.
+
+    Returns the groups, in the paper's order, then by name; and all other runs, with the reason.
+    """
     seeds: defaultdict[tuple[str, ...], dict[str, RunRecord]] = defaultdict(dict)
     others = []
     for run in sorted(runs, key=lambda run: run.written, reverse=True):
@@ -242,7 +258,7 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
             continue
         first = seeds[run.group_key].setdefault(str(run.results.get("seed")), run)
         if first is not run:
-            others.append(RunRecord(run.path, run.status, f"not counted: {first.path} is a newer run of the same seed"))
+            others.append(RunRecord(run.path, run.status, f"skipped: {first.path} is a newer run of the same seed"))
     published = published_rows()
     groups = []
     for of_seed in seeds.values():
@@ -255,15 +271,14 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
 
 
 def paper(run: RunRecord, published: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
-    """The paper's row for a run; empty where its experiment is none of them, or overrides make it another model."""
+    """The paper's row for a run; empty where its experiment is not in the paper, or overrides change the model or the data."""
     keys = {override_key(change) for change in run.changes} - {SAME_MODEL}
     other = any(key == "data" or key.partition(".")[0] in MODEL_GROUPS for key in keys)
     return {} if other else published.get(run.experiment, {})
 
 
 def disambiguate(groups: Iterable[Group]) -> None:
-    """Add to the names of groups of one name what distinguishes them: image set, config changes within the run, device and
-    precision; and a number where these do not."""
+    """Make the names of groups unique: append image set, config changes, or device and precision, else a number."""
     for distinction in (images_of, changes_of, place_of, None):
         same: defaultdict[str, list[Group]] = defaultdict(list)
         for group in groups:
@@ -276,13 +291,15 @@ def disambiguate(groups: Iterable[Group]) -> None:
 
 
 def images_of(group: Group) -> str:
-    """The image set without its counts: ``imagefolder 1f3a9c2b4d5e``."""
+    """The image set without its number of images: ``imagefolder 1f3a9c2b4d5e``."""
     return image_set(group.best).partition(" (")[0]
 
 
 def changes_of(group: Group) -> str:
-    return "continued under another config" if group.best.get("config_changes") else ""
+    """``resumed under another config`` where the config changed on resume; else empty."""
+    return "resumed under another config" if group.best.get("config_changes") else ""
 
 
 def place_of(group: Group) -> str:
+    """Device and precision of a group."""
     return f"{group.best.get('device')}, {group.best.get('precision')}"

@@ -1,4 +1,4 @@
-"""A run's directory: results, checkpoint, TensorBoard events, and when an earlier run in it is continued."""
+"""A run's directory: results, checkpoints, TensorBoard events; and whether an earlier run in it is resumed."""
 
 import json
 import logging
@@ -18,19 +18,21 @@ from vix.system.files import link_or_copy, nan_to_none, write_json
 log = logging.getLogger(__name__)
 
 KEPT = ("results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
-STAGING = ".previous.tmp"  # holds an earlier run while its files are moved aside
-# Fields that the table of a finished run needs as well.
+STAGING = ".previous.tmp"  # temporary directory while an earlier run is archived
+# Further fields that the table of a finished run requires.
 SHOWN = ("name", "best_epoch", "train_loss", "checkpoint_mb", "images_per_second", "seconds", "device", "precision")
-# Entries of results.json that a checkpoint keeps elsewhere, or that are about one start only.
+# Fields of results.json that a checkpoint stores elsewhere, or that describe only one start.
 NOT_IN_CHECKPOINT = ("config", "error", "traceback")
 
 
 class RunDirectory:
-    """What one training run writes into its directory.
+    """The directory of one run: its results.json and its checkpoints.
 
-    directory: exists already, and holds what an earlier start of the same run left.
-    identity: the fields of results.json that are known before training.
+    directory: must exist; it may contain the files of an earlier start of the same run.
+    identity: fields of results.json that are known before training.
     config: the composed config as plain containers.
+
+    Of several processes, only rank 0 writes.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any]) -> None:
@@ -38,49 +40,50 @@ class RunDirectory:
         self.results_path, self.checkpoint_path = directory / "results.json", directory / "checkpoint.pt"
         self.previous_path = directory / "checkpoint.previous.pt"
         self.identity = identity
-        self.begun = False  # whether this start has written anything of the run
+        self.begun = False  # whether this start has written results or a checkpoint
         self.results: dict[str, Any] = {}
         self.reset_results({})
 
     def reset_results(self, previous_results: dict[str, Any]) -> None:
-        """Go on from the results of an earlier start; empty: there are none."""
+        """Start from the results of an earlier start; empty for a new run."""
         kept = {key: value for key, value in previous_results.items() if key not in NOT_IN_CHECKPOINT}
         self.results = {**kept, "status": "running", **self.identity, "config": self.config}
 
     def add_identity(self, **fields: Any) -> None:
-        """Add fields that are known before training, but not as early as the others."""
+        """Add fields that are known before training, but not yet when the object is constructed."""
         self.identity |= fields
         self.results |= fields
 
     @cached_property
     def previous_results(self) -> dict[str, Any]:
-        """Results of the earlier starts: results.json, or where that is lost or damaged, those that the checkpoint keeps.
+        """Results of earlier starts: results.json, or where it is missing or damaged, the copy in the checkpoint.
 
-        Empty where there are none. Writes nothing.
+        Empty where there is neither. Writes nothing.
         """
         results = read_results(self.results_path)
         if results:
             return results
         state = None
-        with suppress(UserError):  # said where it is needed
+        with suppress(UserError):  # reported when the checkpoint is loaded
             state = self.read_newest_checkpoint()
         damaged = self.results_path.exists()
         if state is None:
             if damaged:
-                log.warning("%s is damaged, and there is no checkpoint to rebuild it from", self.results_path)
+                log.warning("%s is damaged, and there is no checkpoint to restore it from", self.results_path)
             return {}
         done = state["progress"]["epoch"] >= state["config"]["trainer"]["epochs"]
         if done or damaged:
-            log.warning("%s is %s: rebuilt from the checkpoint", self.results_path, "damaged" if damaged else "lost")
+            log.warning("%s is %s: restored from the checkpoint", self.results_path, "damaged" if damaged else "missing")
         return {**state["results"], "status": "finished" if done else "interrupted", "config": state["config"]}
 
     def prepare(self, rerun: bool, resume: str) -> dict[str, Any] | None:
-        """Settle what becomes of an earlier run in the directory: the results of one that finished this very run, else None.
+        """Handle an earlier run in the directory, and return its results where this run is already finished, else None.
 
-        With ``rerun`` an earlier run is moved aside, unless it is an interrupted rerun of this config, which is continued: a
-        command that is repeated until it succeeds, as cluster schedulers do, comes to an end.
+        rerun: archive the earlier run, unless it is an interrupted rerun of this config, which is resumed. Otherwise a command
+            that a cluster scheduler repeats until it succeeds would never finish.
+        resume: ``trainer.resume``.
 
-        Raises ConfigError where the earlier run cannot be continued, and UserError where its files cannot be moved.
+        Raises ConfigError where the earlier run cannot be resumed, and UserError where its files cannot be moved.
         """
         self.undo_archiving()
         if rerun and not self.is_interrupted_rerun():
@@ -88,7 +91,7 @@ class RunDirectory:
             self.results["started_by_rerun"] = True
             return None
         if rerun:
-            log.info("Continuing an interrupted rerun; without its checkpoint*.pt it would start over")
+            log.info("Resuming an interrupted rerun; delete its checkpoint*.pt to start over")
         finished_results = self.finished_results(resume)
         if finished_results and finished_results["status"] != read_results(self.results_path).get("status"):
             write_json(self.results_path, finished_results)
@@ -97,7 +100,7 @@ class RunDirectory:
         return finished_results
 
     def finished_results(self, resume: str) -> dict[str, Any] | None:
-        """The results of an earlier start that finished this very run, else None.
+        """The results where an earlier start finished this run, else None.
 
         Raises ConfigError where it finished with another config and ``resume`` is ``auto``, or on other images.
         """
@@ -107,7 +110,7 @@ class RunDirectory:
         return None if changed else self.previous_results
 
     def is_interrupted_rerun(self) -> bool:
-        """Whether the directory holds an interrupted run of this config and image set that was itself begun by ``rerun``."""
+        """Whether the directory holds an interrupted run of this config and image set that ``rerun=true`` started."""
         previous_results = self.previous_results
         if not previous_results.get("started_by_rerun") or previous_results["status"] == "finished":
             return False
@@ -119,55 +122,57 @@ class RunDirectory:
         return True
 
     def check_same_run(self, config: dict[str, Any], image_set: str | None, resume: str) -> Changes:
-        """The keys in which this config differs from that of the run in the directory, with both values.
+        """The keys in which this config differs from that of the earlier run, with both values.
 
-        Raises ConfigError where it differs and ``resume`` is ``auto``, or where that run's images are others.
+        config, image_set, resume: of the earlier run, of the earlier run, and ``trainer.resume``.
+
+        Raises ConfigError where the configs differ and ``resume`` is ``auto``, or where the image sets differ.
         """
         here = self.identity.get("image_set")
         changed = changed_keys(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
         if image_set and here and image_set != here:
             raise ConfigError(
-                f"data.root: {self.directory} holds a run on other images ({image_set}) than this one's ({here}); start over "
-                "with rerun=true, or give this run a directory of its own with hydra.run.dir=DIR"
+                f"data.root: {self.directory} holds a run on other images ({image_set}, this run: {here}); start over "
+                "with rerun=true, or choose another directory with hydra.run.dir=DIR"
             )
         if changed and resume != "force":
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
             raise ConfigError(
                 f"trainer.resume: {self.directory} holds a run with another config ({keys}); "
-                "start over with rerun=true, or continue all the same with trainer.resume=force"
+                "start over with rerun=true, or continue under the new config with trainer.resume=force"
             )
         return changed
 
     def write_results(self, **fields: Any) -> None:
-        """Add fields to results.json and write it, whole or not at all."""
+        """Add fields to results.json and write it atomically."""
         self.begun = True
         self.results |= fields
         if rank() == 0:
             write_json(self.results_path, self.results)
 
     def write_failure(self, **fields: Any) -> None:
-        """``write_results`` for a start that failed; a finished run that it has not begun to continue stays as it is."""
+        """``write_results`` for a start that failed; the results of a finished run that it did not resume are kept."""
         if self.begun or read_results(self.results_path).get("status") != "finished":
             self.write_results(**fields)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write checkpoint.pt, whole or not at all, and keep the one before it as checkpoint.previous.pt.
+        """Write checkpoint.pt atomically, and keep the previous one as checkpoint.previous.pt.
 
-        The results so far are part of it, so that results.json can be rebuilt.
+        The checkpoint includes the results so far, so that results.json can be restored from it.
         """
         self.begun = True
         if rank() > 0:
             return
         if self.checkpoint_path.exists():
-            link_or_copy(self.checkpoint_path, self.previous_path)  # so there is a checkpoint.pt at every moment
+            link_or_copy(self.checkpoint_path, self.previous_path)  # checkpoint.pt exists at all times
         kept = {key: value for key, value in self.results.items() if key not in NOT_IN_CHECKPOINT}
-        plain = json.loads(json.dumps(nan_to_none(kept)))  # types that weights_only=True reads
+        plain = json.loads(json.dumps(nan_to_none(kept)))  # types that weights_only=True can load
         write_tensors(self.checkpoint_path, {**state, "config": self.config, "results": plain})
 
     def read_newest_checkpoint(self) -> dict[str, Any] | None:
-        """The contents of checkpoint.pt, or of checkpoint.previous.pt where that is damaged or lost; None where there is none.
+        """Load checkpoint.pt, or checkpoint.previous.pt where the former is damaged or missing; None where both are missing.
 
-        Raises UserError where none of them can be read.
+        Raises UserError where neither can be read.
         """
         damaged = []
         for path in (self.checkpoint_path, self.previous_path):
@@ -186,17 +191,18 @@ class RunDirectory:
         return None
 
     def load_checkpoint(self, resume: str) -> dict[str, Any] | None:
-        """State to continue from, or None to start; from checkpoint.previous.pt where checkpoint.pt is damaged.
+        """The checkpoint to resume from, or None for a new run; checkpoint.previous.pt where checkpoint.pt is damaged.
 
-        Raises ConfigError where it was trained with another config (unless ``resume`` is ``force``, and then too for options
-        that cannot change), or on other images, and UserError where no checkpoint can be read. Nothing in a checkpoint is
-        ever executed.
+        resume: ``trainer.resume``.
+
+        Raises ConfigError where the config differs (with ``resume=force`` only for options that cannot change) or the images
+        differ, and UserError where no checkpoint can be read. Code in a checkpoint is never executed.
         """
         state = self.read_newest_checkpoint()
         if state is None:
             if self.previous_results.get("status") == "finished":
                 raise ConfigError(
-                    f"trainer.resume={resume}: the run in {self.directory} is finished and its checkpoint is lost, so it "
+                    f"trainer.resume={resume}: the run in {self.directory} is finished and its checkpoint is missing, so it "
                     "cannot be continued; start over with rerun=true"
                 )
             return None
@@ -205,13 +211,15 @@ class RunDirectory:
         return state
 
     def resume_from(self, state: dict[str, Any] | None) -> Changes:
-        """Take the results so far from a checkpoint, with a row in ``config_changes`` where this config is another.
+        """Load the results so far from a checkpoint, and add an entry to ``config_changes`` where the config differs.
 
-        state: of the checkpoint; None where there is none, and training starts at the first epoch. Returns the changed keys.
+        state: the checkpoint; None where there is none, and training starts at the first epoch.
+
+        Returns the changed keys.
         """
         if state is None:
             if self.results.get("epochs"):
-                log.warning("%s has no checkpoint any more: training starts over", self.directory)
+                log.warning("The checkpoint of %s is missing: training starts over", self.directory)
             self.reset_results({key: value for key, value in self.results.items() if key == "started_by_rerun"})
             return {}
         self.reset_results(state["results"])
@@ -222,14 +230,15 @@ class RunDirectory:
         return changed
 
     def precision(self, name: str, changed: Changes) -> str:
-        """``trainer.precision``; where auto would choose anew on other hardware, what the run began with."""
+        """``trainer.precision``; with ``auto``, a resumed run keeps its precision even on other hardware."""
         begun = self.results.get("precision")
         return begun if name == "auto" and begun and "trainer.precision" not in changed else name
 
     def archive_previous(self) -> None:
-        """Move what an earlier run left in the directory into ``previous-N``, N one more than the highest there is.
+        """Move the files of an earlier run into ``previous-N``, where N is one more than the highest existing number.
 
-        All of it or, after a UserError, nothing. A process that dies meanwhile leaves it to ``undo_archiving``.
+        Either all files are moved or, with a UserError, none. If the process is killed meanwhile, the next start calls
+        ``undo_archiving``.
         """
         old = [p for p in self.directory.iterdir() if p.name in KEPT or p.name.startswith("events.")]
         if old:
@@ -243,8 +252,8 @@ class RunDirectory:
             except OSError as error:
                 self.undo_archiving()
                 raise UserError(
-                    f"cannot move the earlier run in {self.directory} aside ({error.filename}: {error.strerror}); it is left "
-                    "as it was. Fix that and run the same command again"
+                    f"cannot archive the earlier run in {self.directory} ({error.filename}: {error.strerror}); it is "
+                    "unchanged. Fix the cause and run the same command again"
                 ) from error
             log.info("The earlier run was moved to %s", archive)
         self.previous_results = {}
@@ -255,17 +264,17 @@ class RunDirectory:
         while True:
             numbers = [int(found[1]) for p in self.directory.iterdir() if (found := re.fullmatch(r"previous-(\d+)", p.name))]
             archive = self.directory / f"previous-{max(numbers, default=0) + 1}"
-            with suppress(FileExistsError):  # made by another process a moment ago
+            with suppress(FileExistsError):  # another process has just created it
                 archive.mkdir()
                 return archive
 
     def undo_archiving(self) -> None:
-        """Move an earlier run back that was not moved aside as a whole."""
+        """Move the files of a partly archived run back."""
         staging = self.directory / STAGING
         if not staging.is_dir():
             return
         moved = [(path, self.directory / path.name) for path in staging.iterdir()]
-        if any(back.exists() for _, back in moved):  # another run began after all, where there are no locks
+        if any(back.exists() for _, back in moved):  # without locks, another run may have started meanwhile
             staging.rename(self.make_archive())
             return
         for path, back in moved:
@@ -274,11 +283,11 @@ class RunDirectory:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The contents of a results.json; nothing where it is absent or damaged. Raises UserError where it may not be read."""
+    """Read a results.json; empty where it is missing or damaged. Raises UserError where reading is not permitted."""
     try:
         results = json.loads(path.read_bytes())
     except PermissionError as error:
-        raise UserError(f"{path}: no permission to read it; change its permissions, or run in another directory") from error
+        raise UserError(f"{path}: permission denied; change its permissions, or choose another directory") from error
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(results, dict) or not isinstance(results.get("config"), dict):

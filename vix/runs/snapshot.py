@@ -1,4 +1,4 @@
-"""What was in a run's directory before Hydra began to write there, so that a refused start leaves everything as it was."""
+"""Snapshot of a run's directory before Hydra writes to it, so that a rejected start leaves no trace."""
 
 import os
 from contextlib import suppress
@@ -10,16 +10,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-SAVED = ("config.yaml", "hydra.yaml", "overrides.yaml")  # by Hydra, in its folder
+SAVED = ("config.yaml", "hydra.yaml", "overrides.yaml")  # written by Hydra into its subdirectory
 
 
 @dataclass
 class DirectoryState:
     """State of a run's directory before this start.
 
-    made: the directories that this start makes, deepest first.
-    contents: of the files that it writes; None for one that it makes.
-    log, log_size: the log, which it appends to, and its bytes; None where it makes it.
+    made: directories that this start creates, deepest first.
+    contents: contents of the files that this start overwrites; None for a file that it creates.
+    log, log_size: the log file, to which this start appends, and its size in bytes; None where it creates the file.
     """
 
     made: list[Path]
@@ -28,27 +28,29 @@ class DirectoryState:
     log_size: int | None
 
 
-before: DirectoryState | None = None  # of the single run that this process starts
+before: DirectoryState | None = None  # None in a sweep
 
 
 class DirectorySnapshot(Callback):
-    """Hydra's callback: notes the state of a single run's directory. Jobs of a sweep keep theirs, with the reason."""
+    """Hydra callback that records the state of a single run's directory. A rejected job of a sweep keeps its directory, which
+    records the reason."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Hydra's hook, called before it creates the directory of a single run."""
         global before
         before = None
         hydra_config = HydraConfig.instance()
         earlier = hydra_config.cfg
         try:
-            hydra_config.set_config(config)  # the directory's name asks it for the overrides
-            with suppress(Exception):  # what is wrong with it is said when Hydra makes it; nothing is removed then
+            hydra_config.set_config(config)  # the interpolation of the directory's name needs it
+            with suppress(Exception):  # Hydra reports the error when it creates the directory
                 before = snapshot_directory(config)
         finally:
             hydra_config.cfg = earlier
 
 
 def snapshot_directory(config: DictConfig) -> DirectoryState:
-    """What is there before Hydra makes the directory of this config."""
+    """The state of the directory that Hydra will create for this config, with Hydra's part."""
     directory = Path(os.path.abspath(str(config.hydra.run.dir)))
     subdir = config.hydra.output_subdir
     folder = directory / str(subdir) if subdir else directory
@@ -60,9 +62,9 @@ def snapshot_directory(config: DictConfig) -> DirectoryState:
 
 
 def undo_start(locked: bool = False) -> None:
-    """Remove what this start has made in the directory of its run, and give what it has changed its old contents.
+    """Remove what this start created in the directory of its run, and restore the files that it changed.
 
-    locked: whether another process writes there at this moment; then only Hydra's files get their old contents.
+    locked: whether another process is writing there; then only Hydra's files are restored.
     """
     if before is None:
         return
@@ -80,5 +82,5 @@ def undo_start(locked: bool = False) -> None:
         elif before.log.stat().st_size > before.log_size:
             os.truncate(before.log, before.log_size)
     for path in before.made:
-        with suppress(OSError):  # something else is in there: it stays
+        with suppress(OSError):  # not empty
             path.rmdir()

@@ -1,4 +1,4 @@
-"""The state of each job of a sweep, noted by the job itself, in whatever process and on whatever machine it runs."""
+"""Status of the jobs of a sweep: each job writes a file, so that any launcher, process and machine is supported."""
 
 import json
 import os
@@ -15,16 +15,18 @@ from vix.errors import ConfigError, UserError
 from vix.overrides import quote
 from vix.system.files import write_json
 
-FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder in which each notes what becomes of it
+FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder of the status files
 
 
 class JobStatus:
-    """Context of one job, which keeps a note of its state for the sweep's table; nothing where there is no sweep.
+    """Context manager of one job, which records its status for the sweep's table; outside of a sweep it records nothing.
 
-    parts: of the run's name; number: of the job in its sweep; fail_fast: whether not to begin where an earlier job has failed.
+    parts: of the run's name.
+    number: index of the job in its sweep.
+    fail_fast: do not start where an earlier job has failed.
     outputs: the directory below which the sweep's runs are.
 
-    Raises UserError on entry where the sweep is to begin nothing any more.
+    Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
     """
 
     def __init__(self, parts: Sequence[str], number: int, fail_fast: bool, outputs: str = "") -> None:
@@ -35,18 +37,18 @@ class JobStatus:
             "parts": list(parts),
             "outputs": outputs,
             "state": "lost",
-            "error": "its process ended without a word",
+            "error": "its process ended without reporting a status",
         }
 
     def __enter__(self) -> Self:
         if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read_jobs(self.folder)):
-            self.update(state="not run", error="fail_fast=true, and a job before it failed")
+            self.update(state="not run", error="fail_fast=true, and an earlier job failed")
             raise UserError(f"not run: {self.state['error']}")
         self.update()
         return self
 
     def finished(self, results: dict[str, Any], before: bool) -> None:
-        """The results that its run ended with, now or ``before``."""
+        """Record the results of the run; ``before``: whether an earlier start had already finished it."""
         self.state |= {"state": "finished before" if before else "finished", "top1": results["top1"], "error": ""}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -58,23 +60,24 @@ class JobStatus:
         self.update(seconds=time.time() - self.began)
 
     def update(self, **fields: Any) -> None:
+        """Set fields of the status and write it."""
         self.state |= fields
         if self.folder and self.folder.is_dir():
-            with suppress(UserError):  # a full disk is the run's to tell
+            with suppress(UserError):  # the run itself reports a full disk
                 write_json(self.folder / f"{self.number:06d}.json", self.state)
 
 
 class Sweep:
-    """Context of a multirun, in the process that started it: gives its jobs a folder for their notes.
+    """Context manager of a sweep in the process that starts it: creates and removes the folder of the jobs' status files.
 
-    arguments: of the command line; one that hands the folder to every job is added to them.
-    outputs: the directory below which the sweep's runs are, as far as it is known before the jobs.
+    arguments: of the command line; extended by an override that passes the folder to every job.
+    outputs: the directory below which the sweep's runs are, as far as it is known before the jobs start.
     """
 
     def __init__(self, arguments: list[str], outputs: Path) -> None:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
         self.outputs = [str(outputs)]
-        self.folder = outputs.resolve() / ".sweeps" / name  # seen by every machine that writes its runs into ``outputs``
+        self.folder = outputs.resolve() / ".sweeps" / name  # shared by all machines that share ``outputs``
         arguments.append(f"++hydra.job.env_set.{FOLDER}={quote(str(self.folder))}")
 
     def __enter__(self) -> Self:
@@ -83,20 +86,20 @@ class Sweep:
             self.folder.mkdir(parents=True)
         except OSError as error:
             outputs = self.folder.parents[1]
-            sys.exit(f"error: {outputs}: {error.strerror}; fix that, or choose where runs go with hydra.sweep.dir=DIR")
+            sys.exit(f"error: {outputs}: {error.strerror}; fix the cause, or choose another directory with hydra.sweep.dir=DIR")
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # another sweep's folder is there, or runs
+        with suppress(OSError):  # not empty: another sweep's folder, or runs
             for path in self.made:
                 path.rmdir()
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The jobs' notes so far, in the order of the jobs."""
+        """The status of each job so far, in the order of the jobs."""
         return read_jobs(self.folder)
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The jobs' notes, in the order of the jobs."""
+    """The status of each job, in the order of the jobs."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))]

@@ -1,4 +1,4 @@
-"""The hardware a run gets: device, precision, and the state of its random generators."""
+"""Hardware of a run: device, precision, and the description for results.json."""
 
 import logging
 import warnings
@@ -15,16 +15,18 @@ log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` or a device's name → the device; a GPU always with its index, which most of ``torch.cuda`` requires.
+    """``trainer.device`` → the device. A GPU always has an index, which most of ``torch.cuda`` requires.
 
-    Of several processes on a machine, each gets a GPU of its own. The GPU becomes the current one.
+    name: auto, or a device's name, such as cpu or cuda:1.
 
-    Raises ConfigError where this machine has no such device, PyTorch cannot compute on it, or processes would share a GPU.
+    Each of several processes on a machine gets its own GPU. The GPU becomes the current one. Also sets the float32 precision.
+
+    Raises ConfigError where this machine lacks the device, PyTorch cannot compute on it, or processes would share a GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu":
-            log.warning("No CUDA GPU was found: training on the CPU, which is slow at full size")
+            log.warning("No CUDA GPU found: training on the CPU, which is slow for full-size models")
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -33,9 +35,9 @@ def resolve_device(name: str) -> torch.device:
     except ConfigError:
         raise
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"trainer.device={name}: {unusable_reason(error)}; auto, cpu and cuda:N are names") from error
+        raise ConfigError(f"trainer.device={name}: {unusable_reason(error)}; valid: auto, cpu, cuda:N") from error
     if device.type == "meta":
-        raise ConfigError("trainer.device=meta: nothing can be trained there; auto, cpu and cuda:N are names")
+        raise ConfigError("trainer.device=meta: training is not possible on this device; valid: auto, cpu, cuda:N")
     if device.type == "cpu":
         keep_freed_memory()
     set_float32_precision(device)
@@ -51,10 +53,10 @@ def select_gpu(device: torch.device) -> torch.device:
     if count > 1 and device.index is not None:
         raise ConfigError(
             f"trainer.device={device}: {count} processes on this machine would share that GPU; "
-            "trainer.device=auto gives each its own"
+            "trainer.device=auto assigns one to each"
         )
     with warnings.catch_warnings():
-        # Of GPUs that this build of PyTorch has no kernels for, in several lines and whichever GPU is used: see ``probe``.
+        # PyTorch warns about every GPU that it has no kernels for, used or not; ``probe`` checks the one that is used.
         warnings.filterwarnings("ignore", message=r"\s*(Found GPU|.* with CUDA capability)")
         first, available = initial_gpu(), torch.cuda.device_count()
     if count > available:
@@ -70,12 +72,12 @@ def select_gpu(device: torch.device) -> torch.device:
 
 @cache
 def initial_gpu() -> int:
-    """The GPU that was current when this process first needed one: a sweep's job does not inherit that of the job before."""
+    """The GPU that was current at the first call: a job of a sweep must not inherit the GPU of the previous job."""
     return torch.cuda.current_device()
 
 
 def probe(device: torch.device) -> None:
-    """Compute on the device. An empty tensor would do for a GPU without kernels, whose first real operation then fails."""
+    """Run an operation on the device. Allocating an empty tensor would succeed even on a GPU without kernels."""
     if device.type != "meta":
         torch.ones(2, device=device).sum().item()
 
@@ -87,22 +89,21 @@ def unusable_reason(error: Exception) -> str:
         built_for = ", ".join(arch.removeprefix("sm_")[:-1] + "." + arch[-1] for arch in torch.cuda.get_arch_list())
         return f"this build of PyTorch has no kernels for that GPU, only for compute capability {built_for} and compatible ones"
     if out_of_memory(error):
-        return f"that GPU has no free memory ({reason}); another process may use it"
-    return f"this machine has no such device, or it cannot be used ({reason})"
+        return f"that GPU has no free memory ({reason}); another process may be using it"
+    return f"this machine has no such device, or it is unusable ({reason})"
 
 
 def set_float32_precision(device: torch.device) -> None:
-    """Multiply and convolve float32 in float32, never in TF32.
+    """Compute float32 matrix products and convolutions in float32, never in TF32.
 
-    On a CPU, multiply by oneDNN where that can: on AMD's it is 2 to 3 times faster than MKL.
-
-    PyTorch hands a CPU's products over to oneDNN once they may round to bfloat16. It does so only on processors with
-    instructions for whole tiles of bfloat16 (AMX), so a product tells whether it does.
+    On a CPU, use oneDNN for matrix products where it computes them in float32: on AMD processors it is 2 to 3 times faster
+    than MKL. PyTorch uses oneDNN with float32 matmul precision "medium", which permits rounding to bfloat16. Only processors
+    with AMX instructions do round, so a test product decides.
     """
     torch.set_float32_matmul_precision("highest")
     if device.type == "cuda":
-        # True by default. This and the line above are the older of PyTorch's two interfaces; parts of PyTorch still read it,
-        # and raise where convolutions alone were set by the newer one (fp32_precision).
+        # True by default. This and the line above are the older of PyTorch's two interfaces. Parts of PyTorch still read it,
+        # and raise where only convolutions were set with the newer one (fp32_precision).
         torch.backends.cudnn.allow_tf32 = False
     if device.type == "cpu":
         torch.set_float32_matmul_precision("medium")
@@ -113,22 +114,25 @@ def set_float32_precision(device: torch.device) -> None:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """``trainer.precision`` → the dtype of autocast (float32: none)."""
+    """``trainer.precision`` → the autocast dtype; float32 means no autocast.
+
+    name: auto, bf16, fp16 or fp32. ``auto`` selects 16 bits where the device has fast instructions for them.
+    """
     if name == "auto":
         if device.type == "cuda":
-            # Emulated bfloat16 (before compute capability 8.0) is slower than float16.
-            with torch.cuda.device(device):  # the question is about the current one
+            # Emulated bfloat16 (below compute capability 8.0) is slower than float16.
+            with torch.cuda.device(device):  # is_bf16_supported checks the current device
                 native = torch.cuda.is_bf16_supported(including_emulation=False)
             return torch.bfloat16 if native else torch.float16
-        # Read off the processor, not timed: a run must repeat to the bit on the same machine. Where the instructions
-        # exist they are the faster ones; without them bf16 is emulated, and slower.
+        # Determined by CPU features, not by timing: runs must be bit-identical on the same machine. bf16 is faster with
+        # these instructions, and emulated and slower without them.
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if device.type == "cpu" and native else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What results.json tells of it."""
+    """The fields of results.json that describe the hardware; ``dtype``: from :func:`resolve_precision`."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     return {
         "precision": precision,
@@ -139,4 +143,5 @@ def hardware(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU's name, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

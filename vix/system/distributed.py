@@ -1,7 +1,7 @@
-"""One run in several processes, which ``torchrun`` starts: each takes its share of every batch, and the first one writes.
+"""Data-parallel training in several processes, started by ``torchrun``: each batch is split among them; only rank 0 writes.
 
-Every function works in a run of one process too, where there is nobody to ask. (Goyal et al., "Accurate, large minibatch
-SGD", 2017, on splitting a batch; here the batch of the config is the one that is split.)
+Every function also works in a run with one process. ``trainer.batch_size`` is the global batch size, which is split among the
+processes (Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, describe data-parallel SGD).
 """
 
 import os
@@ -18,32 +18,32 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes this run has."""
+    """Number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """This process's number among them: 0 is the first, which writes and is heard."""
+    """Index of this process; rank 0 writes files and logs."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
-    """How many of them run on this machine."""
+    """Number of processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def local_rank() -> int:
-    """This process's number among those of this machine."""
+    """Index of this process on this machine."""
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Context in which the processes of this run can speak to each other: about CUDA tensors by NCCL, about others by gloo."""
+    """Context manager of the process group: NCCL for CUDA tensors, gloo for others. Does nothing for one process."""
     if world_size() == 1:
         yield
         return
-    # Both are named: without a name, PyTorch registers the accelerator's backend alone, and no collective on the CPU works.
+    # Both are given explicitly: otherwise PyTorch registers only the accelerator's backend, and collectives on the CPU fail.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
     try:
         yield
@@ -52,24 +52,24 @@ def process_group() -> Iterator[None]:
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """The model, with gradients that are the mean over the processes and buffers that are the first one's."""
+    """The model in DistributedDataParallel, which averages gradients over the processes; unchanged for one process."""
     return DistributedDataParallel(model) if world_size() > 1 else model
 
 
 def shard(batch: Tensor) -> Tensor:
-    """This process's part of a batch, which every process has whole; empty where there are fewer items than processes."""
+    """This process's part of a batch that every process holds: (B, …) → (about B / world_size, …), possibly empty."""
     return batch[rank() :: world_size()]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over the processes, in place."""
+    """Sum a tensor over the processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(number: int) -> int:
-    """The highest of the processes' numbers."""
+    """The maximum of a number over the processes."""
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
@@ -78,7 +78,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the first process, the only one that calls it, for all of them."""
+    """Call ``make`` on rank 0 only, and return its result, which must be picklable, on every rank."""
     if world_size() == 1:
         return make()
     made: list[Any] = [make() if rank() == 0 else None]
@@ -88,6 +88,9 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
 
 
 def seed_rank(seed: int, epoch: int) -> None:
-    """Let every process but the first draw (dropout, say) by itself; the first one's random state is the run's own."""
+    """Seed every rank except 0 differently, so that dropout and the like differ between ranks.
+
+    Rank 0 keeps its random state, which is saved in checkpoints.
+    """
     if rank() > 0:
         torch.manual_seed(((seed * 1_000_003 + epoch) * world_size() + rank()) % 2**63)

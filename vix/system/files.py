@@ -1,7 +1,7 @@
-"""Files that are whole or absent, whatever stops the program, and directories that one process at a time writes.
+"""Atomic file writes, and locks that let only one process write to a directory.
 
-Locks and hard links are conveniences: where a file system lacks them, as some network file systems do, a run goes on without
-the lock and with a plain copy, after one warning per process.
+Some network file systems support neither locks nor hard links. There, a run continues without the lock and copies the file,
+with one warning per process.
 """
 
 import errno
@@ -20,40 +20,45 @@ from vix.errors import UserError
 
 log = logging.getLogger(__name__)
 NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-warned: set[str] = set()  # of what this process has warned already
+warned: set[str] = set()  # topics of the warnings that this process has logged
 
 
 class LockedError(UserError):
-    """A directory that another process writes at this moment."""
+    """Another process is writing to the directory."""
 
 
 def warn_once(about: str, message: str, *values: object) -> None:
-    """Log a warning, but only the first one ``about`` this in this process."""
+    """Log a warning once per process and topic.
+
+    about: the topic.   message, values: as for ``log.warning``.
+    """
     if about not in warned:
         warned.add(about)
         log.warning(message, *values)
 
 
 def try_lock(file: IO[Any], operation: int) -> bool:
-    """Apply ``fcntl.flock``; False, after a warning, where the file system has no locks.
+    """Apply ``fcntl.flock``; log a warning and return False where the file system does not support locks.
 
-    Raises BlockingIOError where ``operation`` does not wait and another process holds the lock.
+    operation: of ``fcntl.flock``.
+
+    Raises BlockingIOError where ``operation`` is non-blocking and another process holds the lock.
     """
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
         raise
     except OSError as error:
-        if error.errno == errno.EACCES:  # how some network file systems say that another process holds it
+        if error.errno == errno.EACCES:  # some network file systems report a held lock this way
             raise BlockingIOError(error.errno, error.strerror) from error
         reason = error.strerror or error
-        warn_once("lock", "%s cannot be locked (%s): two processes that write there at once go unnoticed", file.name, reason)
+        warn_once("lock", "%s cannot be locked (%s): concurrent writes by two processes are not detected", file.name, reason)
         return False
     return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give ``source`` a second name, or where hard links are not supported a copy; ``target`` is whole at every moment.
+    """Replace ``target`` by a hard link to ``source``, or by a copy where hard links are not supported; atomic in both cases.
 
     Raises UserError where the copy cannot be written.
     """
@@ -62,14 +67,14 @@ def link_or_copy(source: Path, target: Path) -> None:
         temporary.unlink(missing_ok=True)
         os.link(source, temporary)
         temporary.replace(target)
-        temporary.unlink(missing_ok=True)  # still there if both names were one file already, after a kill at this very place
+        temporary.unlink(missing_ok=True)  # remains if both names were already the same file, after an earlier kill here
     except OSError as error:
-        warn_once("link", "%s cannot be hard-linked (%s): it is copied instead", source, error.strerror or error)
+        warn_once("link", "%s cannot be hard-linked (%s): copying it instead", source, error.strerror or error)
         atomic_write(target, source.read_bytes())
 
 
 def flush_to_disk(descriptor: int) -> None:
-    """``os.fsync``, where the file system has it."""
+    """``os.fsync``; logs a warning where the file system does not support it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -79,19 +84,19 @@ def flush_to_disk(descriptor: int) -> None:
 
 
 def expand_home(text: str) -> str:
-    """``text`` with a leading ``~`` or ``~user`` replaced by that home directory, in configs, variables and arguments."""
+    """``text`` with a leading ``~`` or ``~user`` replaced by the home directory."""
     return os.path.expanduser(text)
 
 
 def user_path(text: str) -> Path:
-    """The type of a path that a user writes as an argument."""
+    """The ``type`` of an argparse argument that is a path: expands a leading ``~``."""
     return Path(expand_home(text))
 
 
 def atomic_write(path: Path, contents: bytes | memoryview) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it over ``path``.
+    """Write a temporary file, flush it to disk, and rename it to ``path``.
 
-    Raises UserError where the disk is full or not writable; what ``path`` held before is then still there.
+    Raises UserError where the disk is full or not writable; the previous contents of ``path`` are then kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -104,18 +109,18 @@ def atomic_write(path: Path, contents: bytes | memoryview) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path} ({error.strerror}); what it held before is kept. Fix that and run the same command again"
+            f"cannot write {path} ({error.strerror}); its previous contents are kept. Fix the cause and run the command again"
         ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, whole or not at all, with null for numbers that are not finite. Raises UserError."""
+    """Write ``value`` as JSON atomically, with null for numbers that are not finite. Raises UserError as ``atomic_write``."""
     text = json.dumps(nan_to_none(value), indent=2, allow_nan=False) + "\n"
     atomic_write(path, text.encode())
 
 
 def nan_to_none(value: Any) -> Any:
-    """``value`` with None for every NaN and infinity in it: JSON has no words for them."""
+    """``value`` with every NaN and infinity replaced by None, because JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -124,10 +129,12 @@ def nan_to_none(value: Any) -> Any:
 
 
 def walk(top: Path, enters: Callable[[os.DirEntry[str]], bool]) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Every directory below ``top``, itself included, with its entries that are no directories; links are followed.
+    """Yield ``top`` and every directory below it, each with its entries that are not directories. Links are followed.
 
-    Each directory comes once, however many links lead to it and even if they form a circle, and under its own name where it
-    has one below ``top``. Broken links are entries. ``enters``: whether to go into a directory.
+    enters: whether to descend into a directory.
+
+    Each directory is yielded once, even if several links or a cycle of links lead to it, and under its real path where that
+    is below ``top``. Broken links are entries.
 
     Raises OSError where a directory cannot be read.
     """
@@ -149,6 +156,7 @@ def walk(top: Path, enters: Callable[[os.DirEntry[str]], bool]) -> Iterator[tupl
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a directory or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -157,9 +165,9 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
 
 @contextmanager
 def exclusive_lock(directory: Path) -> Iterator[None]:
-    """Hold ``directory`` against other processes; the lock goes with the process, however that ends.
+    """Context manager that locks ``directory`` against other processes; the lock is released when the process ends.
 
-    Raises LockedError, naming the holder, where another process has it.
+    Raises LockedError, which names the owner, where another process holds the lock.
     """
     with open(directory / ".lock", "a+") as file:
         try:
@@ -173,9 +181,9 @@ def exclusive_lock(directory: Path) -> Iterator[None]:
 
 
 def check_unlocked(directory: Path) -> None:
-    """Raises LockedError, naming the holder, where another process writes ``directory`` at this moment; writes nothing."""
+    """Raises LockedError, which names the owner, where another process is writing to ``directory``. Writes nothing."""
     try:
-        file = open(directory / ".lock")  # noqa: SIM115  (what goes wrong later is not what is caught here)
+        file = open(directory / ".lock")  # noqa: SIM115  (later errors must not be caught here)
     except OSError:
         return
     with file:
@@ -186,7 +194,7 @@ def check_unlocked(directory: Path) -> None:
 
 
 def locked_message(directory: Path, file: IO[str]) -> str:
-    """The error that names the process which wrote its name into a lock's file."""
+    """The error message, with the owner that the lock file names."""
     file.seek(0)
-    holder = file.read().strip() or "another process"
-    return f"{directory} is being written by {holder}; wait for it, or change the run (another seed, say)"
+    owner = file.read().strip() or "another process"
+    return f"{directory} is being written by {owner}; wait for it, or change the run (for example, its seed)"

@@ -1,4 +1,4 @@
-"""A device's memory: how much a run may take, what a shortage looks like, and what becomes of freed memory."""
+"""Memory of the device: peak usage, limits, out-of-memory errors, and settings of the C allocator."""
 
 import ctypes
 import resource
@@ -11,12 +11,12 @@ from vix.errors import ConfigError
 
 
 class PeakMemory:
-    """Peak GPU memory of the training steps alone, without the resident data set, in GB (10⁹ bytes).
+    """Peak GPU memory of the training steps, excluding evaluation and the data set on the device, in GB (10⁹ bytes).
 
-    device: all figures are None where it is no CUDA device.
-    resident: bytes of the data set that lies on the device, taken off both figures.
-    graphs: whether the steps replay CUDA graphs. A replay allocates nothing that PyTorch counts, so the memory reserved, which
-        holds the graphs' pools, is then both figures.
+    device: all values are None where it is not a CUDA device.
+    resident: bytes of the data set on the device, subtracted from both peaks.
+    graphs: whether the steps replay CUDA graphs. PyTorch does not count the allocations of a replay, so both peaks are then the
+        reserved memory, which includes the graphs' memory pools.
     """
 
     def __init__(self, device: torch.device, resident: int, graphs: bool = False) -> None:
@@ -24,13 +24,13 @@ class PeakMemory:
         self.allocated = self.reserved = 0
 
     def start(self) -> None:
-        """Begin to watch: before an epoch's steps."""
+        """Reset PyTorch's peaks; call before the steps of an epoch."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the evaluation before cached is not the steps' own
+            torch.cuda.empty_cache()  # memory cached by the evaluation does not count
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def stop(self) -> None:
-        """Take the peaks since ``start``: after an epoch's steps, before the evaluation."""
+        """Record the peaks since ``start``; call after the steps of an epoch, before the evaluation."""
         if self.device.type == "cuda":
             reserved = torch.cuda.max_memory_reserved(self.device)
             allocated = reserved if self.graphs else torch.cuda.max_memory_allocated(self.device)
@@ -38,13 +38,16 @@ class PeakMemory:
             self.reserved = max(self.reserved, reserved - self.resident)
 
     def state_dict(self) -> dict[str, int]:
+        """The peaks so far, in bytes, for a checkpoint."""
         return {"allocated": self.allocated, "reserved": self.reserved}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the peaks from a checkpoint."""
         self.allocated, self.reserved = state["allocated"], state["reserved"]
 
     @property
     def gigabytes(self) -> dict[str, float | None]:
+        """The fields of results.json: peaks of allocated and reserved memory, and the size of the data set on the GPU."""
         gpu = self.device.type == "cuda"
         return {
             "peak_gpu_allocated_gb": self.allocated / 1e9 if gpu else None,
@@ -64,53 +67,57 @@ OOM_MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "std::bad_alloc",
     "HOST_ALLOCATION_FAILED",  # cuDNN's
-    "could not create a memory",  # oneDNN's, as the next
+    "could not create a memory",  # oneDNN's, like the next
     "could not execute a primitive",
-    "can't start new thread",  # there is no room for its stack
+    "can't start new thread",  # no memory for its stack
 )
-# CUDA's runtime and driver, NCCL, PyTorch's allocator (also behind a compiler's own error) and "Triton Error [CUDA]" write
-# "out of memory"; the status codes are those of the driver, cuBLAS, cuSOLVER, cuSPARSE, cuFFT, and cuDNN.
+# "out of memory" is in the messages of CUDA's runtime and driver, NCCL, PyTorch's allocator (also when wrapped in a compiler's
+# error) and Triton. The status codes are those of the driver, cuBLAS, cuSOLVER, cuSPARSE, cuFFT and cuDNN.
 GPU_OOM_MESSAGES = ("out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "Failed to CUDA")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the memory of the GPU or of the machine did not suffice."""
+    """Whether an exception is an out-of-memory error of the GPU or of the machine."""
     if isinstance(error, MemoryError) or gpu_out_of_memory(error):
         return True
     text = str(error)
-    # Without more words: with some, oneDNN says that it has no such operation.
+    # Exact match: with further text, oneDNN's message means that the operation is not supported.
     return isinstance(error, RuntimeError) and (
         text == "could not create a primitive" or any(shortage in text for shortage in OOM_MESSAGES)
     )
 
 
 def gpu_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the memory of the GPU did not suffice, in whichever library's words."""
+    """Whether an exception is an out-of-memory error of the GPU, from any library."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(shortage in str(error) for shortage in GPU_OOM_MESSAGES)
 
 
 def check_memory_limit(device: torch.device, gigabytes: float | None) -> None:
-    """Raises ConfigError where ``limit_memory`` cannot set this limit."""
+    """Raises ConfigError where ``limit_memory`` cannot set a limit of this many GB (10⁹ bytes) on the device."""
     if gigabytes is None:
         return
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 1e9
         if gigabytes > total:
-            raise ConfigError(f"trainer.memory_limit_gb={gigabytes}: this GPU has {total:.1f} GB; at most that")
+            raise ConfigError(
+                f"trainer.memory_limit_gb={gigabytes}: this GPU has only {total:.1f} GB; use at most that, or null"
+            )
     elif device.type != "cpu" or not STATUS.exists():
         raise ConfigError(
-            f"trainer.memory_limit_gb={gigabytes}: only a CUDA GPU's memory, and on Linux a CPU run's, can be limited; use null"
+            f"trainer.memory_limit_gb={gigabytes}: supported only on CUDA GPUs, and on CPUs under Linux; use null"
         )
 
 
 def limit_memory(device: torch.device, gigabytes: float | None) -> None:
-    """Let the run take no more than so many GB (10⁹ bytes) of the device's memory; None lifts an earlier limit.
+    """Limit the memory that the run may allocate on the device; None removes an earlier limit.
 
-    On a GPU it counts what PyTorch takes, on a CPU what the process takes beyond what it holds now: its writable pages
-    (Linux's RLIMIT_DATA), a limit that the processes which it starts inherit. Under a limit a CPU does without oneDNN, whose
-    kernels crash the process, or fail for good, where memory runs out while they are compiled.
+    gigabytes: in GB of 10⁹ bytes. On a GPU, all memory that PyTorch reserves; on a CPU, the writable memory of the process in
+        addition to its present size (Linux's RLIMIT_DATA, which child processes inherit).
+
+    Under a limit on a CPU, oneDNN is disabled: its kernels crash the process, or fail permanently, when memory runs out
+    during their compilation.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 1e9
@@ -119,10 +126,10 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, INITIAL_LIMIT)
     torch.backends.mkldnn.set_flags(_enabled=gigabytes is None)
     if gigabytes is not None:
-        torch.ones(2**18).sum()  # starts OpenMP's threads: where there is no memory for one it ends the process
+        torch.ones(2**18).sum()  # starts OpenMP's threads, which abort the process where memory for them is missing
         release_memory(device)
-        held = next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmData"))
-        allowed = held + round(gigabytes * 1e9)
+        used = next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith("VmData"))
+        allowed = used + round(gigabytes * 1e9)
         soft, hard = INITIAL_LIMIT
         resource.setrlimit(resource.RLIMIT_DATA, (allowed if soft == resource.RLIM_INFINITY else min(allowed, soft), hard))
     if any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)):
@@ -130,7 +137,7 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give freed memory that PyTorch or the C library keeps back to the device."""
+    """Return freed memory that PyTorch or the C library caches to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):
@@ -138,21 +145,22 @@ def release_memory(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse up to 2 GB of freed memory instead of giving large blocks back to the system at once.
+    """Make glibc reuse up to 2 GB of freed memory instead of returning large blocks to the system immediately.
 
-    Every step would take them again, and the system clears each of their pages first: 4 to 17 % of a step of the paper's
-    models on a CPU. Does nothing where the C library is another.
+    Otherwise every step allocates them again, and the system zeroes their pages: 4 to 17 % of the time of a step of the
+    paper's models on a CPU. Does nothing with another C library.
     """
     set_malloc_options(trim_threshold=2**31 - 1, mmap_threshold=2**25)  # the largest value allowed
 
 
 def return_freed_memory() -> None:
-    """Let glibc give blocks of 64 KiB and more back at once: kept ones between others are of no use where memory is short."""
+    """Make glibc return blocks of 64 KiB and more immediately: under a memory limit, fragmentation would waste them."""
     set_malloc_options(trim_threshold=2**17, mmap_threshold=2**16)
 
 
 def set_malloc_options(trim_threshold: int, mmap_threshold: int) -> None:
+    """Set glibc's thresholds in bytes; does nothing with another C library."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, trim_threshold)  # the parameters' numbers are those of glibc's malloc.h
+        mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD and, below, M_MMAP_THRESHOLD of glibc's malloc.h
         mallopt(-3, mmap_threshold)

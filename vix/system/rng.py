@@ -8,7 +8,7 @@ import torch
 
 
 def get_rng_state() -> dict[str, Any]:
-    """State of every global random generator (of GPUs, the current one's), in types that weights_only=True reads."""
+    """State of the generators of Python, NumPy, PyTorch and the current GPU, in types that weights_only=True can load."""
     numpy: Any = np.random.get_state(legacy=False)
     numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     return {
@@ -20,7 +20,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put every global random generator back into a state that ``get_rng_state`` took."""
+    """Restore the state of every global random generator; ``state``: from ``get_rng_state``."""
     random.setstate(state["python"])
     inner = state["numpy"]["state"]
     np.random.set_state({**state["numpy"], "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}})

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training."""
+"""Handling of SIGINT and SIGTERM during training."""
 
 import signal
 import threading
@@ -10,35 +10,40 @@ from vix.system.distributed import all_reduce_max, world_size
 
 
 class SignalHandler:
-    """Notes SIGINT and SIGTERM in its context, so that a run can stop between two steps with everything saved.
+    """Context manager that records SIGINT and SIGTERM, so that a run can stop between two steps and save a checkpoint.
 
-    In a thread other than the main one, where a program may keep its runs, Python hears no signals and none are noted.
+    In a thread other than the main one, Python receives no signals, and none are recorded.
     """
 
     signal: int | None = None
     raise_immediately = False
 
     def __enter__(self) -> Self:
-        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if threading.current_thread() is threading.main_thread() else ()
-        self.before = {number: signal.signal(number, self.handle) for number in heard}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if in_main_thread else ()
+        self.before = {number: signal.signal(number, self.handle) for number in handled}
         return self
 
     def handle(self, number: int, _: object) -> None:
+        """The handler: record the signal, and inside ``interruptible`` raise SystemExit."""
         if number != signal.SIGALRM:
             self.signal = number
         if self.raise_immediately and self.signal:
-            # Python drops what is raised where it frees an object or is called from C: again in a second, until it does not.
+            # Python drops an exception raised in a destructor or in a callback from C, so SIGALRM repeats it every second.
             signal.setitimer(signal.ITIMER_REAL, 1.0)
             raise SystemExit(128 + self.signal)
 
     @contextmanager
     def interruptible(self, save_and_exit: Callable[[], None]) -> Iterator[None]:
-        """Context of what takes long and can be broken off: a signal does so, and ``save_and_exit`` is called."""
+        """Context manager for a long operation that may be interrupted: a signal raises SystemExit in it immediately.
+
+        save_and_exit: called after a signal, before SystemExit propagates.
+        """
         self.raise_immediately = True
         try:
             yield
         except SystemExit:
-            self.raise_immediately = False  # a second signal does not break off the saving
+            self.raise_immediately = False  # a second signal does not interrupt the saving
             save_and_exit()
             raise
         finally:
@@ -47,8 +52,11 @@ class SignalHandler:
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def received(self, sync_now: bool) -> int | None:
-        """The signal that any process of this run was sent; None where that is not the moment to ``ask`` the others."""
-        if world_size() > 1:  # they stop together or not at all
+        """The signal that any process of this run has received, or None.
+
+        sync_now: whether to communicate with the other processes; with several processes, None is returned otherwise.
+        """
+        if world_size() > 1:  # all processes must stop at the same step
             if not sync_now:
                 return None
             self.signal = all_reduce_max(self.signal or 0) or None

@@ -1,7 +1,7 @@
-"""How many CPU threads a run uses, and how they wait for one another. The latter must be set before PyTorch is imported.
+"""Number of CPU threads of a run, and their wait policy, which must be set before PyTorch is imported.
 
-A process sees all CPUs of its machine, even where it may use only some of them. Threads that outnumber a process's CPUs wait
-for one another at every operation.
+A process sees all CPUs of its machine, even where a scheduler or a container grants it only some of them. With more threads
+than CPUs, the threads wait for each other in every operation.
 """
 
 import logging
@@ -16,29 +16,31 @@ from typing import NamedTuple
 log = logging.getLogger(__name__)
 
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# Rounds of a loop, some microseconds: chosen from the measurements in docs/performance.md.
+# Loop iterations, which take some microseconds; chosen by the measurements in docs/performance.md.
 SPIN_COUNT = 1_000
 
 
 class Threads(NamedTuple):
-    """A number of threads, and what it follows from."""
+    """A number of threads, and the reason for it, for the log."""
 
     number: int
     reason: str
 
 
 def set_wait_policy(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP's threads spin for microseconds and then sleep while they wait, unless the user has chosen how they do.
+    """Make waiting OpenMP threads spin for microseconds and then sleep, unless the user has set a wait policy.
 
-    By default they spin for milliseconds. On CPUs that other processes need too, a spinning thread keeps the one that
-    it waits for from running (docs/performance.md has figures). OpenMP reads the variable when PyTorch is imported.
+    environment: modified in place; OpenMP reads the variable when PyTorch is imported.
+
+    By default they spin for milliseconds. On CPUs shared with other processes, a spinning thread can keep the thread that it
+    waits for from running (measurements in docs/performance.md).
     """
     if not any(name in environment for name in WAIT_VARIABLES):
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def use_given_cpus() -> int:
-    """Let PyTorch use as many threads as this process was given CPUs, log the number, and return it."""
+    """Set PyTorch's number of threads to the number of CPUs available to this process, log it, and return it."""
     import torch
 
     threads = given_threads()
@@ -50,13 +52,16 @@ def use_given_cpus() -> int:
 def given_threads(
     environment: Mapping[str, str] = os.environ, root: Path = Path("/"), affinity: int | None = None, parent: int | None = None
 ) -> Threads:
-    """The number of threads for this process: OMP_NUM_THREADS where that is set, else the CPUs that it may use.
+    """The number of threads for this process: OMP_NUM_THREADS where that is set, else the number of CPUs that it may use.
 
-    These are the CPUs of its affinity mask, at most those of its Slurm task and its control groups' quota (rounded down),
-    divided by the number of processes that torchrun started on this machine; at least 1. joblib and Ray set OMP_NUM_THREADS.
+    The latter is the minimum of its affinity mask, the CPUs of its Slurm task, and the quota of its control groups (rounded
+    down), divided by the number of processes that torchrun started on this machine; at least 1. joblib and Ray set
+    OMP_NUM_THREADS.
 
-    root: of the file system with /proc and the control groups; affinity: number of CPUs in the mask (None: read it);
-    parent: the process that started this one (None: read it).
+    environment: environment variables.
+    root: of the file system that contains /proc and the control groups.
+    affinity: number of CPUs in the affinity mask; None: read it.
+    parent: ID of the parent process; None: read it.
     """
     chosen = chosen_threads(environment, root, os.getppid() if parent is None else parent)
     if chosen:
@@ -76,6 +81,7 @@ def given_threads(
 
 
 def visible_cpus() -> int:
+    """Number of CPUs in this process's affinity mask, or of the machine where there are no masks."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -89,26 +95,26 @@ def has_own_mask() -> bool:
 
 
 def positive(text: str | None) -> int | None:
-    """The number that a variable begins with, where it is one above 0."""
+    """The positive integer at the beginning of a variable's value; None where there is none."""
     found = re.match(r"\s*(\d+)", text or "")
     return int(found[1]) or None if found else None
 
 
 def chosen_threads(environment: Mapping[str, str], root: Path, parent: int) -> int | None:
-    """The user's OMP_NUM_THREADS; None where it is unset, or where torchrun set it to 1 because the user did not."""
+    """The user's OMP_NUM_THREADS; None where it is unset, or where torchrun set it to 1 as its default."""
     chosen = positive(environment.get("OMP_NUM_THREADS"))
     if chosen == 1 and "TORCHELASTIC_RUN_ID" in environment:
         with suppress(OSError):
-            variables = (root / "proc" / str(parent) / "environ").read_bytes().split(b"\0")  # those that torchrun began with
+            variables = (root / "proc" / str(parent) / "environ").read_bytes().split(b"\0")  # of torchrun
             if variables != [b""] and not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in variables):
                 return None
     return chosen
 
 
 def slurm_cpus(environment: Mapping[str, str]) -> Threads | None:
-    """The CPUs of this process's Slurm task; None outside of a job.
+    """The CPUs of this process's Slurm task; None outside of a Slurm job.
 
-    Where a job does not ask for CPUs per task, its tasks on a machine share the CPUs that it has there.
+    Where a job does not request CPUs per task, its tasks on a machine share the job's CPUs there.
     """
     per_task = positive(environment.get("SLURM_CPUS_PER_TASK"))
     if per_task:
@@ -124,7 +130,10 @@ def slurm_cpus(environment: Mapping[str, str]) -> Threads | None:
 
 
 def tasks_on_node(counts: str, node: int) -> int:
-    """Slurm's list of tasks per node, such as ``2(x3),1``, at a node's index; 1 where it cannot be read."""
+    """The number of tasks on a node; 1 where it cannot be parsed.
+
+    counts: Slurm's list of tasks per node, such as ``2(x3),1``.   node: index of the node.
+    """
     expanded: list[int] = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         expanded += [int(count)] * int(repeats or 1)
@@ -132,12 +141,13 @@ def tasks_on_node(counts: str, node: int) -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """The CPUs that this process's control groups and those above them allow, as in a container; None without a limit."""
+    """The CPU quota of this process's control groups and their ancestors, for example in a container; None without a limit."""
     quotas = [quota for folder in control_groups(root) for quota in (quota_v2(folder), quota_v1(folder)) if quota]
     return min(quotas, default=None)
 
 
 def quota_v2(folder: Path) -> float | None:
+    """The CPU quota of a control group, version 2; None without a limit."""
     with suppress(OSError, ValueError):
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -145,6 +155,7 @@ def quota_v2(folder: Path) -> float | None:
 
 
 def quota_v1(folder: Path) -> float | None:
+    """The CPU quota of a control group, version 1; None without a limit."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         quota = int((folder / "cpu.cfs_quota_us").read_text())
         return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else None
@@ -152,7 +163,7 @@ def quota_v1(folder: Path) -> float | None:
 
 
 def control_groups(root: Path) -> Iterator[Path]:
-    """Folders of the control groups that limit this process's CPU time, from its own up to the mount's root."""
+    """Directories of the control groups that limit this process's CPU time, from its own up to the root of the mount."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -171,7 +182,7 @@ def control_groups(root: Path) -> Iterator[Path]:
             continue
         mounted, point = fields.split()[3:5]
         folder = root / point.lstrip("/")
-        # In a container the mount shows a part of the tree, and the path may begin above it.
+        # In a container the mount shows only a part of the tree, and the path may begin above it.
         relative = paths[controller].removeprefix(mounted.rstrip("/")).strip("/")
         inner = folder / relative
         yield from (parent for parent in (inner, *inner.parents) if parent == folder or folder in parent.parents)

@@ -16,7 +16,7 @@ from vix.training.micro_batch import dry_run
 from vix.training.train_step import TrainStep, mean_loss, shard_batch
 
 log = logging.getLogger(__name__)
-# It warns of in-place operations under trainer.activation_checkpointing=selective, which compute the right gradients
+# PyTorch warns about in-place operations under trainer.activation_checkpointing=selective, although the gradients are correct
 # (tests/layers/test_activation_checkpointing.py).
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 

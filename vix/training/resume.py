@@ -72,5 +72,6 @@ def check_optimizer_state_fits(
 
 
 def is_number(value: Any) -> bool:
+    """Whether an option's value is a number or a list of numbers."""
     numbers = value if isinstance(value, list) else [value]
     return all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)

@@ -81,6 +81,7 @@ class TrainState:
         self.unscheduled = 0  # skipped steps for which the learning-rate schedule has been corrected
 
     def new_scaler(self) -> torch.amp.GradScaler:
+        """A gradient scaler, enabled only with float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     @property
