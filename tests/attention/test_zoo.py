@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from timm.models import efficientvit_mit, focalnet, metaformer, mlp_mixer, pvt_v2, swin_transformer, xcit
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from vix.attention.pooling import Pooling
 from vix.attention.random import Random
 from vix.attention.spatial_reduction import SpatialReduction
 from vix.attention.window import WindowAttention
+from vix.build import parse
 from vix.layers.tokens import TokenGrid
 
 D, GRID, PAPER = 32, TokenGrid(8, 8), TokenGrid(32, 32)
@@ -436,3 +438,17 @@ REFUSED = [
 def test_refused(mixer: Callable[..., nn.Module], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("]", r"\]")):
         mixer(D, GRID, **options)
+
+
+def test_table_of_mixers(compose_config: Callable[..., Any]) -> None:
+    """docs/mixers.md names every file of conf/attention with its parameters and whether it accepts a class token."""
+    lines = [line for line in (ROOT / "docs/mixers.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if "attention=" not in line]
+    names = [name.strip("`") for row in rows for name in row[0].split(", ")]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "conf/attention").glob("*.yaml"))
+    for row in rows:
+        for name, count in zip(row[0].split(", "), row[4].split("; "), strict=True):
+            make = parse(compose_config("data=digits", f"attention={name.strip('`')}")).part("attention")
+            mixer = make(dim=128, tokens=PAPER)
+            assert f"{sum(p.numel() for p in mixer.parameters()):,}" == count, name
+            assert (row[5] == "no") == getattr(mixer, "map_only", False), name

@@ -514,14 +514,27 @@ def test_pyramids_have_256_then_64_then_16_tokens(model_of, experiment):
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
+# The last of three stages has 2×2 tokens.
+FOR_A_SMALL_MAP = {
+    "nystrom": ["attention.landmarks=4"],
+    "cvt": ["attention.dim_head=8"],
+    "window": ["attention.window=2"],
+    "neighbourhood": ["attention.kernel=1"],
+    "spatial_reduction": ["attention.stride=2"],
+}
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("posenc", ["learned", "rotary2d", "relative2d"])
 @pytest.mark.parametrize("model", ["levit", "cvt", "pit"])
 def test_every_mixer_in_three_stages_of_other_grids(model_of, model, posenc, attention):
     overrides = [f"model={model}", f"attention={attention}", f"posenc={posenc}", "embedding=linear", "model.stride=2", SMALL]
     overrides += ["model.dim=[16,32,64]", "model.depth=[1,1,1]", "model.mlp_ratio=1"]
-    overrides += {"nystrom": ["attention.landmarks=4"], "cvt": ["attention.dim_head=8"]}.get(attention, [])
-    without = {"rotary2d": ("fourier", "token_mlp"), "relative2d": {*ATTENTIONS} - {"softmax", "levit", "cvt"}}
+    overrides += FOR_A_SMALL_MAP.get(attention, [])
+    if model == "pit":
+        overrides += ["model.pool=mean"]  # mixers of the map alone are refused with a class token
+    with_queries = {"softmax", "performer", "linformer", "nystrom", "linear", "levit", "cvt", "agent"}
+    without = {"rotary2d": {*ATTENTIONS} - with_queries, "relative2d": {*ATTENTIONS} - {"softmax", "levit", "cvt"}}
     if attention in without.get(posenc, ()):
         with pytest.raises(ConfigError, match=r"^posenc: "):
             model_of(*overrides)

@@ -120,6 +120,22 @@ def test_a_step_stays_on_the_gpu(compose_config: Compose, experiment: str) -> No
     assert_a_step_is_on_the_gpu(build_model(cfg), data.channels, data.image_size, data.image_size)
 
 
+ZOO = (
+    *(
+        "convolution",
+        "pooling",
+        "identity",
+        "random",
+        "window",
+        "cross_covariance",
+        "agent",
+        "spatial_reduction",
+        "global_filter",
+    ),
+    *("gating", "neighbourhood", "focal", "mamba2", "latent", "external"),
+)
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -130,6 +146,7 @@ def test_a_step_stays_on_the_gpu(compose_config: Compose, experiment: str) -> No
         ("posenc=relative2d", "attention=softmax"),
         ("posenc=rotary2d",),
         ("posenc=none",),
+        *((f"attention={name}", "model.pool=mean", "embedding.patch_size=2") for name in ZOO),
     ],
     ids=" ".join,
 )

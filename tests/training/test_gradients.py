@@ -93,6 +93,34 @@ OPTIONS = [
 ]
 
 
+ZOO = (
+    *(
+        "convolution",
+        "pooling",
+        "random",
+        "window",
+        "cross_covariance",
+        "agent",
+        "spatial_reduction",
+        "global_filter",
+        "gating",
+    ),
+    *("neighbourhood", "focal", "mamba2", "latent", "external"),
+)
+
+
+@pytest.mark.parametrize("attention", ZOO)
+def test_bf16_gradients_of_the_zoo(compose_config: Compose, attention: str) -> None:
+    small = ("embedding=linear", "embedding.patch_size=4", "model.depth=2", "model.pool=mean")
+    assert_bf16_is_close(compose_config("model=vit", f"attention={attention}", *small))
+
+
+@pytest.mark.parametrize("kernel", ["relu", "softmax", "cosine"])
+def test_bf16_gradients_of_linear_kernels(compose_config: Compose, kernel: str) -> None:
+    small = ("embedding=linear", "embedding.patch_size=4", "model.depth=2")
+    assert_bf16_is_close(compose_config("model=vit", "attention=linear", f"attention.kernel={kernel}", *small))
+
+
 @pytest.mark.parametrize("extra", OPTIONS, ids=" ".join)
 def test_bf16_gradients_of_options_without_a_row(compose_config: Compose, extra: tuple[str, ...]) -> None:
     assert_bf16_is_close(compose_config("model=vit", "embedding=linear", *extra))
