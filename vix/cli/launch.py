@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from vix.build import GROUPS, parse
-from vix.composition.command import CONFIG_DIR, expand_arguments, parse_command, reproduce_command
+from vix.composition.command import CONFIG_DIR, Command, expand_arguments, parse_command, reproduce_command
 from vix.composition.compose import (
     digest_of_images,
     format_error,
@@ -93,34 +93,10 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
     Raises ConfigError where the config is invalid, and UserError where memory does not suffice. The status in results.json is
     then ``refused`` or ``failed``.
     """
-    hydra_config = HydraConfig.get()
     try:
-        use_given_cpus()
-        if reason := refused_reason(hydra_config):
-            raise ConfigError(reason)
-        for note in left_out_messages(hydra_config):
-            log.info(note)
-        experiment = parse(cfg)  # config errors are raised here and up to check_batches, before data is read
-        torch.manual_seed(experiment.seed)
-        model = experiment.build_model()
-        experiment.build_optimizer(model)
-        trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
-        check_batches(experiment.build_model, data, trainer)
-        run.add_identity(image_set=data.image_set)
-        results = broadcast_from_rank0(lambda: run.prepare(experiment.rerun, trainer.resume))
-        if results:
-            log.info("Already finished, skipping (rerun=true starts over)")
-        else:
-            try:
-                results = trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed)
-            finally:
-                limit_memory(trainer.torch_device, None)  # for the error handling below, and the next job of a sweep
+        results = build_and_fit(cfg, run)
     except ConfigError as error:
-        if hydra_config.mode == RunMode.RUN:
-            if rank() == 0 and not run.begun:
-                undo_start()
-        elif not run.results_path.exists():
-            run.write_results(status="refused", error=str(error))
+        record_refusal(run, error)
         raise
     except Exception as error:
         message = oom_message(cfg, error) if out_of_memory(error) else error
@@ -129,11 +105,7 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
             raise message from error
         raise
     finally:
-        # Free the memory for the next job of a sweep in this process.
-        release_compiled()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     if rank() == 0:
         print_results(results)
     if results.get("config_changes"):
@@ -141,6 +113,48 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
     else:
         log.info("To reproduce: %s", run.identity["command"])
     return results
+
+
+def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
+    """Parse the config, build what it says and train it; skip a run that is already finished."""
+    use_given_cpus()
+    hydra_config = HydraConfig.get()
+    if reason := refused_reason(hydra_config):
+        raise ConfigError(reason)
+    for note in left_out_messages(hydra_config):
+        log.info(note)
+    experiment = parse(cfg)  # config errors are raised here and up to check_batches, before data is read
+    torch.manual_seed(experiment.seed)
+    model = experiment.build_model()
+    experiment.build_optimizer(model)
+    trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
+    check_batches(experiment.build_model, data, trainer)
+    run.add_identity(image_set=data.image_set)
+    results = broadcast_from_rank0(lambda: run.prepare(experiment.rerun, trainer.resume))
+    if results:
+        log.info("Already finished, skipping (rerun=true starts over)")
+        return results
+    try:
+        return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed)
+    finally:
+        limit_memory(trainer.torch_device, None)  # for the error handling, and the next job of a sweep
+
+
+def record_refusal(run: RunDirectory, error: ConfigError) -> None:
+    """Leave no trace of a refused single run; write the reason into the directory of a refused job of a sweep."""
+    if HydraConfig.get().mode == RunMode.RUN:
+        if rank() == 0 and not run.begun:
+            undo_start()
+    elif not run.results_path.exists():
+        run.write_results(status="refused", error=str(error))
+
+
+def free_memory() -> None:
+    """Free what a run holds, for the next job of a sweep in this process."""
+    release_compiled()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def oom_message(cfg: DictConfig, error: Exception) -> UserError:
@@ -179,8 +193,7 @@ def launch(main: Callable[[], Any]) -> int:
     command = parse_command(sys.argv[1:])
     sweep: Sweep | None = None
     unfinished = 0
-    failure: Exception | None = None
-    stopped: SystemExit | KeyboardInterrupt | None = None
+    failure: BaseException | None = None
     try:
         outputs = sweep_outputs(command)
         if world_size() > 1 and outputs:
@@ -193,32 +206,51 @@ def launch(main: Callable[[], Any]) -> int:
     except Exception as error:
         failure = error
     with sweep or nullcontext():
-        try:
-            if not failure:
-                main()
-        except (SystemExit, KeyboardInterrupt) as error:
-            stopped = error
-        except Exception as error:
-            failure = error
+        failure = failure or raised_by(main)
         unfinished = print_jobs(sweep) if sweep else 0
-    if isinstance(stopped, SystemExit):
-        if isinstance(stopped.code, int) and stopped.code > 128:  # a signal: everything is already saved and logged
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stopped.code)  # a normal exit would wait for the C++ compilers that a compiled step has started
-        raise stopped
-    if stopped:
+    if isinstance(failure, SystemExit):
+        leave(failure)
+    if isinstance(failure, KeyboardInterrupt):
         print("error: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    user_error = isinstance(failure, UserError | OSError) or (failure and is_hydra_error(failure))
-    if failure and (wants_tracebacks or not (unfinished or user_error)):
-        raise failure
+    return exit_code(command, sweep, failure, unfinished, wants_tracebacks)
+
+
+def raised_by(main: Callable[[], Any]) -> BaseException | None:
+    """What a call of ``main`` raises; None where it returns."""
+    try:
+        main()
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        return error
+    return None
+
+
+def leave(stop: SystemExit) -> NoReturn:
+    """End the process with the code of an exit that was requested; after a signal without waiting for other processes."""
+    if isinstance(stop.code, int) and stop.code > 128:  # a signal: everything is already saved and logged
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code)  # a normal exit would wait for the C++ compilers that a compiled step has started
+    raise stop
+
+
+def exit_code(
+    command: Command, sweep: Sweep | None, failure: BaseException | None, unfinished: int, wants_tracebacks: bool
+) -> int:
+    """Print what failed in one line, and the report that sweep.sh requests; return the exit code.
+
+    Raises ``failure`` where it is a fault of the program and not of its usage, or tracebacks are requested.
+    """
+    if isinstance(failure, Exception):
+        user_error = isinstance(failure, UserError | OSError) or is_hydra_error(failure)
+        if wants_tracebacks or not (unfinished or user_error):
+            raise failure
     if rank() > 0:
         return 1 if failure else 0
     if unfinished:
         print(f"error: {unfinished} of this sweep's jobs did not finish", file=sys.stderr)
-    elif failure:
+    elif isinstance(failure, Exception):
         print(f"error: {format_error(failure, command.overrides, command.flags)}", file=sys.stderr)
     reported = print_report(sweep.outputs) if sweep and os.environ.get(REPORT) else True
     return 1 if failure or unfinished or not reported else 0

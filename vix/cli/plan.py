@@ -33,28 +33,14 @@ from vix.composition.compose import compose_with_hydra, format_error, is_hydra_e
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
-from vix.runs.results import MODEL_GROUPS, Row, find_runs, flatten, image_set
+from vix.runs.identity import COST_NEUTRAL_KEYS, MODEL_GROUPS
+from vix.runs.results import Row, find_runs, flatten, image_set
 from vix.runs.run import RunDirectory
 from vix.system.device import device_name
 from vix.system.files import check_unlocked
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
 
-# Keys that affect neither the time of an epoch nor the memory: runs that differ only in these have the same cost.
-COST_NEUTRAL_KEYS = (
-    *(
-        "seed",
-        "rerun",
-        "fail_fast",
-        "data.root",
-        "data.classes",
-        "trainer.device",
-        "trainer.epochs",
-        "trainer.schedule",
-        "trainer.warmup_epochs",
-    ),
-    *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
-)
 HOW_TO_READ = (
     "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and peak GPU GB are taken from\n"
     "earlier runs with the same model, data, batch size and hardware in the same output directory. Without such runs, GB are\n"

@@ -13,7 +13,6 @@ from typing import Any
 
 from vix.errors import ConfigError
 from vix.overrides import canonical, override_key
-from vix.runs.results import DEFAULT_RECIPE, MODEL_GROUPS
 
 # Keys that affect where a run takes place or what it logs, but not its results: they may differ on resume.
 IGNORED_ON_RESUME = (
@@ -31,6 +30,31 @@ IGNORED_ON_RESUME = (
 # Keys that affect the cost of a run, but not its results: they may differ on resume, too. Because sweeps compare them, each
 # value has its own directory.
 PERFORMANCE_KEYS = ("trainer.compile", "trainer.activation_checkpointing")
+
+# Runs that differ only in these keys form one group.
+IGNORED_IN_GROUPS = (
+    *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes"),
+    *("trainer.device", "trainer.resume", "trainer.probe"),
+)
+# Keys that affect neither the time of an epoch nor the memory: runs that differ only in these have the same cost.
+COST_NEUTRAL_KEYS = (
+    *(
+        "seed",
+        "rerun",
+        "fail_fast",
+        "data.root",
+        "data.classes",
+        "trainer.device",
+        "trainer.epochs",
+        "trainer.schedule",
+        "trainer.warmup_epochs",
+    ),
+    *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
+)
+DEFAULT_RECIPE = "recipe=paper"  # the default, so it is omitted from names
+MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
+# A key of those groups that affects the cost of the model, but not its results.
+SAME_MODEL = "attention.implementation"
 
 Changes = Mapping[str, tuple[Any, Any]]  # changed key of the config → its values in the checkpoint and in the new config
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from vix.errors import UserError
 from vix.overrides import canonical, override_key
+from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL
 from vix.system.files import walk
 
 Row = dict[str, Any]
@@ -26,16 +27,7 @@ Row = dict[str, Any]
 NUMBERS = ("top1", "top5", "best_top1", "best_top5", "epochs", "weight_bias_params", "trainable_params")
 NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_allocated_gb", "peak_gpu_reserved_gb")
 UNFINISHED = ("running", "failed", "refused", "interrupted")
-# Runs that differ only in these keys form one group.
-IGNORED_IN_GROUPS = (
-    *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes"),
-    *("trainer.device", "trainer.resume", "trainer.probe"),
-)
 RUN_FILES = ("results.json", "checkpoint.pt", ".hydra")  # any of these marks a directory as a run's
-DEFAULT_RECIPE = "recipe=paper"  # the default, so it is omitted from names
-MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
-# A key of those groups that affects the cost of the model, but not its results.
-SAME_MODEL = "attention.implementation"
 
 
 @dataclass

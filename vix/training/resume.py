@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vix.runs.identity import Changes, cannot_resume
-from vix.runs.results import MODEL_GROUPS
+from vix.runs.identity import MODEL_GROUPS, Changes, cannot_resume
 
 
 def check_state_fits(
