@@ -88,7 +88,7 @@ class PiT(nn.Module):
     def forward(self, images_BCYX: Tensor) -> Tensor:
         x_BND = self.embedding(images_BCYX).flatten(2).mT
         if self.class_token is not None:
-            x_BND = torch.cat([self.class_token.expand(len(x_BND), 1, -1), x_BND], dim=1)
+            x_BND = torch.cat([self.class_token.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
         x_BND = self.blocks(self.posenc(x_BND))
         # LayerNorm works on each token separately, so where one token is read only that one needs it.
         pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])
