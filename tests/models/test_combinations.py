@@ -1,11 +1,14 @@
 """Every model × attention × embedding × posenc of conf/ trains a step, or is refused with its reason."""
 
 import itertools
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -167,3 +170,37 @@ def test_a_users_mixer_is_offered_what_it_takes(small_config, monkeypatch):
     cfg.model.heads = 4
     with pytest.raises(ConfigError, match=r"^model\.heads=4: Turned has no heads; use model\.heads=null$"):
         build_model(cfg)
+
+
+def test_the_map_mixer_of_the_docs(small_config, monkeypatch):
+    """docs/extending.md's example trains in a family without a class token, and is refused with one."""
+    blocks = [block.split("```")[0] for block in (ROOT / "docs/extending.md").read_text().split("```python\n")[1:]]
+    (code,) = (block for block in blocks if "MapMixer" in block)
+    module = types.ModuleType("row_mixer")
+    exec(code, module.__dict__)
+    monkeypatch.setitem(sys.modules, "row_mixer", module)
+    monkeypatch.setenv("VIX_PACKAGES", "row_mixer")
+    for model in ("cvt", "vit"):
+        cfg = small_config(model=model, attention="softmax", embedding="linear", posenc="learned")
+        cfg.attention = {"_target_": "row_mixer.RowMixer"}
+        if model == "cvt":
+            train_step(build_model(cfg))
+            continue
+        with pytest.raises(ConfigError, match=r"^attention: RowMixer .*use model\.pool=mean$"):
+            build_model(cfg)
+
+
+@pytest.mark.parametrize("model", OPTIONS["model"])
+def test_stochastic_depth_in_every_family(small_config, model):
+    """In training images lose branches of all blocks but the first; in evaluation nothing changes."""
+    cfg = small_config(model=model, attention="softmax", embedding="linear", posenc="learned")
+    cfg.model.depth = [3] if OmegaConf.is_list(cfg.model.depth) and len(cfg.model.depth) == 1 else cfg.model.depth
+    cfg.model.stochastic_depth = 0.0
+    torch.manual_seed(0)
+    without = build_model(cfg)
+    cfg.model.stochastic_depth = 0.9
+    torch.manual_seed(0)
+    dropping = build_model(cfg)
+    images = torch.randn(8, 1, 8, 8)
+    assert torch.equal(dropping.eval()(images), without.eval()(images))
+    assert not torch.equal(dropping.train()(images), without.train()(images))
