@@ -373,7 +373,7 @@ def test_latent() -> None:
     from isab_pytorch import ISAB
 
     ours, theirs = made(LatentAttention, dim_head=64, latents=6), ISAB(dim=D, heads=4, num_latents=6).double()
-    names = {"latents_MD": "latents"}
+    names = {"read.latents_ND": "latents"}
     for own, other in (("read", "attn1"), ("write", "attn2")):
         names |= {f"{own}.{name}.weight": f"{other}.{name}.weight" for name in ("to_q", "to_kv", "to_out")}
     copy(ours, theirs, names)

@@ -121,13 +121,17 @@ def test_flops_of_a_fourier_transform(transform, factor):
         assert counter.get_total_flops() == factor * 3 * 8 * 16 * math.log2(8 * 16)
 
 
+SMALLER = {"nystrom": ("attention.landmarks=4",), "neighbourhood": ("attention.kernel=3",)}
+
+
 @pytest.mark.parametrize("model", ["vit", "levit", "cct", "cvt", "pit"])
 def test_every_mixer_in_every_family(compose_config, model):
     """Of those that the paper has no size for too."""
     for attention in ATTENTIONS:
         small = ("data=digits", f"model={model}", f"attention={attention}", "embedding=linear", "posenc=none")
-        fewer = ("attention.landmarks=4",) if attention == "nystrom" else ()
-        summary = summarize(parse(compose_config(*small, *fewer)))
+        fewer = SMALLER.get(attention, ()) if attention != "window" or model != "pit" else ("attention.window=4",)
+        pool = ("model.pool=mean",) if model in ("vit", "pit") else ()
+        summary = summarize(parse(compose_config(*small, *fewer, *pool)))
         assert summary.paper_mb > 4 * summary.weight_bias_params / 2**20
         assert summary.training_flops > 2 * summary.forward_flops > 0
 

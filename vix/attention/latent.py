@@ -28,28 +28,31 @@ class LatentAttention(nn.Module):
         latents: Positive = 64,
     ) -> None:
         super().__init__()
-        # A bare parameter, called neither weight nor bias, like a table of positions.
-        self.latents_MD = nn.Parameter(torch.randn(latents, dim))
-        self.read = CrossAttention(dim, heads, dim_head)
+        self.read = CrossAttention(dim, heads, dim_head, latents)
         self.write = CrossAttention(dim, heads, dim_head)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        latents_BMD = self.latents_MD.unsqueeze(0).expand(x_BND.shape[0], -1, -1)
-        return self.write(x_BND, self.read(latents_BMD, x_BND))
+        return self.write(self.read(x_BND), x_BND)
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention of (B, N, D) to (B, M, D), without biases: → (B, N, D)."""
+    """Softmax attention of queries (B, N, D) to a context (B, M, D), without biases: → (B, N, D).
 
-    def __init__(self, dim: int, heads: int, dim_head: int | None) -> None:
+    latents: number of learned tokens that ask where no queries are given; None: none.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int | None, latents: int | None = None) -> None:
         super().__init__()
         self.heads = heads
         inner = heads * head_width(dim, heads, dim_head)
+        # A bare parameter, called neither weight nor bias, like a table of positions.
+        self.latents_ND = nn.Parameter(torch.randn(latents, dim)) if latents else None
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x_BND: Tensor, context_BMD: Tensor) -> Tensor:
-        q_BHNE = split_heads(self.to_q(x_BND), self.heads)
+    def forward(self, context_BMD: Tensor, x_BND: Tensor | None = None) -> Tensor:
+        q_BNF = self.to_q(x_BND) if x_BND is not None else self.to_q(self.latents_ND).expand(context_BMD.shape[0], -1, -1)
+        q_BHNE = split_heads(q_BNF, self.heads)
         k_BHME, v_BHME = (split_heads(t, self.heads) for t in self.to_kv(context_BMD).chunk(2, dim=-1))
         return self.to_out(merge_heads(softmax_attention(q_BHNE, k_BHME, v_BHME)))
