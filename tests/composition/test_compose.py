@@ -235,7 +235,7 @@ def test_no_directory_is_named_tilde(tmp_path: Path) -> None:
     ):
         done = run(*command)
         assert done.returncode == 0, done.stderr
-    assert "home/run holds no nonfinite.pt" in run("-m", "vix", "replay", "~/run").stderr
+    assert "home/run contains no nonfinite.pt" in run("-m", "vix", "replay", "~/run").stderr
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
     assert {path.name for path in (tmp_path / "home").iterdir()} >= {"run", "report"}
 
