@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from vix.errors import ConfigError, nearest
+from vix.errors import ConfigError, first_paragraph, nearest
 
 PACKAGES = ("vix", "torch.optim")  # a config may name classes of these
 
@@ -66,7 +66,9 @@ def to_plain(cfg: DictConfig, key: str) -> Any:
         value = cfg.get(key)
         return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or key}: {' '.join(str(error.msg or error).split())}") from error
+        reason = first_paragraph(error)
+        circular = reason in ("Recursive interpolation detected", "Interpolation to parent node detected")
+        raise ConfigError(f"{error.full_key or key}: {'its value refers to itself' if circular else reason}") from error
     except RecursionError as error:
         raise ConfigError(f"{key}: its value refers to itself") from error
 

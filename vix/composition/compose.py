@@ -7,7 +7,8 @@ Importing this module replaces Hydra's config loader by :class:`Loader`. It vali
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override, open_dict
@@ -29,10 +30,11 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from vix.build import GROUPS, OVERLAYS, SETTINGS, construct, parse_group
-from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home
-from vix.composition.overlays import OverlayOptions, option_name, unresolved
-from vix.composition.yaml_files import Repository, check_permissions
-from vix.errors import UserError, first_paragraph, nearest
+from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home, resolved_overrides
+from vix.composition.overlays import OverlayOptions, option_name, typed_keys, unresolved
+from vix.composition.yaml_files import Repository, check_permissions, location
+from vix.config import to_plain
+from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.system.files import expand_home
@@ -87,7 +89,23 @@ class Loader(ConfigLoaderImpl):
             self.layers.drop_unaccepted(cfg, self.overrides)
             for node in (cfg, *(cfg.hydra[part] for part in HYDRA_PATHS)):
                 expand_homes(node)
+        if run_mode == RunMode.RUN:
+            self.resolve_settings(cfg)
         return cfg
+
+    def resolve_settings(self, cfg: DictConfig) -> None:
+        """Raises ConfigError where a setting, on which the run's directory depends, cannot be resolved."""
+        for key in SETTINGS:
+            try:
+                to_plain(cfg, key)
+            except ConfigError as error:
+                path = self.layers.settings.get(key)
+                raise ConfigError(f"{error} (set in {location(self.file_of(path), key)})" if path else str(error)) from error
+
+    def file_of(self, config_path: str) -> Path | None:
+        """The file of a config; None for those of Hydra and its plugins, and of ``hydra.searchpath``."""
+        assert isinstance(self.repository, Repository)
+        return self.repository.file_of(config_path)
 
     def common_to_all_jobs(self) -> list[str]:
         """The overrides that apply to all jobs. In a sweep over a group, these exclude values of options, which may differ."""
@@ -134,20 +152,22 @@ class Loader(ConfigLoaderImpl):
 
 
 def expand_homes(node: Any) -> None:
-    """Expand a leading ``~`` in every string below a node, except in Hydra's part."""
+    """Expand a leading ``~`` in every string below a node, except in Hydra's part. Raises UserError, which names the key."""
     if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation() or node._is_missing():
         return
     for key in range(len(node)) if isinstance(node, ListConfig) else [key for key in node if key != "hydra"]:
         value = unresolved(node, key)
         if isinstance(value, str) and value.startswith("~"):
-            node[key] = expand_home(value)
+            with naming(node._get_full_key(key)):
+                node[key] = expand_home(value)
         expand_homes(value)
 
 
 def oc_env(key: str, *default: Any) -> str | None:
     """The resolver ``${oc.env:KEY,default}``, with a leading ``~`` expanded."""
     value = oc.env(key, *default)
-    return expand_home(value) if isinstance(value, str) else value
+    with naming(key):
+        return expand_home(value) if isinstance(value, str) else value
 
 
 # Composing
@@ -219,9 +239,9 @@ def left_out_messages(hydra_config: Any) -> list[str]:
     return list(OmegaConf.select(hydra_config, "runtime.left_out") or ())
 
 
-def run_name_of_config(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig) -> str:
+def run_name_of_config(choices: Mapping[str, Any], overrides: ListConfig, seed: Any, *, _root_: DictConfig) -> str:
     """The resolver ``${run_name:…}``: a run's directory below outputs/. OmegaConf supplies ``_root_``, the whole config."""
-    return run_name(choices, overrides, seed, digest_of_images(_root_))
+    return run_name(choices, resolved_overrides(overrides, _root_), seed, digest_of_images(_root_))
 
 
 def digest_of_images(cfg: DictConfig | None) -> str:
@@ -254,11 +274,51 @@ def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None
         return (
             f"{group}={option}: conf/{group}/ has no such file; {nearest(option, options)}" if group else first_paragraph(error)
         )
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not in the form key=value; a value with special characters needs quotes: key='value'"
     missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
     if isinstance(error, HydraException) and missing:
         key = missing[1]
         return f"{key}: there is no such key; {nearest(key, valid_keys(arguments, key, flags))}"
-    return first_paragraph(error)
+    text = first_paragraph(error)
+    if several := re.match(r"Ambiguous value for argument '(.*?)' 1\. ", text):
+        return f"{several[1]}: several values start a sweep with -m; a list needs brackets, a text with a comma quotes"
+    if isinstance(error.__cause__, Exception) and (merged := re.fullmatch(r"Error merging override (.*)", text)):
+        return f"{merged[1]}: {first_paragraph(error.__cause__)}"
+    if place := re.match(r"In '?([\w/.-]+)'?: (?=\S)", text):
+        file = make_loader(flags or Flags()).file_of(place[1])
+        return f"{file or place[1]}: defaults: {text[place.end() :]}"
+    return text
+
+
+@contextmanager
+def naming_file(arguments: Sequence[str], flags: Flags | None = None) -> Iterator[None]:
+    """Context manager that adds to a ConfigError about an option the file that set it, unless the command line did.
+
+    arguments, flags: of the command.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        file = file_that_set(str(error), arguments, flags)
+        if not file:
+            raise
+        raise ConfigError(f"{error} (set in {file})") from error
+
+
+def file_that_set(message: str, arguments: Sequence[str], flags: Flags | None) -> str:
+    """``FILE:LINE`` of the option with which a message begins; empty where the command line sets it, or no file does."""
+    key = re.match(r"[a-z]\w*(\.\w+)?(?=[=:])", message)
+    if not key:
+        return ""
+    loader = make_loader(flags or Flags())
+    loader.load_configuration((flags and flags.config_name) or CONFIG_NAME, list(arguments), RunMode.RUN)
+    group, _, option = key[0].partition(".")
+    path = loader.layers.origin.get(group, {}).get(option) if option else loader.layers.settings.get(group)
+    typed = set(typed_keys(loader.overrides))
+    if path is None or key[0] in typed:
+        return ""
+    return location(loader.file_of(path), option or group)
 
 
 def is_hydra_error(error: BaseException) -> bool:

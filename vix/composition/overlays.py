@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from vix.build import GROUPS, OWN_OPTIONS
+from vix.build import GROUPS, OWN_OPTIONS, SETTINGS
 from vix.composition.yaml_files import free_files, is_group_file, parents_of
 from vix.config import import_target
 from vix.errors import ConfigError
@@ -27,6 +27,7 @@ class OverlayOptions:
     base: the option that the primary config chooses in each group.
     intended: for each overlay file, the option of each group to which its keys apply.
     origin: for each group, key → the last file that set it.
+    settings: key outside of the groups → the last file that set it.
     first_target: for each group, the ``_target_`` of the group's own file.
     left_out: messages about dropped keys.
     """
@@ -49,6 +50,7 @@ class OverlayOptions:
             if is_group_file(path) and path.partition("/")[0] not in GROUPS:
                 self.intended[path] = self.intended_choices(path)
         self.origin: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
+        self.settings: dict[str, str] = {}
         self.first_target: dict[str, Any] = {}
         self.left_out: list[str] = []
 
@@ -81,6 +83,7 @@ class OverlayOptions:
         if not isinstance(loaded.config, DictConfig):
             return loaded
         foreign: list[str] = []
+        self.settings |= {key: path for key in SETTINGS if loaded.config._get_node(key) is not None}
         for group in GROUPS:
             options = loaded.config._get_node(group)
             if not isinstance(options, DictConfig) or options._is_none() or options._is_interpolation():
@@ -110,9 +113,9 @@ class OverlayOptions:
         return loaded
 
     def record_choices(self, cfg: DictConfig) -> None:
-        """Record ``experiment=[a,b]`` as the choice ``a+b``; Hydra records no choice for a list of options."""
+        """Record ``experiment=[a,b]`` as the choice ``a+b``; Hydra records no choice for a list of options, even of one."""
         for group, options in self.chosen.items():
-            if len(options) > 1 and not cfg.hydra.runtime.choices.get(group):
+            if not cfg.hydra.runtime.choices.get(group):
                 cfg.hydra.runtime.choices[group] = option_name(options)
 
     def drop_unaccepted(self, cfg: DictConfig, overrides: Iterable[Override]) -> None:
