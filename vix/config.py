@@ -49,7 +49,8 @@ def validated_partial(
     hints = {**annotations(target), **own_options}
     for key, value in options.items():
         if key not in valid and (key in supplied or not takes_any):
-            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {nearest(key, valid, prefix=f'{group}.')}")
+            near = nearest(str(key), valid, prefix=f"{group}.")  # a key may be a number
+            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {near}")
         check_value(f"{group}.{key}", value, hints.get(key, Any))
     for name, parameter in accepted.items():
         if parameter.default is parameter.empty and name not in options:
