@@ -21,6 +21,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 from vix.errors import ConfigError, first_paragraph, nearest
 
 PACKAGES = ("vix", "torch.optim")  # a config may name classes of these
+PACKAGES_VARIABLE = "VIX_PACKAGES"  # environment variable: further packages, separated by commas
 
 
 def validated_partial(
@@ -85,7 +86,7 @@ def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
 
     Raises ConfigError where the class is not allowed, cannot be imported, or is not a ``kind``.
     """
-    allowed = (*PACKAGES, *filter(None, os.environ.get("VIX_PACKAGES", "").split(",")))
+    allowed = (*PACKAGES, *filter(None, os.environ.get(PACKAGES_VARIABLE, "").split(",")))
 
     def inside(module: str) -> bool:
         return any(module == package or module.startswith(package + ".") for package in allowed)
@@ -96,7 +97,7 @@ def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
     if not inside(path):
         raise ConfigError(
             f"{key}={path}: configs may only name classes of {', '.join(allowed)}; "
-            f"to allow more, set the environment variable VIX_PACKAGES={path.split('.')[0]}"
+            f"to allow more, set the environment variable {PACKAGES_VARIABLE}={path.split('.')[0]}"
         )
     module_name, _, name = path.rpartition(".")
     try:

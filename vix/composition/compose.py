@@ -41,7 +41,7 @@ from vix.system.files import expand_home
 
 VERSION_BASE = "1.3"
 # Parts of Hydra's own config that contain paths.
-HYDRA_PATHS = ("run", "sweep", "launcher", "sweeper")
+HYDRA_PATHS = ("run", "sweep", "launcher", "sweeper", "job_logging", "hydra_logging")
 
 
 class Loader(ConfigLoaderImpl):
