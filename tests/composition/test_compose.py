@@ -13,6 +13,7 @@ from common import ON_DIGITS, table_after, write_configs
 from conftest import ROOT, TINY
 from forked import Forked
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from vix.__main__ import main as run_command
 from vix.build import parse
@@ -82,6 +83,9 @@ def test_the_command_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -
     job.mode = "RUN"
     overrides = ["experiment=vin", "trainer.resume=force"]
     assert reproduce_command(job, overrides) == "python train.py experiment=vin rerun=true"
+    monkeypatch.setenv("VIX_PACKAGES", "mine,yours")
+    assert reproduce_command(job, overrides) == "env VIX_PACKAGES=mine,yours python train.py experiment=vin rerun=true"
+    monkeypatch.delenv("VIX_PACKAGES")
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "node1")
@@ -248,6 +252,8 @@ def test_a_home_directory_in_any_path(tmp_path: Path, forked: Forked, monkeypatc
     assert compose_with_hydra(["experiment=tiny"], Flags("~/configs")).hydra.run.dir == f"{home}/from file"
     assert compose_with_hydra(["experiment=tiny", "hydra.searchpath=['~/configs']"]).hydra.run.dir == f"{home}/from file"
     assert sweep_outputs(parse_command(["-m", "seed=1,2", "hydra.sweep.dir='~/sweeps'"])) == home / "sweeps"
+    log_file = "hydra.job_logging.handlers.file.filename"
+    assert OmegaConf.select(compose_with_hydra([f"{log_file}='~/x.log'"]), log_file) == f"{home}/x.log"
 
 
 def test_the_home_of_an_unknown_user_is_refused(

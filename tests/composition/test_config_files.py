@@ -10,11 +10,12 @@ import pytest
 from common import ON_DIGITS, table_after, write_configs
 from conftest import TINY, run_train
 from forked import Forked
+from hydra.errors import HydraException
 
 import vix
 from vix.cli.plan import plan
-from vix.composition.command import Flags
-from vix.composition.compose import compose, compose_with_hydra
+from vix.composition.command import CONFIG_DIR, Flags
+from vix.composition.compose import compose, compose_with_hydra, format_error
 from vix.errors import ConfigError
 
 QUICK = tuple(override for override in TINY if not override.startswith("experiment="))
@@ -252,6 +253,15 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
         "# @package _global_\ndefaults:\n  - mine\n",
         ":3: defaults: the files include one another in a circle (experiment/mine → experiment/mine)",
     ),
+    "group_twice": (
+        "# @package _global_\ndefaults:\n  - override /attention: linear\n  - override /attention: fourier\n",
+        ":3: defaults: attention is listed twice",
+    ),
+    "braces": (
+        "# @package _global_\nmodel: {dim: ${model.depth}}\n",
+        ":2: within brackets or braces, ${…} and ??? need quotes",
+    ),
+    "interpolation": ("# @package _global_\nmodel:\n  dim: ${model.depth\n", ":3: ${model.depth: invalid interpolation"),
     "alias": ("# @package _global_\nmodel: &a\n  dim: *a\n", "an alias"),
     "key": ("# @package _global_\nmodle:\n  dim: 64\n", ":2: modle: unknown key; nearest: model"),
 }
@@ -300,6 +310,47 @@ def test_what_is_circular_is_named(tmp_path: Path, forked: Forked) -> None:
         assert output.splitlines()[-1].startswith("error: ")
         assert messages[experiment] in output.splitlines()[-1]
         assert [path.name for path in (tmp_path / experiment).iterdir()] == ["out"]
+
+
+def test_files_that_hydra_cannot_combine_are_named(tmp_path: Path) -> None:
+    """A group that two files choose, a circle through choices of the command line, and files that do not exist."""
+    mine = Path(tmp_path, "mine")
+    write_configs(
+        mine,
+        {
+            "twice": "defaults: [config, model: vit, _self_]",
+            "absent": "defaults: [config, other, _self_]",
+            "experiment/two": global_file("").replace("defaults:\n", "defaults:\n  - /variant: a\n"),
+            "variant/a": "# @package _global_\ndefaults: [/variant: b]",
+            "variant/c": "# @package _global_\ndefaults: [/more: x]",
+            "more/x": "# @package _global_\nseed: 1",
+            "more/y": "# @package _global_\ndefaults: [/variant: c]",
+        },
+    )
+    write_configs(tmp_path, {"mine/variant/b": "# @package _global_\nseed: 2", "mine/experiment/z": ON_DIGITS})
+    (mine / "experiment/z.yaml").rename(mine / "experiment/z.yml")
+    for arguments, name, message in (
+        (
+            [],
+            "twice",
+            f"an option of model is chosen more than once ({mine}/twice.yaml, {CONFIG_DIR}/config.yaml); all but the",
+        ),
+        ([], "absent", f"{mine}/absent.yaml: defaults: Could not load 'other'."),
+        (
+            ["experiment=two"],
+            None,
+            f"an option of variant is chosen more than once ({mine}/experiment/two.yaml, {mine}/variant/a.yaml)",
+        ),
+        (["+variant=c", "more=y"], None, f"some include one another in a circle: {mine}/variant/c.yaml, {mine}/more/y.yaml"),
+        (["experiment=z"], None, f"experiment=z: the name of {mine}/experiment/z.yml must end in .yaml"),
+        (["hydra.mode=FOO"], None, "hydra.mode=FOO: Invalid value 'FOO', expected one of"),
+        (["seed=1,2"], None, "seed=1,2: several values start a sweep with -m"),
+        (["seed=("], None, "seed=(: not in the form key=value; a value with special characters needs quotes"),
+    ):
+        flags = Flags(str(mine), None, name)
+        with pytest.raises((HydraException, ConfigError)) as refused:
+            compose(arguments, flags)
+        assert message in format_error(refused.value, arguments, flags)
 
 
 def test_the_file_of_a_refused_value_is_named(tmp_path: Path, forked: Forked) -> None:

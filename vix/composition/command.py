@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vix.config import PACKAGES_VARIABLE
 from vix.errors import naming
 from vix.overrides import as_value, override_key, parse_or_none, quote
 from vix.runs.identity import START_ONLY_KEYS
@@ -117,7 +118,7 @@ SWEEP_ONLY_KEYS = ("hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra.sweep
 
 
 def reproduce_command(job: Any, overrides: Iterable[str]) -> str:
-    """The shell command that reproduces a run from its start: program, flags and overrides.
+    """The shell command that reproduces a run from its start: packages of classes, program, flags and overrides.
 
     job: Hydra's part of the run's config.   overrides: of the run, without Hydra's.
     """
@@ -126,7 +127,9 @@ def reproduce_command(job: Any, overrides: Iterable[str]) -> str:
     single = job.mode == RunMode.RUN
     hydra_overrides = [o for o in typed_overrides(job.overrides.hydra) if is_part_of_job(override_key(o), single)]
     kept = [override for override in overrides if override_key(override) not in START_ONLY_KEYS]
-    return shlex.join([*launch_words(), "train.py", *flags, *hydra_overrides, *kept, "rerun=true"])
+    packages = os.environ.get(PACKAGES_VARIABLE)
+    environment = ["env", f"{PACKAGES_VARIABLE}={packages}"] if packages else []
+    return shlex.join([*environment, *launch_words(), "train.py", *flags, *hydra_overrides, *kept, "rerun=true"])
 
 
 def typed_overrides(overrides: Any) -> list[str]:

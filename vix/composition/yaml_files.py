@@ -19,7 +19,8 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, grammar_parser
+from omegaconf.errors import GrammarParseError
 
 from vix.build import GROUPS, OVERLAYS, SETTINGS
 from vix.errors import ConfigError, nearest
@@ -73,9 +74,13 @@ class Repository(ConfigRepository):
         self.check_includes(config_path, defaults)
         return result
 
-    def check_includes(self, config_path: str, defaults: Iterable[InputDefault]) -> None:
-        """Raises ConfigError where a file includes one that does not exist, or in the end itself."""
+    def __deepcopy__(self, _: Any) -> "Repository":
+        return copy.copy(self)  # Hydra's copy may read from other sources, and shares ``includes``
+
+    def check_includes(self, config_path: str, defaults: Sequence[InputDefault]) -> None:
+        """Raises ConfigError where a file includes one twice, one that does not exist, or in the end itself."""
         path, found = self.file_of(config_path), list(included(config_path, defaults))
+        refuse_repeated(path, defaults)
         for file, required in found:
             # The primary config is loaded before the search path that it sets.
             if required and config_path != self.primary and not self.config_exists(file):
@@ -122,6 +127,16 @@ def included(config_path: str, defaults: Iterable[InputDefault]) -> Iterator[tup
             yield entry.get_config_path(), isinstance(entry, ConfigDefault) and not entry.is_optional()
 
 
+def refuse_repeated(path: Path | None, defaults: Iterable[InputDefault]) -> None:
+    """Raises ConfigError where a defaults list has two entries for a group, or two for a file."""
+    seen: set[tuple[str, str | None]] = set()
+    for default in defaults:
+        name = str(default.group if isinstance(default, GroupDefault) else getattr(default, "path", "")).strip("/")
+        if (name, default.package) in seen:
+            raise ConfigError(f"{location(path, name)}: defaults: {name} is listed twice; remove one of the entries")
+        seen.add((name, default.package))
+
+
 def is_group_file(config_path: str) -> bool:
     """Whether a config belongs to a group other than Hydra's own."""
     return "/" in config_path and not config_path.startswith("hydra/")
@@ -163,7 +178,7 @@ def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}:{line_of(root)}: {kind_of(root)} where keys are expected (key: value)")
-        refuse_duplicates(path, root)
+        check_nodes(path, root)
     return root
 
 
@@ -182,11 +197,13 @@ def syntax_error(lines: Sequence[str], error: yaml.MarkedYAMLError) -> tuple[int
         if before is not None and not re.search(r":(\s|$)|^\s*(#|-)", lines[before]):
             return before + 1, f"a colon is missing (key: value): {lines[before].strip()}"
         return line + 1, f"a key is not allowed here; check indentation and colons: {here.strip()}"
+    if re.search(r"[\[{,:]\s*(\$\{|\?\?\?)", here):
+        return line + 1, f"within brackets or braces, ${{…}} and ??? need quotes: {here.strip()}"
     return line + 1, f"invalid YAML ({error.problem or error})"
 
 
-def refuse_duplicates(path: Path, root: yaml.Node) -> None:
-    """Raises ConfigError where a mapping contains a key twice."""
+def check_nodes(path: Path, root: yaml.Node) -> None:
+    """Raises ConfigError where a mapping contains a key twice, or a text an invalid interpolation."""
     seen: set[int] = set()
     nodes = [root]
     while nodes:
@@ -196,6 +213,12 @@ def refuse_duplicates(path: Path, root: yaml.Node) -> None:
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
+        elif isinstance(node, yaml.ScalarNode) and "${" in node.value:
+            try:
+                grammar_parser.parse(node.value)
+            except GrammarParseError as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"{path}:{line_of(node)}: {node.value}: invalid interpolation ({reason})") from error
         elif isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
