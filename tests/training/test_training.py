@@ -76,10 +76,14 @@ def test_accuracy_counts_every_image_the_same() -> None:
     logits = torch.eye(7)[torch.tensor([0, 1, 2, 3, 6])]
     labels = torch.tensor([0, 1, 2, 3, 5])
     batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
-    scores = accuracy(torch.nn.Identity(), batches, torch.autocast("cpu", enabled=False))
+    scores = accuracy(torch.nn.Identity(), batches, torch.autocast("cpu", enabled=False), 7)
     assert scores["top1"] == pytest.approx(80)
-    two_classes = accuracy(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))], torch.autocast("cpu", enabled=False))
-    assert two_classes == {"top1": 50, "top5": 100}
+    assert scores["test_loss"] == pytest.approx(math.log(math.e + 6) - 0.8)
+    assert scores["class_accuracy"][:4] == [100] * 4
+    assert scores["class_accuracy"][5] == 0
+    two = accuracy(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))], torch.autocast("cpu", enabled=False), 2)
+    assert (two["top1"], two["top5"]) == (50, 100)
+    assert two["class_accuracy"] == [50, pytest.approx(math.nan, nan_ok=True)]
 
 
 def test_precisions(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +147,7 @@ def test_last_and_best_weights_are_kept(compose_config: Compose, tmp_path: Path)
     _, test = parse(cfg).data.load(CPU)
     for weights, key in (("last", "top1"), ("best", "best_top1")):
         loaded = vix.load_model(tmp_path, weights=weights)  # type: ignore[arg-type]
-        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False))
+        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False), 10)
         assert scores["top1"] == pytest.approx(results[key])
     images = torch.rand(5, 1, 8, 8)
     assert torch.equal(vix.load_model(tmp_path)(images), model.eval()(images))

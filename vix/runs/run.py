@@ -1,8 +1,11 @@
 """A run's directory: results, checkpoints, TensorBoard events; and whether an earlier run in it is resumed."""
 
+import csv
+import io
 import json
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +16,11 @@ from vix.runs.checkpoint import read_checkpoint, write_tensors
 from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable
 from vix.runs.results import UNFINISHED, flatten, wrong_fields
 from vix.system.distributed import rank
-from vix.system.files import link_or_copy, nan_to_none, write_json
+from vix.system.files import atomic_write, link_or_copy, nan_to_none, write_json
 
 log = logging.getLogger(__name__)
 
-KEPT = ("results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
+KEPT = ("results.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
 STAGING = ".previous.tmp"  # temporary directory while an earlier run is archived
 # Further fields that the table of a finished run requires.
 SHOWN = ("name", "best_epoch", "train_loss", "checkpoint_mb", "images_per_second", "seconds", "device", "precision")
@@ -144,11 +147,13 @@ class RunDirectory:
         return changed
 
     def write_results(self, **fields: Any) -> None:
-        """Add fields to results.json and write it atomically."""
+        """Add fields to results.json and write it atomically, and metrics.csv, which has a row per epoch of the history."""
         self.begun = True
         self.results |= fields
         if rank() == 0:
             write_json(self.results_path, self.results)
+            if history := self.results.get("history"):
+                atomic_write(self.directory / "metrics.csv", metrics_csv(history, self.results.get("class_names", ())))
 
     def write_failure(self, **fields: Any) -> None:
         """``write_results`` for a start that failed; the results of a finished run that it did not resume are kept."""
@@ -280,6 +285,24 @@ class RunDirectory:
         for path, back in moved:
             path.rename(back)
         staging.rmdir()
+
+
+def metrics_csv(history: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> bytes:
+    """The history as CSV: a row per epoch, with a column per class for its accuracy.
+
+    history: rows of results.json's ``history``.
+    class_names: names of the classes, in the order of the labels.
+    """
+    rows = []
+    for epoch in history:
+        row = {key: value for key, value in epoch.items() if key != "class_accuracy"}
+        of_classes = zip(class_names, epoch.get("class_accuracy", ()), strict=False)  # absent in epochs of older runs
+        rows.append(nan_to_none(row | {f"class_accuracy/{name}": value for name, value in of_classes}))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")  # a folder's name need not be valid UTF-8
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -131,7 +131,8 @@ class Trainer:
                 raise self.locate_nonfinite(session) from None
             limit_memory(self.torch_device, None)
             if board:
-                board.finish(run.results, *predictions(state.eval_model, self.eval_batches(session), session.step.autocast))
+                predicted = predictions(state.eval_model, self.eval_batches(session), session.step.autocast)
+                board.finish(run.results, predicted.loss, predicted.top[:, 0])
         run.write_results(status="finished")
         return run.results
 
@@ -175,6 +176,7 @@ class Trainer:
             train_images=len(train),
             test_images=len(test),
             tested_on=data.eval_split,
+            class_names=list(data.class_names),
             micro_batch=step.micro_batch,
         )
         return session
@@ -229,10 +231,10 @@ class Trainer:
         state.peak_memory.stop()
         return mean_loss
 
-    def evaluate(self, session: "Session") -> dict[str, float]:
-        """Accuracy on the evaluated split, in percent, and ``eval_seconds``."""
+    def evaluate(self, session: "Session") -> dict[str, Any]:
+        """Accuracy and loss on the evaluated split (:func:`vix.training.evaluate.scores`), and ``eval_seconds``."""
         clock = time.perf_counter()
-        scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast)
+        scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast, session.test.classes)
         return {**scores, "eval_seconds": time.perf_counter() - clock}
 
     def eval_batches(self, session: "Session") -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,7 +247,7 @@ class Trainer:
                 self.save_and_exit(session)
             yield images, labels
 
-    def end_epoch(self, session: "Session", loss: float, scores: dict[str, float], board: TensorBoard | None) -> None:
+    def end_epoch(self, session: "Session", loss: float, scores: dict[str, Any], board: TensorBoard | None) -> None:
         """Add the epoch's results to the history, results.json, TensorBoard and the log."""
         state, progress, run = session.state, session.state.progress, session.run
         seconds = progress.train_seconds + scores.pop("eval_seconds")
