@@ -53,9 +53,13 @@ def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> 
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     with torch.no_grad():
-        top = reference.eval()(next(test.eval_batches(50))[0]).topk(5).indices == test.labels[:, None]
+        logits = reference.eval()(next(test.eval_batches(50))[0])
+    top = logits.topk(5).indices == test.labels[:, None]
     assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
     assert results["top5"] == pytest.approx(100 * top.any(dim=1).float().mean().item())
+    assert results["test_loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-5)
+    of_class = [100 * top[test.labels == k, 0].float().mean().item() for k in range(10)]
+    assert results["class_accuracy"] == pytest.approx(of_class)
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(20, 20), (20, 7), (20, 1), (30, 64)])
