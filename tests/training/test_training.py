@@ -157,6 +157,20 @@ def test_last_and_best_weights_are_kept(compose_config: Compose, tmp_path: Path)
     assert torch.equal(vix.load_model(tmp_path)(images), model.eval()(images))
 
 
+def test_early_stopping(compose_config: Compose, tmp_path: Path) -> None:
+    """The run ends after the first ``patience`` epochs in a row without a higher top-1, with the results of a longer run."""
+    common = (*TINY, "trainer.epochs=12", "optimizer.lr=0.05")
+    whole, _ = fit(compose_config(*common), tmp_path / "whole")
+    assert whole["stopped_early"] is False
+    top1 = [row["top1"] for row in whole["history"]]
+    last = next(i for i in range(2, 12) if max(top1[i - 1 : i + 1]) <= max(top1[: i - 1])) + 1
+    assert last < 12
+    stopped, _ = fit(compose_config(*common, "trainer.patience=2"), tmp_path / "stopped")
+    assert (stopped["epochs"], stopped["stopped_early"], stopped["status"]) == (last, True, "finished")
+    assert [row["top1"] for row in stopped["history"]] == top1[:last]
+    assert stopped["best_epoch"] == last - 2
+
+
 def test_redrawn_features(compose_config: Compose, tmp_path: Path) -> None:
     """From the loop's own step counter; the last ones are in the checkpoint."""
     common = [*TINY[1:], "model=vit", "attention=performer", "embedding=linear", "data=digits"]

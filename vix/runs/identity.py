@@ -46,6 +46,7 @@ COST_NEUTRAL_KEYS = (
         "data.classes",
         "trainer.device",
         "trainer.epochs",
+        "trainer.patience",
         "trainer.schedule",
         "trainer.warmup_epochs",
     ),

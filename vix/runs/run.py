@@ -74,10 +74,12 @@ class RunDirectory:
             if damaged:
                 log.warning("%s is damaged, and there is no checkpoint to restore it from", self.results_path)
             return {}
-        done = state["progress"]["epoch"] >= state["config"]["trainer"]["epochs"]
+        epoch, trainer = state["progress"]["epoch"], state["config"]["trainer"]
+        done = training_is_over(epoch, state["progress"]["best"], trainer["epochs"], trainer.get("patience"))
         if done or damaged:
             log.warning("%s is %s: restored from the checkpoint", self.results_path, "damaged" if damaged else "missing")
-        return {**state["results"], "status": "finished" if done else "interrupted", "config": state["config"]}
+        ending = {"status": "finished", "stopped_early": epoch < trainer["epochs"]} if done else {"status": "interrupted"}
+        return {**state["results"], **ending, "config": state["config"]}
 
     def prepare(self, rerun: bool, resume: str) -> dict[str, Any] | None:
         """Handle an earlier run in the directory, and return its results where this run is already finished, else None.
@@ -285,6 +287,16 @@ class RunDirectory:
         for path, back in moved:
             path.rename(back)
         staging.rmdir()
+
+
+def training_is_over(epoch: int, best: Mapping[str, Any], epochs: int, patience: int | None) -> bool:
+    """Whether a run has done all of its epochs, or stops early.
+
+    epoch: completed epochs.
+    best: with ``best_epoch``, the epoch with the highest top-1 accuracy; empty before the first epoch.
+    epochs, patience: options of the trainer.
+    """
+    return epoch >= epochs or (patience is not None and epoch - best.get("best_epoch", 0) >= patience)
 
 
 def metrics_csv(history: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> bytes:

@@ -22,7 +22,7 @@ from vix.models.counts import parameter_counts
 from vix.reporting.progress import EpochBar, log_epoch
 from vix.reporting.tensorboard import TensorBoard
 from vix.runs.checkpoint import saved_megabytes
-from vix.runs.run import RunDirectory
+from vix.runs.run import RunDirectory, training_is_over
 from vix.system.device import hardware, resolve_device, resolve_precision
 from vix.system.distributed import broadcast_from_rank0, rank, seed_rank, world_size
 from vix.system.memory import PeakMemory, check_memory_limit, limit_memory
@@ -33,7 +33,7 @@ from vix.training.lr_schedule import lr_lambda
 from vix.training.micro_batch import largest_micro_batch
 from vix.training.nonfinite import NonFiniteError, locate_step
 from vix.training.resume import check_state_fits
-from vix.training.state import TrainState
+from vix.training.state import Progress, TrainState
 from vix.training.train_step import TrainStep
 from vix.types import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 
@@ -45,6 +45,7 @@ class Trainer:
     """Trains a model on an image set, evaluates it after every epoch, and keeps the last and the best weights.
 
     epochs, batch_size, eval_batch_size: passes over the training images; images per training step and per evaluation step.
+    patience: stop after this many epochs without a higher top-1 accuracy on the evaluated split; null: never.
     micro_batch: images per forward and backward pass, whose gradients are accumulated; null: the whole batch; auto: the most
         that fit the memory.
     activation_checkpointing: recompute activations in the backward pass instead of storing them (vix/layers/checkpointing.py).
@@ -67,6 +68,7 @@ class Trainer:
     """
 
     epochs: Positive = 40
+    patience: Positive | None = None
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
     micro_batch: Positive | Literal["auto"] | None = None
@@ -123,7 +125,7 @@ class Trainer:
         ):
             self.compile_train_step(session)
             try:
-                while state.progress.epoch < self.epochs:
+                while not self.is_over(state.progress):
                     loss = self.train_epoch(session)
                     self.end_epoch(session, loss, self.evaluate(session), board)
                     self.save_checkpoint(session)
@@ -133,8 +135,15 @@ class Trainer:
             if board:
                 predicted = predictions(state.eval_model, self.eval_batches(session), session.step.autocast)
                 board.finish(run.results, predicted.loss, predicted.top[:, 0])
-        run.write_results(status="finished")
+        stopped_early = state.progress.epoch < self.epochs
+        if stopped_early:
+            log.info("Stopped early: top-1 has not increased since epoch %d", state.progress.best["best_epoch"])
+        run.write_results(status="finished", stopped_early=stopped_early)
         return run.results
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether all epochs are done, or ``patience`` ends the run."""
+        return training_is_over(progress.epoch, progress.best, self.epochs, self.patience)
 
     def start(
         self,
