@@ -230,8 +230,15 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
     directory: of the run, such as ``outputs/vin/seed=0``.
     weights: those of the last epoch, or of the epoch with the best accuracy.
 
-    Raises DataError where the directory holds no checkpoint, and UserError where it is damaged.
+    Raises DataError where the directory holds no checkpoint or no best weights, and UserError where the checkpoint is damaged.
     """
+    return load_run(directory, weights)[0]
+
+
+def load_run(
+    directory: str | Path, weights: Literal["last", "best"] = "last"
+) -> tuple[nn.Module, Experiment, dict[str, Any]]:
+    """The trained model of a run, what its config describes, and its checkpoint; as :func:`load_model`."""
     path = user_path(str(directory)) / "checkpoint.pt"
     if not path.is_file():
         if path.with_name("results.json").is_file():
@@ -240,9 +247,13 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
             raise DataError(f"there is no {path}: the run's checkpoint is missing; train again with rerun=true{older}")
         raise DataError(f"there is no {path}: pass the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
+    state = checkpoint["model" if weights == "last" else "best_model"]
+    if not state:
+        raise DataError(f"{path} contains no best weights, because no epoch is finished; continue the run with its command")
     cfg = OmegaConf.create(checkpoint["config"])
     if "classes" in cfg.data:  # the image folder may be absent on this machine
         cfg.data.classes = len(checkpoint["model"]["head.weight"])
-    model = build_model(cfg)
-    model.load_state_dict(checkpoint["model" if weights == "last" else "best_model"])
-    return model.eval()
+    experiment = parse(cfg)
+    model = experiment.build_model()
+    model.load_state_dict(state)
+    return model.eval(), experiment, checkpoint
