@@ -40,6 +40,7 @@ from vix.system.device import device_name
 from vix.system.files import check_unlocked
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
+from vix.training.init_from import fit_weights, init_identity
 
 HOW_TO_READ = (
     "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and peak GPU GB are taken from\n"
@@ -164,7 +165,7 @@ def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> N
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
     job.image_set = data.image_set
     check_unlocked(directory)
-    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {})
+    run = RunDirectory(directory, {"image_set": job.image_set, **init_identity(trainer.init_from)}, job.config or {})
     if experiment.rerun and not run.is_interrupted_rerun():
         job.state = "again" if run.previous_results else "new"
     elif run.finished_results(trainer.resume):
@@ -173,6 +174,8 @@ def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> N
         job.state, job.left = "continues", max(0, trainer.epochs - saved["progress"]["epoch"])
     else:
         job.state = "new"
+    if job.state in ("new", "again"):
+        fit_weights(model, trainer.init_from)
 
 
 def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:

@@ -35,7 +35,9 @@ from vix.composition.yaml_files import Repository, check_permissions
 from vix.errors import UserError, first_paragraph, nearest
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
+from vix.runs.results import read_run
 from vix.system.files import expand_home
+from vix.training.init_from import init_identity
 
 VERSION_BASE = "1.3"
 # Parts of Hydra's own config that contain paths.
@@ -221,7 +223,7 @@ def left_out_messages(hydra_config: Any) -> list[str]:
 
 def run_name_of_config(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig) -> str:
     """The resolver ``${run_name:…}``: a run's directory below outputs/. OmegaConf supplies ``_root_``, the whole config."""
-    return run_name(choices, overrides, seed, digest_of_images(_root_))
+    return run_name(choices, overrides, seed, digest_of_images(_root_), digest_of_weights(_root_))
 
 
 def digest_of_images(cfg: DictConfig | None) -> str:
@@ -233,6 +235,25 @@ def digest_of_images(cfg: DictConfig | None) -> str:
         return str(construct("data", parse_group(cfg, "data")).digest)[:8] if cfg is not None else ""
     except (UserError, OmegaConfBaseException, AttributeError):
         return ""
+
+
+def digest_of_weights(cfg: DictConfig | None) -> str:
+    """The first eight digits of the digest of the weights at ``trainer.init_from``; empty where it is null.
+
+    Where these weights are gone, of those from which an earlier run below outputs/ started, so that it is found and resumed.
+    """
+    try:
+        source = OmegaConf.select(cfg, "trainer.init_from") if cfg is not None else None
+        outputs = Path(str(OmegaConf.select(cfg, "hydra.sweep.dir") or "outputs")) if source else Path()
+    except OmegaConfBaseException:
+        return ""
+    if not isinstance(source, str):
+        return ""
+    if known := init_identity(source):
+        return known["init_weights"][:8]
+    earlier = sorted(map(read_run, outputs.glob("*/*/results.json")), key=lambda run: -run.written)
+    found = (run.results for run in earlier if run.fields.get("trainer.init_from") == source)
+    return str(next(found, {}).get("init_weights") or "")[:8]
 
 
 def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None = None) -> str:

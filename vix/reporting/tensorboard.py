@@ -30,7 +30,7 @@ from vix.system.memory import process_peak_gb
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "image_set", "optimizer")
+CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "image_set", "optimizer", "init_weights")
 METRICS = (
     *("top1", "top5", "best_top1", "train_loss", "test_loss"),
     *("trainable_params", "images_per_second", "seconds", "peak_gpu_allocated_gb"),

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -81,17 +81,19 @@ class RunDirectory:
         ending = {"status": "finished", "stopped_early": epoch < trainer["epochs"]} if done else {"status": "interrupted"}
         return {**state["results"], **ending, "config": state["config"]}
 
-    def prepare(self, rerun: bool, resume: str) -> dict[str, Any] | None:
+    def prepare(self, rerun: bool, resume: str, check: Callable[[], object]) -> dict[str, Any] | None:
         """Handle an earlier run in the directory, and return its results where this run is already finished, else None.
 
         rerun: archive the earlier run, unless it is an interrupted rerun of this config, which is resumed. Otherwise a command
             that a cluster scheduler repeats until it succeeds would never finish.
         resume: ``trainer.resume``.
+        check: called before the earlier run is archived; raises where this run cannot start.
 
         Raises ConfigError where the earlier run cannot be resumed, and UserError where its files cannot be moved.
         """
         self.undo_archiving()
         if rerun and not self.is_interrupted_rerun():
+            check()
             self.archive_previous()
             self.results["started_by_rerun"] = True
             return None
@@ -111,7 +113,7 @@ class RunDirectory:
         """
         if self.previous_results.get("status") != "finished":
             return None
-        changed = self.check_same_run(self.previous_results["config"], self.previous_results.get("image_set"), resume)
+        changed = self.check_same_run(self.previous_results["config"], self.previous_results, resume)
         return None if changed else self.previous_results
 
     def is_interrupted_rerun(self) -> bool:
@@ -120,25 +122,33 @@ class RunDirectory:
         if not previous_results.get("started_by_rerun") or previous_results["status"] == "finished":
             return False
         try:
-            self.check_same_run(previous_results["config"], previous_results.get("image_set"), "auto")
+            self.check_same_run(previous_results["config"], previous_results, "auto")
             self.load_checkpoint("auto")
         except UserError:  # another run, or damaged
             return False
         return True
 
-    def check_same_run(self, config: dict[str, Any], image_set: str | None, resume: str) -> Changes:
+    def check_same_run(self, config: dict[str, Any], results: Mapping[str, Any], resume: str) -> Changes:
         """The keys in which this config differs from that of the earlier run, with both values.
 
-        config, image_set, resume: of the earlier run, of the earlier run, and ``trainer.resume``.
+        config, results: of the earlier run.
+        resume: ``trainer.resume``.
 
-        Raises ConfigError where the configs differ and ``resume`` is ``auto``, or where the image sets differ.
+        Raises ConfigError where the configs differ and ``resume`` is ``auto``, or where the image sets or the initial weights
+        differ.
         """
-        here = self.identity.get("image_set")
+        here, image_set = self.identity.get("image_set"), results.get("image_set")
         changed = changed_keys(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
         if image_set and here and image_set != here:
             raise ConfigError(
                 f"data.root: {self.directory} holds a run on other images ({image_set}, this run: {here}); start over "
                 "with rerun=true, or choose another directory with hydra.run.dir=DIR"
+            )
+        if not self.has_initial_weights(config, results):
+            began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none or missing ones")
+            raise ConfigError(
+                f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: {begins}); "
+                "start over with rerun=true, or choose another directory with hydra.run.dir=DIR"
             )
         if changed and resume != "force":
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
@@ -147,6 +157,17 @@ class RunDirectory:
                 "start over with rerun=true, or continue under the new config with trainer.resume=force"
             )
         return changed
+
+    def has_initial_weights(self, config: dict[str, Any], results: Mapping[str, Any]) -> bool:
+        """Whether an earlier run started from the same weights as this one: by their content, or by the path where it is gone.
+
+        config, results: of the earlier run.
+        """
+        began, begins = results.get("init_weights"), self.identity.get("init_weights")
+        if began and begins:
+            return bool(began == begins)
+        source, earlier = (c.get("trainer", {}).get("init_from") for c in (self.config, config))
+        return bool(source == earlier)
 
     def write_results(self, **fields: Any) -> None:
         """Add fields to results.json and write it atomically, and metrics.csv, which has a row per epoch of the history."""
@@ -213,7 +234,7 @@ class RunDirectory:
                     "cannot be continued; start over with rerun=true"
                 )
             return None
-        changed = self.check_same_run(state["config"], state["results"].get("image_set"), resume)
+        changed = self.check_same_run(state["config"], state["results"], resume)
         check_changeable(changed, state["progress"]["epoch"], state["progress"]["batch"], self.directory)
         return state
 

@@ -29,6 +29,7 @@ from vix.system.memory import PeakMemory, check_memory_limit, limit_memory
 from vix.system.signals import SignalHandler
 from vix.training.compile import Compile, check_cuda_graphs, compile_step
 from vix.training.evaluate import accuracy, predictions
+from vix.training.init_from import fit_weights
 from vix.training.lr_schedule import lr_lambda
 from vix.training.micro_batch import largest_micro_batch
 from vix.training.nonfinite import NonFiniteError, locate_step
@@ -46,6 +47,7 @@ class Trainer:
 
     epochs, batch_size, eval_batch_size: passes over the training images; images per training step and per evaluation step.
     patience: stop after this many epochs without a higher top-1 accuracy on the evaluated split; null: never.
+    init_from: directory of a run, or file, whose weights a new run starts from (vix/training/init_from.py); null: random weights.
     micro_batch: images per forward and backward pass, whose gradients are accumulated; null: the whole batch; auto: the most
         that fit the memory.
     activation_checkpointing: recompute activations in the backward pass instead of storing them (vix/layers/checkpointing.py).
@@ -69,6 +71,7 @@ class Trainer:
 
     epochs: Positive = 40
     patience: Positive | None = None
+    init_from: str | None = None
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
     micro_batch: Positive | Literal["auto"] | None = None
@@ -159,6 +162,11 @@ class Trainer:
         saved = broadcast_from_rank0(lambda: run.load_checkpoint(self.resume))
         changed = run.resume_from(saved)
         check_state_fits(changed, build_optimizer, model, saved, run.directory)
+        if not saved:
+            weights, messages = fit_weights(model, self.init_from)
+            model.load_state_dict(weights, strict=False)
+            for message in messages:
+                log.info(message)
         dtype = resolve_precision(run.precision(self.precision, changed), device)
         train, test = data.load(device)
         optimizer = build_optimizer(model := model.to(device))
