@@ -235,9 +235,7 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
     return load_run(directory, weights)[0]
 
 
-def load_run(
-    directory: str | Path, weights: Literal["last", "best"] = "last"
-) -> tuple[nn.Module, Experiment, dict[str, Any]]:
+def load_run(directory: str | Path, weights: Literal["last", "best"] = "last") -> tuple[nn.Module, Experiment, dict[str, Any]]:
     """The trained model of a run, what its config describes, and its checkpoint; as :func:`load_model`."""
     path = user_path(str(directory)) / "checkpoint.pt"
     if not path.is_file():

@@ -41,11 +41,11 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
         accuracy = [f"{value:.2f}" for value in row["class_accuracy"]]
         few = len(names) <= MOST_CLASSES
         heads = ("true class", "top-1 %", *names) if few else ("true class", "most often taken for", "top-1 %")
-        if few:
-            lines = [(name, value, *map(str, line)) for name, value, line in zip(names, accuracy, counts, strict=True)]
-        else:
-            lines = [(names[i], confused(names, counts[i], i), accuracy[i]) for i in range(len(names))]
-        Table(f"Predicted classes: {row['run']}, {row['weights']} weights", heads, lines, 1 if few else 2).print()
+        cells = [
+            (name, accuracy[i], *map(str, counts[i])) if few else (name, confused(names, counts[i], i), accuracy[i])
+            for i, name in enumerate(names)
+        ]
+        Table(f"Predicted classes: {row['run']}, {row['weights']} weights", heads, cells, 1 if few else 2).print()
 
 
 def confused(names: Sequence[str], counts: Sequence[int], true: int) -> str:

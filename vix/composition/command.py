@@ -27,12 +27,19 @@ class Flags(NamedTuple):
     config_name: str | None = None
 
 
-def quote_home(override: str) -> str:
-    """Expand ``~`` in an override such as ``data.root=~/x``, which Hydra's grammar rejects; other overrides are unchanged."""
+def quote_path(override: str) -> str:
+    """Quote a path that Hydra's grammar rejects: one with ``~``, which is expanded, or a run's (``trainer.init_from=x/seed=0``).
+
+    Paths of runs also contain commas; only where each part is a path are they several values. Other overrides are unchanged.
+    """
     key, equals, value = override.partition("=")
-    if not equals or not value.startswith("~"):
+    if equals and value.startswith("~"):
+        return f"{key}={quote(expand_home(value))}"
+    if key != "trainer.init_from" or "=" not in value or value[0] in "'\"":
         return override
-    return f"{key}={quote(expand_home(value))}"
+    parts = value.split(",")
+    several = not os.path.exists(value) and all(map(os.path.exists, parts))
+    return f"{key}={','.join(map(quote, parts if several else [value]))}"
 
 
 class Command(NamedTuple):
@@ -61,7 +68,7 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     expanded = []
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        expanded.append(f"{flag}={expand_home(value)}" if flag.startswith("-") and equals else quote_home(argument))
+        expanded.append(f"{flag}={expand_home(value)}" if flag.startswith("-") and equals else quote_path(argument))
     return expanded
 
 

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from vix.build import GROUPS, OVERLAYS, SETTINGS, construct, parse_group
-from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home
+from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_path
 from vix.composition.overlays import OverlayOptions, option_name, unresolved
 from vix.composition.yaml_files import Repository, check_permissions
 from vix.errors import UserError, first_paragraph, nearest
@@ -72,7 +72,7 @@ class Loader(ConfigLoaderImpl):
         """Hydra's method; the arguments are those of ConfigLoaderImpl."""
         assert isinstance(self.repository, Repository)
         self.repository.primary = config_name
-        overrides = list(map(quote_home, overrides))
+        overrides = list(map(quote_path, overrides))
         self.overrides = OverridesParser.create().parse_overrides(overrides)
         try:
             cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
@@ -243,11 +243,11 @@ def digest_of_weights(cfg: DictConfig | None) -> str:
     Where these weights are gone, of those from which an earlier run below outputs/ started, so that it is found and resumed.
     """
     try:
-        source = OmegaConf.select(cfg, "trainer.init_from") if cfg is not None else None
-        outputs = Path(str(OmegaConf.select(cfg, "hydra.sweep.dir") or "outputs")) if source else Path()
+        source = None if cfg is None else OmegaConf.select(cfg, "trainer.init_from")
+        if cfg is None or not isinstance(source, str):
+            return ""
+        outputs = Path(str(OmegaConf.select(cfg, "hydra.sweep.dir") or "outputs"))
     except OmegaConfBaseException:
-        return ""
-    if not isinstance(source, str):
         return ""
     if known := init_identity(source):
         return known["init_weights"][:8]

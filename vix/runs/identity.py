@@ -137,9 +137,7 @@ def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, im
     return "/".join(map(file_name, (",".join(run_name_parts(choices, overrides, images, weights)), f"seed={seed}")))
 
 
-def run_name_parts(
-    choices: Mapping[str, Any], overrides: Sequence[str], images: str = "", weights: str = ""
-) -> list[str]:
+def run_name_parts(choices: Mapping[str, Any], overrides: Sequence[str], images: str = "", weights: str = "") -> list[str]:
     """The parts of :func:`run_name`: the experiment or the model groups, then every other override that defines the run."""
     experiment = choices.get("experiment")
     label = str(experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS))

@@ -147,8 +147,8 @@ class RunDirectory:
         if not self.has_initial_weights(config, results):
             began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none or missing ones")
             raise ConfigError(
-                f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: {begins}); "
-                "start over with rerun=true, or choose another directory with hydra.run.dir=DIR"
+                f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: "
+                f"{begins}); start over with rerun=true, or choose another directory with hydra.run.dir=DIR"
             )
         if changed and resume != "force":
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())

@@ -61,7 +61,7 @@ def digest_of_file(source: str, path: str, size: int, changed: int) -> str:
     digest = hashlib.blake2b(digest_size=6)
     for name, tensor in sorted(read_weights(source).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="surrogateescape"))
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -47,7 +47,7 @@ class Trainer:
 
     epochs, batch_size, eval_batch_size: passes over the training images; images per training step and per evaluation step.
     patience: stop after this many epochs without a higher top-1 accuracy on the evaluated split; null: never.
-    init_from: directory of a run, or file, whose weights a new run starts from (vix/training/init_from.py); null: random weights.
+    init_from: directory of a run, or file, whose weights a new run starts from (vix/training/init_from.py); null: random ones.
     micro_batch: images per forward and backward pass, whose gradients are accumulated; null: the whole batch; auto: the most
         that fit the memory.
     activation_checkpointing: recompute activations in the backward pass instead of storing them (vix/layers/checkpointing.py).
