@@ -11,6 +11,8 @@ COMMANDS = {
     "report": ("report", "accuracy, memory and time of runs, next to the published figures"),
     "summary": ("summary", "layers of a model, with output shapes, parameters and FLOPs"),
     "diff": ("diff", "compare the configs, versions and results of two runs"),
+    "evaluate": ("evaluate", "accuracy, loss and confusion matrix of trained runs, also on other images"),
+    "predict": ("predict", "classes of image files, as CSV"),
     "replay": ("replay", "repeat the step whose loss or gradient was not finite, and name the layer"),
 }
 

@@ -233,8 +233,13 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
     directory: of the run, such as ``outputs/vin/seed=0``.
     weights: those of the last epoch, or of the epoch with the best accuracy.
 
-    Raises DataError where the directory holds no checkpoint, and UserError where it is damaged.
+    Raises DataError where the directory holds no checkpoint or no best weights, and UserError where the checkpoint is damaged.
     """
+    return load_run(directory, weights)[0]
+
+
+def load_run(directory: str | Path, weights: Literal["last", "best"] = "last") -> tuple[nn.Module, Experiment, dict[str, Any]]:
+    """The trained model of a run, what its config describes, and its checkpoint; as :func:`load_model`."""
     path = user_path(str(directory)) / "checkpoint.pt"
     if not path.is_file():
         if path.with_name("results.json").is_file():
@@ -243,11 +248,15 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
             raise DataError(f"there is no {path}: the run's checkpoint is missing; train again with rerun=true{older}")
         raise DataError(f"there is no {path}: pass the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
+    state = checkpoint["model" if weights == "last" else "best_model"]
+    if not state:
+        raise DataError(f"{path} contains no best weights, because no epoch is finished; continue the run with its command")
     cfg = OmegaConf.create(checkpoint["config"])
     # The image folder may be absent on this machine.
     if "classes" in cfg.get("data", ()) and "head.weight" in checkpoint["model"]:
         cfg.data.classes = len(checkpoint["model"]["head.weight"])
-    return load_weights(build_model(cfg), checkpoint["model" if weights == "last" else "best_model"], path).eval()
+    experiment = parse(cfg)
+    return load_weights(experiment.build_model(), state, path).eval(), experiment, checkpoint
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:

@@ -1,5 +1,6 @@
 """The real program, as its users start it: what a run leaves behind, that it repeats, continues and sweeps."""
 
+import csv
 import json
 import math
 import os
@@ -46,7 +47,15 @@ def check_artefacts(directory: Path, epochs: int) -> dict[str, Any]:
     assert results["epochs"] == len(results["history"]) == epochs
     assert 0 <= results["top1"] <= results["top5"] <= 100
     assert results["best_top1"] == max(row["top1"] for row in results["history"])
-    assert results["history"][results["best_epoch"] - 1]["top1"] == results["best_top1"]
+    best = results["history"][results["best_epoch"] - 1]
+    for key in ("top1", "top5", "test_loss", "class_accuracy"):
+        assert results[f"best_{key}"] == best[key]
+        assert results[key] == results["history"][-1][key]
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, epoch in zip(rows, results["history"], strict=True):
+        assert float(row["test_loss"]) == epoch["test_loss"] > 0
+        assert [float(row[f"class_accuracy/{name}"]) for name in results["class_names"]] == epoch["class_accuracy"]
     assert (results["peak_gpu_allocated_gb"] is None) == (not torch.cuda.is_available())
 
     checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
@@ -90,7 +99,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout
 
     _, test = Digits().load(torch.device("cpu"))
-    scores = accuracy(vix.load_model(directory), test.eval_batches(360), torch.autocast("cpu", enabled=False))
+    scores = accuracy(vix.load_model(directory), test.eval_batches(360), torch.autocast("cpu", enabled=False), 10)
     assert scores["top1"] == pytest.approx(results["top1"], abs=0.6)  # the run tested in its own precision
 
 
@@ -168,6 +177,11 @@ def test_an_interrupted_run_continues_exactly(tmp_path: Path, forked: Forked, nu
     whole, parts = (results_of(tmp_path / name) for name in ("whole", "parts"))
     for row in (*whole["history"], *parts["history"]):
         del row["images_per_second"]
+    for results, name in ((whole, "whole"), (parts, "parts")):
+        (metrics,) = (tmp_path / name).glob("outputs/*/*/metrics.csv")
+        with open(metrics, newline="") as file:
+            rows = [(int(row["epoch"]), float(row["test_loss"])) for row in csv.DictReader(file)]
+        assert rows == [(row["epoch"], row["test_loss"]) for row in results["history"]]
     assert {k: v for k, v in whole.items() if k not in timings} == {k: v for k, v in parts.items() if k not in timings}
     states = [torch.load(next((tmp_path / n).glob("outputs/*/*/checkpoint.pt")), weights_only=True) for n in ("whole", "parts")]
     for kind in ("model", "best_model"):
@@ -200,6 +214,7 @@ def test_the_same_command_again(tmp_path: Path) -> None:
     assert json.loads((directory / "results.json").read_text())["train_loss"] == results["train_loss"]
     assert json.loads((directory / "previous-1" / "results.json").read_text()) == results
     assert (directory / "previous-1" / "checkpoint.pt").is_file()
+    assert all(len((directory / name / "metrics.csv").read_text().splitlines()) == 3 for name in (".", "previous-1"))
 
 
 def test_a_second_process_is_told_who_writes(tmp_path: Path, forked: Forked) -> None:

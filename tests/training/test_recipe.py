@@ -283,7 +283,7 @@ def test_the_average_is_tested_and_kept(compose_config: Compose, tmp_path: Path)
     _, test = parse(cfg).data.load(CPU)
     for weights, key in (("last", "top1"), ("best", "best_top1")):
         loaded = vix.load_model(tmp_path, weights=weights)  # type: ignore[arg-type]
-        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False))
+        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False), 10)
         assert scores["top1"] == pytest.approx(results[key])
     saved = read_checkpoint(tmp_path / "checkpoint.pt")
     assert all(torch.equal(saved["trained_model"][name], t) for name, t in model.state_dict().items())

@@ -53,9 +53,13 @@ def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> 
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     with torch.no_grad():
-        top = reference.eval()(next(test.eval_batches(50))[0]).topk(5).indices == test.labels[:, None]
+        logits = reference.eval()(next(test.eval_batches(50))[0])
+    top = logits.topk(5).indices == test.labels[:, None]
     assert results["top1"] == pytest.approx(100 * top[:, 0].float().mean().item())
     assert results["top5"] == pytest.approx(100 * top.any(dim=1).float().mean().item())
+    assert results["test_loss"] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-5)
+    of_class = [100 * top[test.labels == k, 0].float().mean().item() for k in range(10)]
+    assert results["class_accuracy"] == pytest.approx(of_class)
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(20, 20), (20, 7), (20, 1), (30, 64)])
@@ -76,10 +80,14 @@ def test_accuracy_counts_every_image_the_same() -> None:
     logits = torch.eye(7)[torch.tensor([0, 1, 2, 3, 6])]
     labels = torch.tensor([0, 1, 2, 3, 5])
     batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
-    scores = accuracy(torch.nn.Identity(), batches, torch.autocast("cpu", enabled=False))
+    scores = accuracy(torch.nn.Identity(), batches, torch.autocast("cpu", enabled=False), 7)
     assert scores["top1"] == pytest.approx(80)
-    two_classes = accuracy(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))], torch.autocast("cpu", enabled=False))
-    assert two_classes == {"top1": 50, "top5": 100}
+    assert scores["test_loss"] == pytest.approx(math.log(math.e + 6) - 0.8)
+    assert scores["class_accuracy"][:4] == [100] * 4
+    assert scores["class_accuracy"][5] == 0
+    two = accuracy(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))], torch.autocast("cpu", enabled=False), 2)
+    assert (two["top1"], two["top5"]) == (50, 100)
+    assert two["class_accuracy"] == [50, pytest.approx(math.nan, nan_ok=True)]
 
 
 def test_precisions(compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +151,24 @@ def test_last_and_best_weights_are_kept(compose_config: Compose, tmp_path: Path)
     _, test = parse(cfg).data.load(CPU)
     for weights, key in (("last", "top1"), ("best", "best_top1")):
         loaded = vix.load_model(tmp_path, weights=weights)  # type: ignore[arg-type]
-        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False))
+        scores = accuracy(loaded, test.eval_batches(256), torch.autocast("cpu", enabled=False), 10)
         assert scores["top1"] == pytest.approx(results[key])
     images = torch.rand(5, 1, 8, 8)
     assert torch.equal(vix.load_model(tmp_path)(images), model.eval()(images))
+
+
+def test_early_stopping(compose_config: Compose, tmp_path: Path) -> None:
+    """The run ends after the first ``patience`` epochs in a row without a higher top-1, with the results of a longer run."""
+    common = (*TINY, "trainer.epochs=12", "optimizer.lr=0.05")
+    whole, _ = fit(compose_config(*common), tmp_path / "whole")
+    assert whole["stopped_early"] is False
+    top1 = [row["top1"] for row in whole["history"]]
+    last = next(i for i in range(2, 12) if max(top1[i - 1 : i + 1]) <= max(top1[: i - 1])) + 1
+    assert last < 12
+    stopped, _ = fit(compose_config(*common, "trainer.patience=2"), tmp_path / "stopped")
+    assert (stopped["epochs"], stopped["stopped_early"], stopped["status"]) == (last, True, "finished")
+    assert [row["top1"] for row in stopped["history"]] == top1[:last]
+    assert stopped["best_epoch"] == last - 2
 
 
 def test_redrawn_features(compose_config: Compose, tmp_path: Path) -> None:

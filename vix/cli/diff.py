@@ -15,7 +15,7 @@ from vix.system.files import user_path
 
 VERSIONS = ("git_commit", "torch", "device", "precision")
 RESULTS = (
-    *("status", "error", "epochs", "top1", "top5", "best_top1", "best_top5", "best_epoch", "train_loss"),
+    *("status", "error", "epochs", "top1", "top5", "best_top1", "best_top5", "best_epoch", "train_loss", "test_loss"),
     *(
         "trainable_params",
         "weight_bias_params",

@@ -31,6 +31,7 @@ from vix.composition.command import (
 )
 from vix.composition.compose import (
     digest_of_images,
+    digest_of_weights,
     format_error,
     is_hydra_error,
     left_out_messages,
@@ -51,6 +52,7 @@ from vix.system.memory import gpu_out_of_memory, limit_memory, out_of_memory
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
 from vix.training.compile import release_compiled
+from vix.training.init_from import fit_weights, init_identity
 
 REPORT = "VIX_REPORT"  # environment variable that sweep.sh sets: print the report of all runs after the sweep
 log = logging.getLogger("vix")
@@ -81,7 +83,8 @@ def run_job(cfg: DictConfig) -> float:
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
         lock = exclusive_lock(directory) if rank() == 0 else nullcontext()  # rank 0 holds it for all processes
-        parts = [*run_name_parts(choices, overrides, digest_of_images(cfg)), f"seed={cfg.get('seed')}"]
+        digests = digest_of_images(cfg), digest_of_weights(cfg)
+        parts = [*run_name_parts(choices, overrides, *digests), f"seed={cfg.get('seed')}"]
         outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
         with JobStatus(parts, number, cfg.get("fail_fast") is True, outputs) as job_status, lock, process_group():
             run = RunDirectory(directory, identity, plain_config(cfg), os.environ.get(RERUN, ""))
@@ -150,8 +153,10 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         experiment.build_optimizer(model)
         trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
         check_batches(experiment.build_model, data, trainer)
-    run.add_identity(image_set=data.image_set)
-    results = broadcast_from_rank0(lambda: run.prepare(experiment.rerun, trainer.resume))
+    run.add_identity(image_set=data.image_set, **init_identity(trainer.init_from))
+    results = broadcast_from_rank0(
+        lambda: run.prepare(experiment.rerun, trainer.resume, lambda: fit_weights(model, trainer.init_from))
+    )
     if results:
         log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
         return results

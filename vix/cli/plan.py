@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from vix.analysis.cost import measure_step, peak_memory
 from vix.analysis.model_summary import Summary, summarize
@@ -49,6 +50,7 @@ from vix.system.device import device_name
 from vix.system.files import check_unlocked
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
+from vix.training.init_from import fit_weights, init_identity
 
 HOW_TO_READ = (
     "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and peak GPU GB are taken from\n"
@@ -150,14 +152,14 @@ def plan_run(
             del cfg["hydra"]
         with naming_file(overrides, flags):
             job.experiment = parse(cfg)
-            check_experiment(job.experiment)
+            model = check_experiment(job.experiment)
         config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         job.config = config
-        resolve_state(job, job.experiment, job.directory, rerun)
-        model = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
-        if model not in models:
-            models[model] = summarize(job.experiment)
-        job.summary = models[model]
+        resolve_state(job, job.experiment, model, job.directory, rerun)
+        key = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
+        if key not in models:
+            models[key] = summarize(job.experiment)
+        job.summary = models[key]
     except Exception as error:
         if not (isinstance(error, UserError) or is_hydra_error(error)):
             raise
@@ -174,22 +176,24 @@ def output_directory(cfg: DictConfig, number: int) -> Path:
     return Path(str(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir)
 
 
-def check_experiment(experiment: Experiment) -> None:
-    """Raises ConfigError where ``train.py`` would refuse the config."""
+def check_experiment(experiment: Experiment) -> nn.Module:
+    """The model, without values. Raises ConfigError where ``train.py`` would refuse the config."""
     with torch.device("meta"):
         model = experiment.build_model()
         experiment.build_optimizer(model)
     experiment.augmentation  # noqa: B018  (constructing it checks the image size)
     check_batches(experiment.build_model, experiment.data, experiment.trainer)
+    return model
 
 
-def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path, rerun: str) -> None:
+def resolve_state(job: PlannedRun, experiment: Experiment, model: nn.Module, directory: Path, rerun: str) -> None:
     """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would not continue the earlier run."""
     trainer, data = experiment.trainer, experiment.data
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
     job.image_set = data.image_set
     check_unlocked(directory)
-    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {}, rerun)
+    identity = {"image_set": job.image_set, **init_identity(trainer.init_from)}
+    run = RunDirectory(directory, identity, job.config or {}, rerun)
     if experiment.rerun and not run.belongs_to_rerun():
         job.state = "again" if run.previous_results else "new"
     elif run.finished_results(trainer.resume):
@@ -198,6 +202,8 @@ def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path, reru
         job.state, job.left = "continues", max(0, trainer.epochs - saved["progress"]["epoch"])
     else:
         job.state = "new"
+    if job.state in ("new", "again"):
+        fit_weights(model, trainer.init_from)
 
 
 def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:

@@ -39,12 +39,18 @@ HOME_IN_VALUE = re.compile(rf"{QUOTED}|(?<![^,\s])~[^,]*")
 HOME_IN_LIST = re.compile(rf"{QUOTED}|(?<![^,\[\s])~[^,\]]*")
 
 
-def quote_home(override: str) -> str:
-    """Expand ``~`` in an override such as ``data.root=~/x``, which Hydra's grammar rejects; other overrides are unchanged.
+def quote_path(override: str) -> str:
+    """Quote a path that Hydra's grammar rejects: ``~`` is expanded, ``trainer.init_from=x/seed=0`` quoted.
+
+    Paths of runs also contain commas; only where each part is a path are they several values. Other overrides are unchanged.
 
     Raises UserError, which names the key, for the home directory of an unknown user.
     """
     key, equals, value = override.partition("=")
+    if key == "trainer.init_from" and "=" in value and value[0] not in "'\"~":
+        parts = value.split(",")
+        several = not os.path.exists(value) and all(map(os.path.exists, parts))
+        return f"{key}={','.join(map(quote, parts if several else [value]))}"
     if not equals or "~" not in value or parse_or_none(override):
         return override
 
@@ -84,7 +90,7 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
         if before in DIRECTORY_FLAGS:
             flag, value = before, argument
         elif not (flag.startswith("-") and equals):
-            expanded.append(quote_home(argument))
+            expanded.append(quote_path(argument))
             continue
         with naming(flag):
             expanded.append(argument.removesuffix(value) + expand_home(value))

@@ -30,14 +30,16 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from vix.build import GROUPS, OVERLAYS, SETTINGS, construct, parse_group
-from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home, resolved_overrides
+from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_path, resolved_overrides
 from vix.composition.overlays import OverlayOptions, option_name, typed_keys, unresolved
 from vix.composition.yaml_files import Repository, check_permissions, is_group_file, location
 from vix.config import to_plain
 from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
+from vix.runs.results import read_run
 from vix.system.files import expand_home
+from vix.training.init_from import init_identity
 
 VERSION_BASE = "1.3"
 # Parts of Hydra's own config that contain paths.
@@ -72,7 +74,7 @@ class Loader(ConfigLoaderImpl):
         """Hydra's method; the arguments are those of ConfigLoaderImpl."""
         assert isinstance(self.repository, Repository)
         self.repository.primary = config_name
-        overrides = list(map(quote_home, overrides))
+        overrides = list(map(quote_path, overrides))
         self.overrides = OverridesParser.create().parse_overrides(overrides)
         self.repository.includes.clear()
         try:
@@ -257,7 +259,8 @@ def left_out_messages(hydra_config: Any) -> list[str]:
 
 def run_name_of_config(choices: Mapping[str, Any], overrides: ListConfig, seed: Any, *, _root_: DictConfig) -> str:
     """The resolver ``${run_name:…}``: a run's directory below outputs/. OmegaConf supplies ``_root_``, the whole config."""
-    return run_name(choices, resolved_overrides(overrides, _root_), seed, digest_of_images(_root_))
+    digests = digest_of_images(_root_), digest_of_weights(_root_)
+    return run_name(choices, resolved_overrides(overrides, _root_), seed, *digests)
 
 
 def digest_of_images(cfg: DictConfig | None) -> str:
@@ -269,6 +272,25 @@ def digest_of_images(cfg: DictConfig | None) -> str:
         return str(construct("data", parse_group(cfg, "data")).digest)[:8] if cfg is not None else ""
     except (UserError, OmegaConfBaseException, AttributeError):
         return ""
+
+
+def digest_of_weights(cfg: DictConfig | None) -> str:
+    """The first eight digits of the digest of the weights at ``trainer.init_from``; empty where it is null.
+
+    Where these weights are gone, of those from which an earlier run below outputs/ started, so that it is found and resumed.
+    """
+    try:
+        source = None if cfg is None else OmegaConf.select(cfg, "trainer.init_from")
+        if cfg is None or not isinstance(source, str):
+            return ""
+        outputs = Path(str(OmegaConf.select(cfg, "hydra.sweep.dir") or "outputs"))
+    except OmegaConfBaseException:
+        return ""
+    if known := init_identity(source):
+        return known["init_weights"][:8]
+    earlier = sorted(map(read_run, outputs.glob("*/*/results.json")), key=lambda run: -run.written)
+    found = (run.results for run in earlier if run.fields.get("trainer.init_from") == source)
+    return str(next(found, {}).get("init_weights") or "")[:8]
 
 
 def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None = None) -> str:

@@ -106,6 +106,15 @@ class ImageData(ImageSet):
 
         Raises DataError where the files are missing or invalid.
         """
+        train, evaluated = self.read_subsets()
+        return to_device(*train, device, self.classes), to_device(*evaluated, device, self.classes)
+
+    def load_evaluated(self, device: torch.device) -> Split:
+        """Read the evaluated images alone, and copy them to the device. Raises DataError as ``load``."""
+        return to_device(*self.read_subsets()[1], device, self.classes)
+
+    def read_subsets(self) -> tuple[tuple[LabeledImages, np.ndarray], tuple[LabeledImages, np.ndarray]]:
+        """For the training and for the evaluated images: the split that contains them, and their positions in it (count,)."""
         train, test = self.read()
         for labeled, name in ((train, "training"), (test, "test")):
             if labeled and set(np.unique(labeled[1])) != set(range(self.classes)):
@@ -117,8 +126,10 @@ class ImageData(ImageSet):
         else:
             assert test is not None  # the constructor of an image set without a test split requires validation_size
             evaluated = np.arange(len(test[1]))
-        train_split = to_device(train, subset_indices(train, training, self.train_size), device, self.classes)
-        return train_split, to_device(test, subset_indices(test, evaluated, self.test_size), device, self.classes)
+        return (
+            (train, subset_indices(train, training, self.train_size)),
+            (test, subset_indices(test, evaluated, self.test_size)),
+        )
 
     def held_out(self, train: LabeledImages) -> np.ndarray:
         """Positions of the validation images in the training split.

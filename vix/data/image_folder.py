@@ -144,6 +144,29 @@ class ImageFolder(ImageData):
         )
 
 
+@dataclass(kw_only=True)
+class EvaluatedFolder(ImageFolder):
+    """Images that are only evaluated: an :class:`ImageFolder` that may lack training images.
+
+    The images of ``root/val/<class>/``, ``root/test/<class>/`` or ``root/<class>/`` then are both splits.
+    """
+
+    @functools.cached_property
+    def image_set(self) -> str:
+        names, _, test, _ = self.list_files()
+        return f"imagefolder {self.digest} ({len(names)} classes, {len(test or ()):,} images)"
+
+    def split_folders(self) -> tuple[Path, Path | None]:
+        try:
+            return super().split_folders()
+        except ConfigError:
+            root = Path(self.root)
+            folder = next((folder for folder in (root / "val", root / "test", root) if has_folders(folder)), None)
+            if folder is None:
+                raise
+            return folder, folder
+
+
 @dataclass
 class Files:
     """Image files that are read when they are indexed, as uint8 (count, size, size, channels).

@@ -29,9 +29,9 @@ from vix.system.memory import process_peak_gb
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "image_set", "optimizer")
+CHOICES = ("experiment", "model", "attention", "embedding", "posenc", "data", "image_set", "optimizer", "init_weights")
 METRICS = (
-    *("top1", "top5", "best_top1", "train_loss"),
+    *("top1", "top5", "best_top1", "train_loss", "test_loss"),
     *("trainable_params", "images_per_second", "seconds", "peak_gpu_allocated_gb"),
 )
 PROBED, SHOWN, WORST = 16, 6, 40  # number of test images for the probe, for attention maps, and with the highest loss
@@ -142,6 +142,7 @@ class TensorBoard:
         """
         scalars = {
             "loss/train": row["train_loss"],
+            "loss/test": row["test_loss"],
             "accuracy/top1": row["top1"],
             "accuracy/top5": row["top5"],
             "train/lr": row["lr"],

@@ -20,6 +20,7 @@ IGNORED_ON_RESUME = (
     "fail_fast",
     "data.root",  # its content, including the classes, is identified by ImageData.image_set
     "data.classes",
+    "trainer.init_from",  # the weights are identified by the field init_weights
     "trainer.device",
     "trainer.resume",
     "trainer.probe",
@@ -46,6 +47,8 @@ COST_NEUTRAL_KEYS = (
         "data.classes",
         "trainer.device",
         "trainer.epochs",
+        "trainer.patience",
+        "trainer.init_from",
         "trainer.schedule",
         "trainer.warmup_epochs",
     ),
@@ -120,27 +123,28 @@ def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Itera
 START_ONLY_KEYS = ("rerun", "fail_fast", "trainer.resume")  # affect only how a run starts
 
 
-def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, images: str = "") -> str:
+def run_name(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, images: str = "", weights: str = "") -> str:
     """A run's directory below outputs/, such as ``vin,trainer.epochs=10/seed=1``.
 
     choices: the chosen option of each config group.
     overrides: of the command line.
     images: digest of an image set whose content depends on its root, so that other images are another run.
+    weights: digest of the weights that the run starts from, so that other weights are another run.
 
     The name begins with the experiment, or with the four model groups where no experiment is chosen. The other overrides
     follow in canonical form and alphabetical order, so that equivalent commands share a directory.
     """
-    return "/".join(map(file_name, (",".join(run_name_parts(choices, overrides, images)), f"seed={seed}")))
+    return "/".join(map(file_name, (",".join(run_name_parts(choices, overrides, images, weights)), f"seed={seed}")))
 
 
-def run_name_parts(choices: Mapping[str, Any], overrides: Sequence[str], images: str = "") -> list[str]:
+def run_name_parts(choices: Mapping[str, Any], overrides: Sequence[str], images: str = "", weights: str = "") -> list[str]:
     """The parts of :func:`run_name`: the experiment or the model groups, then every other override that defines the run."""
     experiment = choices.get("experiment")
     label = str(experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS))
     in_name = {"experiment", "seed", *IGNORED_ON_RESUME, *(() if experiment else MODEL_GROUPS)}
     given = {key: override for key, override in settings(overrides).items() if re.split(r"[./]", key)[0] != "hydra"}
     rest = {override for key, override in given.items() if key not in in_name}
-    rest |= {f"images={images}"} if images else set()
+    rest |= {f"{key}={digest}" for key, digest in (("images", images), ("init_from", weights)) if digest}
     return [label, *sorted(rest - {DEFAULT_RECIPE})]
 
 

@@ -74,7 +74,7 @@ class RunRecord:
         Options that are null are omitted: a run may predate such an option.
         """
         config = {k: v for k, v in flatten(self.results["config"]).items() if v is not None and k not in IGNORED_IN_GROUPS}
-        place = (str(self.results.get("device")), str(self.results.get("precision")))
+        place = tuple(str(self.results.get(key)) for key in ("device", "precision", "init_weights"))
         # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
         return (self.experiment, *self.changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))

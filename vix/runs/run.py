@@ -1,8 +1,11 @@
 """A run's directory: results, checkpoints, TensorBoard events; and whether an earlier run in it is resumed."""
 
+import csv
+import io
 import json
 import logging
 import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +16,11 @@ from vix.runs.checkpoint import read_checkpoint, write_tensors
 from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable
 from vix.runs.results import UNFINISHED, flatten, wrong_fields
 from vix.system.distributed import rank
-from vix.system.files import link_or_copy, nan_to_none, write_json
+from vix.system.files import atomic_write, link_or_copy, nan_to_none, write_json
 
 log = logging.getLogger(__name__)
 
-KEPT = ("results.json", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
+KEPT = ("results.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
 STAGING = ".previous.tmp"  # temporary directory while an earlier run is archived
 # Further fields that the table of a finished run requires.
 SHOWN = ("name", "best_epoch", "train_loss", "checkpoint_mb", "images_per_second", "seconds", "device", "precision")
@@ -72,23 +75,27 @@ class RunDirectory:
             if damaged:
                 log.warning("%s is damaged, and there is no checkpoint to restore it from", self.results_path)
             return {}
-        done = state["progress"]["epoch"] >= state["config"]["trainer"]["epochs"]
+        epoch, trainer = state["progress"]["epoch"], state["config"]["trainer"]
+        done = training_is_over(epoch, state["progress"]["best"], trainer["epochs"], trainer.get("patience"))
         if done or damaged:
             log.warning("%s is %s: restored from the checkpoint", self.results_path, "damaged" if damaged else "missing")
-        return {**state["results"], "status": "finished" if done else "interrupted", "config": state["config"]}
+        ending = {"status": "finished", "stopped_early": epoch < trainer["epochs"]} if done else {"status": "interrupted"}
+        return {**state["results"], **ending, "config": state["config"]}
 
-    def prepare(self, rerun: bool, resume: str) -> dict[str, Any] | None:
+    def prepare(self, rerun: bool, resume: str, check: Callable[[], object]) -> dict[str, Any] | None:
         """Handle an earlier run in the directory, and return its results where this run is already finished, else None.
 
         rerun: archive the earlier run, unless it belongs to this rerun: then it is resumed, or already finished. Otherwise a
             command that a cluster scheduler repeats until it succeeds would never finish.
         resume: ``trainer.resume``.
+        check: called before the earlier run is archived; raises where this run cannot start.
 
         Raises ConfigError where the earlier run cannot be resumed, and UserError where its files cannot be moved.
         """
         self.undo_archiving()
         belongs = rerun and self.belongs_to_rerun()
         if rerun and not belongs:
+            check()
             self.archive_previous()
         if rerun:
             self.add_identity(started_by_rerun=self.rerun_token or True)
@@ -110,7 +117,7 @@ class RunDirectory:
         """
         if self.previous_results.get("status") != "finished":
             return None
-        changed = self.check_same_run(self.previous_results["config"], self.previous_results.get("image_set"), resume)
+        changed = self.check_same_run(self.previous_results["config"], self.previous_results, resume)
         return None if changed else self.previous_results
 
     def belongs_to_rerun(self) -> bool:
@@ -121,26 +128,34 @@ class RunDirectory:
         if not started_by or (finished and started_by != self.rerun_token):
             return False
         try:
-            self.check_same_run(previous_results["config"], previous_results.get("image_set"), "auto")
+            self.check_same_run(previous_results["config"], previous_results, "auto")
             if not finished:
                 self.load_checkpoint("auto")
         except UserError:  # another run, or damaged
             return False
         return True
 
-    def check_same_run(self, config: dict[str, Any], image_set: str | None, resume: str) -> Changes:
+    def check_same_run(self, config: dict[str, Any], results: Mapping[str, Any], resume: str) -> Changes:
         """The keys in which this config differs from that of the earlier run, with both values.
 
-        config, image_set, resume: of the earlier run, of the earlier run, and ``trainer.resume``.
+        config, results: of the earlier run.
+        resume: ``trainer.resume``.
 
-        Raises ConfigError where the configs differ and ``resume`` is ``auto``, or where the image sets differ.
+        Raises ConfigError where the configs differ and ``resume`` is ``auto``, or where the image sets or the initial weights
+        differ.
         """
-        here = self.identity.get("image_set")
+        here, image_set = self.identity.get("image_set"), results.get("image_set")
         changed = changed_keys(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
         if image_set and here and image_set != here:
             raise ConfigError(
                 f"data.root: {self.directory} holds a run on other images ({image_set}, this run: {here}); start over "
                 "with rerun=true, or choose another directory with hydra.run.dir=DIR"
+            )
+        if not self.has_initial_weights(config, results):
+            began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none or missing ones")
+            raise ConfigError(
+                f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: "
+                f"{begins}); start over with rerun=true, or choose another directory with hydra.run.dir=DIR"
             )
         if changed and resume != "force":
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
@@ -150,12 +165,25 @@ class RunDirectory:
             )
         return changed
 
+    def has_initial_weights(self, config: dict[str, Any], results: Mapping[str, Any]) -> bool:
+        """Whether an earlier run started from the same weights as this one: by their content, or by the path where it is gone.
+
+        config, results: of the earlier run.
+        """
+        began, begins = results.get("init_weights"), self.identity.get("init_weights")
+        if began and begins:
+            return bool(began == begins)
+        source, earlier = (c.get("trainer", {}).get("init_from") for c in (self.config, config))
+        return bool(source == earlier)
+
     def write_results(self, **fields: Any) -> None:
-        """Add fields to results.json and write it atomically."""
+        """Add fields to results.json and write it atomically, and metrics.csv, which has a row per epoch of the history."""
         self.begun = True
         self.results |= fields
         if rank() == 0:
             write_json(self.results_path, self.results)
+            if history := self.results.get("history"):
+                atomic_write(self.directory / "metrics.csv", metrics_csv(history, self.results.get("class_names", ())))
 
     def write_failure(self, **fields: Any) -> None:
         """``write_results`` for a start that failed; the results of a finished run that it did not resume are kept."""
@@ -213,7 +241,7 @@ class RunDirectory:
                     "cannot be continued; start over with rerun=true"
                 )
             return None
-        changed = self.check_same_run(state["config"], state["results"].get("image_set"), resume)
+        changed = self.check_same_run(state["config"], state["results"], resume)
         check_changeable(changed, state["progress"]["epoch"], state["progress"]["batch"], self.directory)
         return state
 
@@ -287,6 +315,34 @@ class RunDirectory:
         for path, back in moved:
             path.rename(back)
         staging.rmdir()
+
+
+def training_is_over(epoch: int, best: Mapping[str, Any], epochs: int, patience: int | None) -> bool:
+    """Whether a run has done all of its epochs, or stops early.
+
+    epoch: completed epochs.
+    best: with ``best_epoch``, the epoch with the highest top-1 accuracy; empty before the first epoch.
+    epochs, patience: options of the trainer.
+    """
+    return epoch >= epochs or (patience is not None and epoch - best.get("best_epoch", 0) >= patience)
+
+
+def metrics_csv(history: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> bytes:
+    """The history as CSV: a row per epoch, with a column per class for its accuracy.
+
+    history: rows of results.json's ``history``.
+    class_names: names of the classes, in the order of the labels.
+    """
+    rows = []
+    for epoch in history:
+        row = {key: value for key, value in epoch.items() if key != "class_accuracy"}
+        of_classes = zip(class_names, epoch.get("class_accuracy", ()), strict=False)  # absent in epochs of older runs
+        rows.append(nan_to_none(row | {f"class_accuracy/{name}": value for name, value in of_classes}))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode(errors="backslashreplace")  # a folder's name need not be valid UTF-8
 
 
 def read_results(path: Path) -> dict[str, Any]:

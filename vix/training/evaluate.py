@@ -1,6 +1,7 @@
-"""Evaluation: accuracy, losses and predictions."""
+"""Evaluation: predictions, accuracy and loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,41 +9,79 @@ from torch import Tensor, nn
 
 from vix.system.distributed import all_reduce_sum, shard
 
+TOP = 5  # number of the most probable classes that are kept
 
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, over the images of all processes, as ``top1`` and ``top5``.
 
-    model: the model, which is set to eval mode.
-    batches: batches of images (B, C, Y, X) and labels (B,); each process evaluates its share of every batch.
-    autocast: autocast context of the run.
+class Predictions(NamedTuple):
+    """Predictions for images, on the CPU, in the order of the batches.
+
+    loss: cross-entropy in nats, (count,).
+    top: the five classes with the highest logits, or all where there are fewer, (count, 5).
+    labels: true classes, (count,).
     """
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=autocast.device)  # "cuda" is the current GPU, which is the run's
-    for batch, batch_labels in batches:
-        images, labels = shard(batch), shard(batch_labels)
-        if len(labels):
-            with autocast:
-                logits_BK = model(images)
-            hits = logits_BK.float().topk(min(5, logits_BK.shape[1])).indices == labels[:, None]
-            counts += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum(), torch.ones_like(labels).sum()])
-    top1, top5, evaluated = all_reduce_sum(counts).tolist()
-    return {"top1": 100 * (top1 / evaluated), "top5": 100 * (top5 / evaluated)}
+
+    loss: Tensor
+    top: Tensor
+    labels: Tensor
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (in nats) and predicted class of every image: (count,) each, on the CPU.
+def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> Predictions:
+    """The predictions for every image.
 
     model: the model, which is set to eval mode.
     batches: batches of images (B, C, Y, X) and labels (B,).
     autocast: autocast context of the run.
     """
     model.eval()
-    losses, predicted = [], []
+    parts = []
     for images, labels in batches:
         with autocast:
             logits_BK = model(images)
-        losses.append(F.nll_loss(logits_BK.float().log_softmax(dim=1), labels, reduction="none"))
-        predicted.append(logits_BK.argmax(dim=1))
-    return torch.cat(losses).cpu(), torch.cat(predicted).cpu()
+        loss = F.nll_loss(logits_BK.float().log_softmax(dim=1), labels, reduction="none")
+        parts.append((loss, logits_BK.float().topk(min(TOP, logits_BK.shape[1])).indices, labels))
+    if not parts:  # a process whose shards are all empty
+        none = torch.empty(0, dtype=torch.int64)
+        return Predictions(torch.empty(0), none[:, None], none)
+    return Predictions(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
+
+
+def scores(predicted: Predictions, classes: int) -> dict[str, Any]:
+    """Accuracy and loss over the images of all processes.
+
+    predicted: of this process's images.
+    classes: number K of classes.
+
+    Returns ``top1`` and ``top5`` in percent, ``test_loss``, the mean cross-entropy in nats, and ``class_accuracy``, the top-1
+    accuracy in percent of the images of each class.
+    """
+    hits = predicted.top == predicted.labels[:, None]
+    values = torch.ones_like(predicted.loss), hits[:, 0], hits.any(dim=1), predicted.loss
+    sums_4K = torch.stack([torch.bincount(predicted.labels, v.double(), minlength=classes).double() for v in values])
+    images_K, top1_K, top5_K, loss_K = all_reduce_sum(sums_4K)
+    images = images_K.sum().item()
+    return {
+        "top1": 100 * (top1_K.sum().item() / images),
+        "top5": 100 * (top5_K.sum().item() / images),
+        "test_loss": loss_K.sum().item() / images,
+        "class_accuracy": (100 * (top1_K / images_K)).tolist(),
+    }
+
+
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast, classes: int
+) -> dict[str, Any]:
+    """The :func:`scores` of a model.
+
+    model: the model, which is set to eval mode.
+    batches: batches of images (B, C, Y, X) and labels (B,); each process evaluates its share of every batch.
+    autocast: autocast context of the run.
+    classes: number K of classes.
+    """
+
+    def shards() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in batches:
+            if len(shard(labels)):
+                yield shard(images), shard(labels)
+
+    return scores(predictions(model, shards(), autocast), classes)

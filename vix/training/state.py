@@ -13,6 +13,8 @@ from vix.system.memory import PeakMemory
 from vix.system.rng import get_rng_state, set_rng_state
 from vix.training.ema import ModelEMA
 
+SCORES = ("top1", "top5", "test_loss", "class_accuracy")  # results of an evaluation
+
 
 @dataclass
 class Progress:
@@ -24,7 +26,7 @@ class Progress:
     lr: learning rate of the last step.
     train_seconds: training time of the current epoch.
     seconds: time of the completed epochs, with evaluation and compilation.
-    best: ``best_top1``, ``best_top5`` and ``best_epoch`` of the epoch with the highest top-1 accuracy.
+    best: ``best_epoch``, the epoch with the highest top-1 accuracy, and its results, with ``best_`` before their names.
     best_model: state dict of that epoch's model, on the CPU.
     history: one row of results per completed epoch.
     """
@@ -48,7 +50,7 @@ class Progress:
         self.epoch, self.batch, self.train_seconds, self.loss_sum = self.epoch + 1, 0, 0.0, torch.zeros_like(self.loss_sum)
         self.history.append({"epoch": self.epoch, **row})
         if row["top1"] > self.best.get("best_top1", -1.0):
-            self.best = {"best_top1": row["top1"], "best_top5": row["top5"], "best_epoch": self.epoch}
+            self.best = {f"best_{name}": row[name] for name in SCORES} | {"best_epoch": self.epoch}
             self.best_model = {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
 
 

@@ -22,18 +22,19 @@ from vix.models.counts import parameter_counts
 from vix.reporting.progress import EpochBar, log_epoch
 from vix.reporting.tensorboard import TensorBoard
 from vix.runs.checkpoint import saved_megabytes
-from vix.runs.run import RunDirectory
+from vix.runs.run import RunDirectory, training_is_over
 from vix.system.device import hardware, resolve_device, resolve_precision
 from vix.system.distributed import broadcast_from_rank0, rank, seed_rank, world_size
 from vix.system.memory import PeakMemory, check_memory_limit, limit_memory
 from vix.system.signals import SignalHandler
 from vix.training.compile import Compile, check_cuda_graphs, compile_step
 from vix.training.evaluate import accuracy, predictions
+from vix.training.init_from import fit_weights
 from vix.training.lr_schedule import lr_lambda
 from vix.training.micro_batch import largest_micro_batch
 from vix.training.nonfinite import NonFiniteError, locate_step
 from vix.training.resume import check_state_fits, restore
-from vix.training.state import TrainState
+from vix.training.state import Progress, TrainState
 from vix.training.train_step import TrainStep
 from vix.types import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 
@@ -45,6 +46,8 @@ class Trainer:
     """Trains a model on an image set, evaluates it after every epoch, and keeps the last and the best weights.
 
     epochs, batch_size, eval_batch_size: passes over the training images; images per training step and per evaluation step.
+    patience: stop after this many epochs without a higher top-1 accuracy on the evaluated split; null: never.
+    init_from: directory of a run, or file, whose weights a new run starts from (vix/training/init_from.py); null: random ones.
     micro_batch: images per forward and backward pass, whose gradients are accumulated; null: the whole batch; auto: the most
         that fit the memory.
     activation_checkpointing: recompute activations in the backward pass instead of storing them (vix/layers/checkpointing.py).
@@ -67,6 +70,8 @@ class Trainer:
     """
 
     epochs: Positive = 40
+    patience: Positive | None = None
+    init_from: str | None = None
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
     micro_batch: Positive | Literal["auto"] | None = None
@@ -123,7 +128,7 @@ class Trainer:
         ):
             self.compile_train_step(session)
             try:
-                while state.progress.epoch < self.epochs:
+                while not self.is_over(state.progress):
                     loss = self.train_epoch(session)
                     self.end_epoch(session, loss, self.evaluate(session), board)
                     self.save_checkpoint(session)
@@ -131,9 +136,17 @@ class Trainer:
                 raise self.locate_nonfinite(session) from None
             limit_memory(self.torch_device, None)
             if board:
-                board.finish(run.results, *predictions(state.eval_model, self.eval_batches(session), session.step.autocast))
-        run.write_results(status="finished")
+                predicted = predictions(state.eval_model, self.eval_batches(session), session.step.autocast)
+                board.finish(run.results, predicted.loss, predicted.top[:, 0])
+        stopped_early = state.progress.epoch < self.epochs
+        if stopped_early:
+            log.info("Stopped early: top-1 has not increased since epoch %d", state.progress.best["best_epoch"])
+        run.write_results(status="finished", stopped_early=stopped_early)
         return run.results
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether all epochs are done, or ``patience`` ends the run."""
+        return training_is_over(progress.epoch, progress.best, self.epochs, self.patience)
 
     def start(
         self,
@@ -149,6 +162,11 @@ class Trainer:
         saved = broadcast_from_rank0(lambda: run.load_checkpoint(self.resume))
         changed = run.resume_from(saved)
         check_state_fits(changed, build_optimizer, model, saved, run.directory)
+        if not saved:
+            weights, messages = fit_weights(model, self.init_from)
+            model.load_state_dict(weights, strict=False)
+            for message in messages:
+                log.info(message)
         dtype = resolve_precision(run.precision(self.precision, changed), device)
         train, test = data.load(device)
         optimizer = build_optimizer(model := model.to(device))
@@ -175,6 +193,7 @@ class Trainer:
             train_images=len(train),
             test_images=len(test),
             tested_on=data.eval_split,
+            class_names=list(data.class_names),
             micro_batch=step.micro_batch,
         )
         return session
@@ -229,10 +248,10 @@ class Trainer:
         state.peak_memory.stop()
         return mean_loss
 
-    def evaluate(self, session: "Session") -> dict[str, float]:
-        """Accuracy on the evaluated split, in percent, and ``eval_seconds``."""
+    def evaluate(self, session: "Session") -> dict[str, Any]:
+        """Accuracy and loss on the evaluated split (:func:`vix.training.evaluate.scores`), and ``eval_seconds``."""
         clock = time.perf_counter()
-        scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast)
+        scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast, session.test.classes)
         return {**scores, "eval_seconds": time.perf_counter() - clock}
 
     def eval_batches(self, session: "Session") -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,7 +264,7 @@ class Trainer:
                 self.save_and_exit(session)
             yield images, labels
 
-    def end_epoch(self, session: "Session", loss: float, scores: dict[str, float], board: TensorBoard | None) -> None:
+    def end_epoch(self, session: "Session", loss: float, scores: dict[str, Any], board: TensorBoard | None) -> None:
         """Add the epoch's results to the history, results.json, TensorBoard and the log."""
         state, progress, run = session.state, session.state.progress, session.run
         seconds = progress.train_seconds + scores.pop("eval_seconds")
