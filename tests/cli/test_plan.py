@@ -18,6 +18,7 @@ from vix.analysis.cost import peak_memory
 from vix.build import build_model, parse
 from vix.cli import plan as planning
 from vix.cli.plan import PlannedRun, expand, plan
+from vix.composition.compose import compose
 from vix.errors import UserError
 from vix.layers.checkpointing import set_activation_checkpointing
 from vix.runs.results import published_rows
@@ -150,7 +151,12 @@ def test_expansion_is_hydras() -> None:
     assert expand(["seed=range(3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
     assert expand(["seed=1", "seed=2"]) == [["seed=2"]]
     assert ["experiment=cct"] in expand(["experiment=glob(c*)"])
-    assert expand(["seed=3,4", "model.dim=${seed}"]) == [[f"seed={seed}", "model.dim=${seed}"] for seed in (3, 4)]
+    jobs = expand(["seed=3,4", "model.dim=${seed}"])  # an interpolation belongs to the job, not to the sweep
+    assert jobs == [[f"seed={seed}", r"model.dim=$\{seed\}"] for seed in (3, 4)]
+    assert [compose(job).model.dim for job in jobs] == [3, 4]
+    assert [job.name for job in plan(["model=vit", "seed=3,4", "model.dim=${seed}", "hydra.sweep.dir=x"])] == [
+        f"vit-nystrom-conv-learned,model.dim={seed}/seed={seed}" for seed in (3, 4)
+    ]
     with pytest.raises(UserError, match="a search chooses its runs"):
         expand(["hydra/sweeper=optuna_search"])
 

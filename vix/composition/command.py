@@ -148,13 +148,16 @@ def resolved_overrides(overrides: Any, cfg: DictConfig) -> list[str]:
 
     So the run's name and its command do not depend on environment variables.
     """
-    return [with_value(override, cfg) if "${" in override else override for override in typed_overrides(overrides)]
+    return [with_value(override, cfg) if "$" in override else override for override in typed_overrides(overrides)]
 
 
 def with_value(override: str, cfg: DictConfig) -> str:
-    """An override with its value in a config; unchanged where the config has none."""
+    """An override with an interpolation, with its value in a config; unchanged where the config has none.
+
+    Hydra's sweeper writes the interpolation of a job as ``$\\{…\\}``.
+    """
     parsed = parse_or_none(override)
-    if parsed is None or parsed.is_delete() or parsed.is_sweep_override():
+    if parsed is None or parsed.is_delete() or parsed.is_sweep_override() or "${" not in str(parsed.value()):
         return override
     try:
         value = OmegaConf.select(cfg, parsed.key_or_group)
