@@ -9,6 +9,8 @@ COMMANDS = {
     "report": ("report", "accuracy, memory and time of runs, next to the published figures"),
     "summary": ("summary", "layers of a model, with output shapes, parameters and FLOPs"),
     "diff": ("diff", "compare the configs, versions and results of two runs"),
+    "cost": ("cost", "latency, throughput and memory of a model in inference"),
+    "export": ("export", "write a trained model as an ONNX file, or for torch.export"),
     "replay": ("replay", "repeat the step whose loss or gradient was not finite, and name the layer"),
 }
 

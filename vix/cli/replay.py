@@ -33,7 +33,8 @@ def main() -> None:
     use_given_cpus()
     state = torch.load(directory / FILE, map_location="cpu", weights_only=True)
     device = saved_device(state["device"])
-    state |= {"images": state["images"].to(device), "labels": state["labels"].to(device)}
+    tensors = ("images", "labels", "class_weights")
+    state |= {name: state[name].to(device) for name in tensors if state.get(name) is not None}
     model = vix.build_model(OmegaConf.create(state["config"]))
     model.load_state_dict(state["model"])
     print(locate_layer(model.to(device), state))
