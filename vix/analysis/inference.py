@@ -74,7 +74,8 @@ def inference_cost(
     """Latency of one image in ms, throughput in images/s at the best batch size, and peak memory in GB (10⁹ bytes).
 
     experiment, model, seconds, compiled: as for :class:`Inference`.
-    batch_sizes: ascending; then doubled as long as throughput rises. Sizes that do not fit the memory are left out.
+    batch_sizes: ascending; if the model is not compiled, which takes long, doubled then as long as throughput rises. Sizes that
+        do not fit the memory are left out.
 
     Returns None where the compiler fails.
     """
@@ -87,7 +88,7 @@ def inference_cost(
         try:
             for size in batch_sizes:
                 rows.append(measured.batch(size))
-            while rises(rows) and (size := 2 * int(rows[-1]["batch_size"])) <= MAX_BATCH:
+            while not compiled and rises(rows) and (size := 2 * int(rows[-1]["batch_size"])) <= MAX_BATCH:
                 rows.append(measured.batch(size))
         except Exception as error:
             if not out_of_memory(error):

@@ -29,7 +29,7 @@ from vix.system.files import user_path, write_json
 from vix.system.threads import use_given_cpus
 
 BATCH_SIZES = (1, 32, 64, 128)
-VARIANTS = {"eager": False, "compiled": True}
+VARIANTS = ("eager", "compiled")
 
 
 def measure_cost(experiment: Experiment, model: nn.Module, options: argparse.Namespace) -> Row:
@@ -40,11 +40,11 @@ def measure_cost(experiment: Experiment, model: nn.Module, options: argparse.Nam
     trainer = experiment.trainer
     summary = summarize(experiment)
     dtype = resolve_precision(trainer.precision, trainer.torch_device)
-    variants = {
-        name: inference_cost(experiment, model, options.batches, options.seconds, compiled)
-        for name, compiled in VARIANTS.items()
-        if options.compile or not compiled
-    }
+    eager = inference_cost(experiment, model, options.batches, options.seconds, compiled=False)
+    variants = {"eager": eager}
+    if options.compile:
+        sizes = sorted({*options.batches, eager["best_batch_size"] or 1} if eager else options.batches)
+        variants["compiled"] = inference_cost(experiment, model, sizes, options.seconds, compiled=True)
     return {
         **hardware(trainer.torch_device, dtype),
         "torch": torch.__version__,
