@@ -114,7 +114,10 @@ class Experiment:
         make, no_decay = self.part("optimizer"), self.own_options["optimizer"].get("no_decay_on_norm_and_bias")
         if no_decay and "weight_decay" not in inspect.signature(make.func).parameters:
             raise ConfigError(f"optimizer.no_decay_on_norm_and_bias=true: {make.func.__name__} has no weight decay; use false")
-        params = param_groups_weight_decay(model) if no_decay else model.parameters()
+        if hasattr(make.func, "param_groups_of"):
+            params = make.func.param_groups_of(model, bool(no_decay))
+        else:
+            params = param_groups_weight_decay(model) if no_decay else model.parameters()
         return construct("optimizer", make, params=params)
 
 

@@ -16,7 +16,6 @@ from vix.attention.inspection import class_token_maps, softmax_error
 from vix.data.loader import Split, normalize
 from vix.errors import ConfigError, UserError
 from vix.overrides import override_key
-from vix.reporting import images
 from vix.runs.identity import IGNORED_ON_RESUME, is_of_the_run
 from vix.runs.results import flatten
 from vix.runs.run import LOGGER_FILE, RunDirectory
@@ -146,11 +145,12 @@ class RunLogger:
 
         loss, predicted: of every test image, (count,) on the CPU.
         """
+        from vix.reporting import images  # imports matplotlib, which every command would wait for
+
         labels, names = self.logged.test.labels.cpu(), self.logged.class_names
         true, guesses = labels.numpy(), predicted.numpy()
-        worst = loss.argsort(descending=True, stable=True)[
-            :WORST
-        ].numpy()  # an index array keeps its dimension, even with one element
+        # An array of indices keeps its dimension, even with one element.
+        worst = loss.argsort(descending=True, stable=True)[:WORST].numpy()
         drawn = {
             "confusion_matrix": images.confusion_matrix(true, guesses, names),
             "worst_images": images.worst_images(self.pixels(worst), true[worst], guesses[worst], loss.numpy()[worst], names),
