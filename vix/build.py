@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from vix.config import check_value, to_plain, validated_partial
 from vix.data.augment import Augmentation
 from vix.data.dataset import ImageData
-from vix.errors import ConfigError, DataError, nearest
+from vix.errors import ConfigError, DataError, UserError, nearest
 from vix.layers.heads import head_width
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
@@ -280,9 +280,18 @@ def load_run(directory: str | Path, weights: Literal["last", "best"] = "last", d
         raise DataError(f"there is no {path}: pass the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
     cfg = OmegaConf.create(checkpoint["config"])
-    if "classes" in cfg.data:  # the image folder may be absent on this machine
+    # The image folder may be absent on this machine.
+    if "classes" in cfg.get("data", ()) and "head.weight" in checkpoint["model"]:
         cfg.data.classes = len(checkpoint["model"]["head.weight"])
     experiment = parse(for_inference(cfg, device))
-    model = experiment.build_model()
-    model.load_state_dict(checkpoint["model" if weights == "last" else "best_model"])
+    model = load_weights(experiment.build_model(), checkpoint["model" if weights == "last" else "best_model"], path)
     return TrainedRun(experiment, model.eval(), checkpoint["results"])
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The model with the weights of a file. Raises UserError, which names the file, where they are another model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} has the weights of another model than its config describes; restore or replace it") from error
+    return model

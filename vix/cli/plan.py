@@ -8,6 +8,7 @@ on a GPU, on a machine without one, too.
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -31,14 +32,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vix.analysis.cost import Fit, estimate_memory, fit_memory, measure_step
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import Experiment, parse
-from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages, make_loader
+from vix.composition.command import Flags, add_flags, expand_arguments, flags_from, typed_overrides
+from vix.composition.compose import (
+    compose_with_hydra,
+    format_error,
+    is_hydra_error,
+    left_out_messages,
+    make_loader,
+    naming_file,
+    sweep_directory,
+)
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 from vix.runs.identity import COST_NEUTRAL_KEYS, MODEL_GROUPS, is_of_the_run
 from vix.runs.results import Row, find_runs, flatten, image_set
 from vix.runs.run import RunDirectory
+from vix.runs.sweep import read_token, rerun_file
 from vix.system.device import device_name
 from vix.system.files import check_unlocked
 from vix.system.threads import use_given_cpus
@@ -116,7 +126,9 @@ def plan(
     Raises Hydra's exceptions for invalid arguments, and UserError for a search, whose runs are not known in advance.
     """
     models: dict[str, Summary] = {}
-    jobs = [plan_run(number, overrides, models, flags, device) for number, overrides in enumerate(expand(arguments, flags))]
+    rerun = rerun_token(arguments, flags or Flags())
+    expanded = enumerate(expand(arguments, flags))
+    jobs = [plan_run(number, overrides, models, flags, rerun, device) for number, overrides in expanded]
     outputs = {job.outputs for job in jobs if job.outputs}
     earlier = [run.results for run in find_runs(directory for directory in outputs if directory.is_dir())]
     for job in jobs:
@@ -133,18 +145,30 @@ def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[st
         raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs adaptively, so they cannot be planned")
     params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=make_loader(flags or Flags()))
-    parsed = parser.parse_overrides([*params, *master.hydra.overrides.task])
+    parsed = parser.parse_overrides([*params, *typed_overrides(master.hydra.overrides.task)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    hydra_overrides = list(master.hydra.overrides.hydra)
+    hydra_overrides = typed_overrides(master.hydra.overrides.hydra)
     return [[*hydra_overrides, *job] for job in jobs]
 
 
+def rerun_token(arguments: Sequence[str], flags: Flags) -> str:
+    """The token of the rerun that the same arguments of ``train.py -m`` would continue; empty where there is none."""
+    outputs = sweep_directory(compose_with_hydra(arguments, flags, RunMode.MULTIRUN))
+    return read_token(rerun_file(outputs, arguments, flags))
+
+
 def plan_run(
-    number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None, device: str | None = None
+    number: int,
+    overrides: list[str],
+    models: dict[str, Summary],
+    flags: Flags | None = None,
+    rerun: str = "",
+    device: str | None = None,
 ) -> PlannedRun:
     """Plan one job, with the checks of ``train.py``.
 
     models: cache of the summaries, which take a third of a second each; extended in place.
+    rerun: the token of the sweep's rerun.
     device: as for :func:`plan`.
     """
     job = PlannedRun(" ".join(overrides))
@@ -156,12 +180,15 @@ def plan_run(
         job.name = "/".join(job.directory.parts[-2:])
         with open_dict(cfg):
             del cfg["hydra"]
+        planned = copy.deepcopy(cfg)
+        with naming_file(overrides, flags):
+            absent = device is not None and choose_device(planned, device)
+            job.experiment = parse(planned)
+            check_experiment(job.experiment)
         config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         job.config = config
-        absent = device is not None and choose_device(cfg, device)
-        job.experiment = parse(cfg)
         job.target = ABSENT_GPU if absent else job.experiment.trainer.torch_device
-        resolve_state(job, job.experiment, job.directory)
+        resolve_state(job, job.experiment, job.directory, rerun)
         model = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
         if model not in models:
             models[model] = summarize(job.experiment)
@@ -192,20 +219,24 @@ def output_directory(cfg: DictConfig, number: int) -> Path:
     return Path(str(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir)
 
 
-def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> None:
-    """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would refuse the run."""
+def check_experiment(experiment: Experiment) -> None:
+    """Raises ConfigError where ``train.py`` would refuse the config."""
     with torch.device("meta"):
         model = experiment.build_model()
         experiment.build_optimizer(model)
-    trainer, data = experiment.trainer, experiment.data
     experiment.augmentation  # noqa: B018  (constructing it checks the image size)
     experiment.logger  # noqa: B018  (checks that its package is installed)
-    check_batches(experiment.build_model, data, trainer)
+    check_batches(experiment.build_model, experiment.data, experiment.trainer)
+
+
+def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path, rerun: str) -> None:
+    """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would not continue the earlier run."""
+    trainer, data = experiment.trainer, experiment.data
     job.device, job.left = device_name(trainer.torch_device) if job.target != ABSENT_GPU else "a CUDA GPU", trainer.epochs
     job.image_set = data.image_set
     check_unlocked(directory)
-    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {})
-    if experiment.rerun and not run.is_interrupted_rerun():
+    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {}, rerun)
+    if experiment.rerun and not run.belongs_to_rerun():
         job.state = "again" if run.previous_results else "new"
     elif run.finished_results(trainer.resume):
         job.state, job.left = "finished", 0

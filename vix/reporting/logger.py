@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vix.attention.inspection import class_token_maps, softmax_error
 from vix.data.loader import Split, normalize
 from vix.errors import ConfigError, UserError
-from vix.overrides import override_key
+from vix.overrides import settings
 from vix.runs.identity import IGNORED_ON_RESUME, is_of_the_run
 from vix.runs.results import flatten
 from vix.runs.run import LOGGER_FILE, RunDirectory
@@ -226,7 +226,7 @@ def hyperparameters(run: RunDirectory) -> dict[str, str | int | float]:
     into text.
     """
     columns = {name: run.identity[name] for name in CHOICES if run.identity.get(name)}
-    given = {override_key(override) for override in run.identity.get("overrides", ())}
+    given = settings(run.identity.get("overrides", ())).keys()
     for key, value in flatten(run.config).items():
         ignored = key in IGNORED_ON_RESUME or not is_of_the_run(key)
         if ignored or key.endswith("_target_") or (value is None and key not in given):
