@@ -13,7 +13,7 @@ from vix.system.memory import gpu_out_of_memory, out_of_memory
 
 # Modules imported by the fork server, which uses no device, so that new processes start fast. An optimizer imports
 # torch._dynamo in its first step.
-PRELOAD = ("torch", "torch._dynamo", "vix.cli.summary", "vix.layers.posenc", "benchmarks.steps", "benchmarks.measure")
+PRELOAD = ("torch", "torch._dynamo", "vix.cli.summary", "vix.layers.posenc", "benchmarks.steps", "vix.analysis.measure")
 
 
 class Refused(Exception):

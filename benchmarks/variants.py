@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import measure, resident, traffic
+from benchmarks.measure import traffic
 from benchmarks.steps import composed, ours, package, papers_way, random_batch
+from vix.analysis.measure import measure, resident
 from vix.build import build_model
 from vix.models.counts import training_flops
 from vix.system.device import resolve_device, resolve_precision

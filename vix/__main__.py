@@ -13,6 +13,8 @@ COMMANDS = {
     "diff": ("diff", "compare the configs, versions and results of two runs"),
     "evaluate": ("evaluate", "accuracy, loss and confusion matrix of trained runs, also on other images"),
     "predict": ("predict", "classes of image files, as CSV"),
+    "cost": ("cost", "latency, throughput and memory of a model in inference"),
+    "export": ("export", "write a trained model as an ONNX file, or for torch.export"),
     "replay": ("replay", "repeat the step whose loss or gradient was not finite, and name the layer"),
 }
 

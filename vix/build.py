@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +18,7 @@ from vix.errors import ConfigError, DataError, UserError, nearest
 from vix.layers.heads import head_width
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
+from vix.reporting.logger import RunLogger
 from vix.runs.checkpoint import read_checkpoint
 from vix.system.files import user_path
 from vix.training.param_groups import param_groups_weight_decay
@@ -34,6 +35,7 @@ GROUPS: dict[str, tuple[type, set[str]]] = {
     "data": (ImageData, set()),
     "augment": (Augmentation, set()),
     "trainer": (Trainer, set()),
+    "logger": (RunLogger, {"logged"}),
 }
 SETTINGS: dict[str, Any] = {"seed": Seed, "rerun": bool, "fail_fast": bool}  # the keys outside the groups
 # Options of a group that the program reads itself, in addition to those of the constructor.
@@ -83,6 +85,13 @@ class Experiment:
     def trainer(self) -> Trainer:
         """The trainer. Constructing it selects its device as the current one."""
         return construct("trainer", self.part("trainer"))
+
+    @functools.cached_property
+    def logger(self) -> functools.partial[RunLogger]:
+        """The logger's class with its options. Raises ConfigError where its package is not installed."""
+        make = self.part("logger")
+        make.func.check_package()  # type: ignore[attr-defined]
+        return make
 
     def build_model(self) -> nn.Module:
         """A new model: (B, C, Y, X) images in [−1, 1] → (B, K) logits. Works under ``torch.device("meta")`` too."""
@@ -235,11 +244,39 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
 
     Raises DataError where the directory holds no checkpoint or no best weights, and UserError where the checkpoint is damaged.
     """
-    return load_run(directory, weights)[0]
+    return load_run(directory, weights).model
 
 
-def load_run(directory: str | Path, weights: Literal["last", "best"] = "last") -> tuple[nn.Module, Experiment, dict[str, Any]]:
-    """The trained model of a run, what its config describes, and its checkpoint; as :func:`load_model`."""
+def for_inference(cfg: DictConfig, device: str) -> DictConfig:
+    """A config without the trainer's options that another machine may refuse; ``device`` is the new ``trainer.device``."""
+    return OmegaConf.merge(cfg, {"trainer": {"device": device, "compile": False, "memory_limit_gb": None}})  # type: ignore[return-value]
+
+
+class LoadedRun(NamedTuple):
+    """What a run's checkpoint holds: the validated config, the model in eval mode on the CPU, and everything else."""
+
+    experiment: Experiment
+    model: nn.Module
+    checkpoint: Mapping[str, Any]
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """The results so far."""
+        results: Mapping[str, Any] = self.checkpoint["results"]
+        return results
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        return tuple(self.results.get("class_names") or self.experiment.data.class_names)
+
+
+def load_run(directory: str | Path, weights: Literal["last", "best"] = "last", device: str = "cpu") -> LoadedRun:
+    """A run's model, as from :func:`load_model`, with its config and results.
+
+    directory, weights: as for :func:`load_model`.
+    device: ``trainer.device`` of the config. The model is on the CPU.
+    """
     path = user_path(str(directory)) / "checkpoint.pt"
     if not path.is_file():
         if path.with_name("results.json").is_file():
@@ -255,8 +292,8 @@ def load_run(directory: str | Path, weights: Literal["last", "best"] = "last") -
     # The image folder may be absent on this machine.
     if "classes" in cfg.get("data", ()) and "head.weight" in checkpoint["model"]:
         cfg.data.classes = len(checkpoint["model"]["head.weight"])
-    experiment = parse(cfg)
-    return load_weights(experiment.build_model(), state, path).eval(), experiment, checkpoint
+    experiment = parse(for_inference(cfg, device))
+    return LoadedRun(experiment, load_weights(experiment.build_model(), state, path).eval(), checkpoint)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:

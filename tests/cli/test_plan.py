@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,13 +15,14 @@ import torch
 from conftest import HANGS, ROOT, TINY, run_train
 from omegaconf import DictConfig
 
-from vix.analysis.cost import peak_memory
+from vix.analysis import cost
+from vix.analysis.cost import PretendedEngine, estimate_memory, evaluation_memory, fit_memory, training_memory
 from vix.build import build_model, parse
 from vix.cli import plan as planning
 from vix.cli.plan import PlannedRun, expand, plan
 from vix.composition.compose import compose
 from vix.errors import UserError
-from vix.layers.checkpointing import set_activation_checkpointing
+from vix.layers.checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from vix.runs.results import published_rows
 
 Compose = Callable[..., DictConfig]
@@ -40,7 +42,7 @@ def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [job.state for job in before] == ["new", "new", "refused", "refused"]
     assert all("attention.landmarks=1000 is more than the 65 tokens" in job.reason for job in before[2:])
     assert {job.hours for job in before} == {None}
-    assert all(job.gpu_gb and not job.measured for job in before[:2])
+    assert all(job.estimated_gb and job.measured_gb is None for job in before[:2])
     assert all(job.hours for job in plan(SWEEP, measuring=True)[:2])
     assert not any(tmp_path.iterdir())
 
@@ -59,6 +61,16 @@ def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (again.state, again.left, third.state, third.left) == ("again", 2, "new", 20)
     assert third.hours == pytest.approx(sum(seconds) / 2 / 2 * 20 / 3600)  # a median of two, of 2 epochs each
     assert only([*good, "trainer.batch_size=10"]).hours is None
+    path = before[0].directory / "results.json"  # type: ignore[operator]
+    on_cpu = json.loads(path.read_text())
+    path.write_text(json.dumps(on_cpu | {"device": "some GPU", "peak_gpu_allocated_gb": 0.5}))
+    elsewhere = only([*good, "seed=2"])
+    assert elsewhere.measured_gb is None
+    if not torch.cuda.is_available():
+        (on_gpu,) = plan([*good, "seed=2"], device="cuda")
+        assert (on_gpu.measured_gb, on_gpu.hours, on_gpu.device) == (0.5, None, "a CUDA GPU")
+        assert on_gpu.estimated_gb
+    path.write_text(json.dumps(on_cpu))
 
     directory = after[0].directory
     assert directory is not None
@@ -128,22 +140,108 @@ def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...],
         step()
     changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = before + max(itertools.accumulate(changes))
-    assert peak_memory(parse(cfg)) == pytest.approx(peak, rel=0.1)
+    assert training_memory(parse(cfg)) == pytest.approx(peak, rel=0.1)
 
 
 def test_what_is_computed_twice_is_not_kept(compose_config: Compose) -> None:
     """A compiled step computes less twice, and so keeps more, where only what is cheap is."""
-    peaks = [
-        peak_memory(
-            parse(
-                compose_config(
-                    "experiment=vip", "trainer.batch_size=4", "trainer.device=cpu", f"trainer.activation_checkpointing={what}"
-                )
-            )
-        )
-        for what in ("full", "selective", "null")
-    ]
+    cfg = compose_config("experiment=vip", "trainer.batch_size=4", "trainer.device=cpu")
+    peaks = [training_memory(parse(cfg), activation_checkpointing=mode) for mode in ("full", "selective", None)]
     assert peaks == sorted(set(peaks))
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("checkpointing", [None, "full", pytest.param("selective", marks=pytest.mark.slow)])
+def test_backward_without_the_engine(
+    compose_config: Compose, monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing
+) -> None:
+    """The nodes of pretended CUDA tensors are executed outside of PyTorch's engine: with the same peak."""
+    for model in (("experiment=quickstart", "model.depth=1"), ("experiment=cvt", "data=digits", "model.depth=[1,1,1]")):
+        sizes = ("trainer.batch_size=4", "trainer.micro_batch=2")
+        cfg = compose_config(*model, *sizes, "trainer.precision=bf16", "trainer.device=cpu")
+        expected = training_memory(parse(cfg), activation_checkpointing=checkpointing)
+        with monkeypatch.context() as patches:
+            patches.setattr(cost, "backward", lambda loss: PretendedEngine(loss).run())
+            found = training_memory(parse(cfg), activation_checkpointing=checkpointing)
+        assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_channel", "per_weight"), [("fp32", 4 + 4 + 4 + 8 + 8, 0), ("bf16", 4 + 4 + 2 + 4 + 4, 2)]
+)
+def test_memory_of_a_block_on_a_gpu_by_hand(compose_config: Compose, precision: str, per_channel: int, per_weight: int) -> None:
+    """A block without a mixer saves the inputs of both norms (float32), of the MLP's layers and of its GELU.
+
+    CUDA's autocast keeps a norm's output in float32, and the rounded weights until the backward pass.
+    """
+    batch, tokens, dim = 64, 65, 32
+    model = ("model=vit", "attention=identity", "embedding=linear", f"model.dim={dim}", "data=digits", "embedding.patch_size=1")
+    run = (*model, f"trainer.precision={precision}", f"trainer.batch_size={batch}", "trainer.device=cpu")
+    two, three = (training_memory(parse(compose_config(*run, f"model.depth={n}")), GPU) for n in (2, 3))
+    matrices, vectors = 4 * dim * dim, 4 * dim + 3 * dim
+    norms = 2 * 2 * 4  # mean and reciprocal standard deviation
+    expected = batch * tokens * (per_channel * dim + norms) + 12 * (matrices + vectors) + per_weight * matrices
+    assert three - two == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+def test_whether_it_fits(compose_config: Compose) -> None:
+    """The largest sizes are the last ones whose estimates are within the limit; so is what activation checkpointing saves."""
+    small = ("experiment=vit", "embedding.patch_size=4", "model.depth=2", "trainer.device=cpu", "trainer.batch_size=256")
+    run = parse(compose_config(*small))
+    memory = estimate_memory(run, GPU)
+    assert memory.images == 60_000 * (3 * 32 * 32 + 8)
+    assert memory.total == memory.training + memory.images
+    assert fit_memory(run, GPU, memory.total, memory).fits
+    limit = memory.images + 1.2 * memory.evaluation
+    fit = fit_memory(run, GPU, limit, memory)
+    assert (fit.fits, fit.needed, fit.eval_batch_size) == (False, memory.total, None)
+    assert fit.micro_batch
+    room = limit - memory.images
+    assert training_memory(run, GPU, fit.micro_batch) <= room < training_memory(run, GPU, fit.micro_batch + 1)
+    assert fit.checkpointing["full"] == training_memory(run, GPU, activation_checkpointing="full") + memory.images
+    assert fit.checkpointing["full"] < fit.checkpointing["selective"] < memory.total
+
+    evaluated = fit_memory(run, GPU, memory.images + memory.evaluation - 1, memory)
+    assert evaluated.eval_batch_size == 255
+    assert evaluation_memory(run, GPU, 255) < memory.evaluation
+    nothing = fit_memory(run, GPU, memory.images, memory)
+    assert (nothing.eval_batch_size, nothing.micro_batch, nothing.micro_batch_full) == (0, 0, 0)
+    run.trainer.micro_batch = "auto"
+    assert fit_memory(run, GPU, limit, memory).fits
+
+
+def test_averaged_weights_need_memory(compose_config: Compose) -> None:
+    """The EMA is a copy of the weights, in training and in evaluation."""
+    run = ("experiment=quickstart", "model.depth=1", "trainer.device=cpu")
+    plain, averaged = (estimate_memory(parse(compose_config(*run, *o)), GPU) for o in ((), ("trainer.ema_decay=0.99",)))
+    weights = sum(p.nbytes for p in build_model(compose_config(*run)).parameters())
+    assert averaged.training - plain.training == averaged.evaluation - plain.evaluation == weights
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planned on a machine without one, with what makes a run fit."""
+    monkeypatch.chdir(tmp_path)
+    small = ("experiment=quickstart", "model.depth=1", "trainer.device=cuda", "trainer.compile=cuda_graphs", "--device=cuda")
+    monkeypatch.setattr(
+        sys, "argv", ["vix", *small, "trainer.batch_size=2,64", "trainer.eval_batch_size=16", "--memory-gb", "0.015"]
+    )
+    with pytest.raises(SystemExit) as end:
+        planning.main()
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if "/seed=0" in line and " new " in line]
+    assert [row[-1] for row in rows] == ["yes", "no"]
+    assert "2 runs on a CUDA GPU: 2 new" in shown
+    assert re.search(
+        r"does not fit: quickstart,.*batch_size=64.*: needs 0\.\d\d GB; .*training fits with trainer\.micro_batch=\d+; ", shown
+    )
+    monkeypatch.setattr(sys, "argv", ["vix", *small, "--measure"])
+    with pytest.raises(SystemExit, match="this machine has no CUDA GPU; leave --measure out for an estimate"):
+        planning.main()
 
 
 def test_expansion_is_hydras() -> None:

@@ -22,7 +22,8 @@ from vix.data.dataset import balanced_subset
 from vix.data.image_folder import ImageFolder
 from vix.data.loader import Split
 from vix.errors import ConfigError, DataError
-from vix.reporting.tensorboard import METRICS, TensorBoard
+from vix.reporting.logger import METRICS, LoggedRun
+from vix.reporting.tensorboard import TensorBoard
 from vix.runs.run import RunDirectory
 from vix.training.evaluate import predictions
 
@@ -431,7 +432,7 @@ def test_the_end_of_a_small_set(tmp_path: Path, classes: int, images: int) -> No
         directory.mkdir()
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))
         results = {**dict.fromkeys(METRICS, 1.0), "epochs": 1}
-        with TensorBoard(RunDirectory(directory, {}, {}), 1, model, test, names, False) as board:
+        with TensorBoard(LoggedRun(RunDirectory(directory, {}, {}), 1, model, test, names, False)) as board:
             board.finish(results, *predictions(model, test.eval_batches(2), torch.autocast("cpu", enabled=False)))
         events = EventAccumulator(str(directory)).Reload()
         assert events.Tags()["images"] == ["test/confusion_matrix", "test/worst_images"]

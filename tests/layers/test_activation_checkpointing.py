@@ -12,8 +12,8 @@ from conftest import ROOT, TINY, run_train
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from benchmarks.measure import most_allocated
 from vix import build_model
+from vix.analysis.measure import most_allocated
 from vix.layers.checkpointing import Block, set_activation_checkpointing
 from vix.training.train_step import mean_loss
 

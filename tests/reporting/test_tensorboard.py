@@ -25,7 +25,8 @@ import vix
 from vix.attention.inspection import softmax_error
 from vix.build import parse
 from vix.reporting import images as pictures
-from vix.reporting.tensorboard import METRICS, TensorBoard, hyperparameters
+from vix.reporting.logger import METRICS, hyperparameters
+from vix.reporting.tensorboard import TensorBoard
 from vix.runs.run import RunDirectory
 
 Get = Callable[..., Any]

@@ -24,7 +24,7 @@ import vix
 from vix.cli.plan import plan
 from vix.data.image_folder import ImageFolder
 from vix.errors import DataError, UserError
-from vix.reporting.tensorboard import hyperparameters
+from vix.reporting.logger import hyperparameters
 from vix.runs.checkpoint import read_checkpoint
 from vix.runs.results import find_runs, group_seeds
 from vix.runs.run import RunDirectory

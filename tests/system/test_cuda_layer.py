@@ -26,9 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import vix.training.train_step
-from benchmarks.measure import measure
 from benchmarks.record import chosen_device, hardware
 from vix.analysis.cost import AllocationCounter, FusedAttention
+from vix.analysis.measure import measure
 from vix.build import build_model, parse
 from vix.data.loader import Split
 from vix.errors import ConfigError, UserError

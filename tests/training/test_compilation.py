@@ -79,7 +79,7 @@ def test_graphs_gradients_add_up(compose_config: Compose) -> None:
     optimizer.zero_grad(set_to_none=True)
     memory = {key: torch.empty_like(p) for key, p in model.named_parameters()}
 
-    def graph(forward: nn.Module, images: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    def graph(forward: nn.Module, images: torch.Tensor, labels: torch.Tensor, smoothing: float, _: None) -> torch.Tensor:
         weights = {key: Reused.apply(p, memory[key]) for key, p in forward.named_parameters()}
         logits = torch.func.functional_call(forward, weights, (images,))
         return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)

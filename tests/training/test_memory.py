@@ -12,7 +12,7 @@ import torch
 from conftest import run_train
 from omegaconf import DictConfig
 
-from vix.analysis.cost import peak_memory
+from vix.analysis.cost import training_memory
 from vix.build import parse
 from vix.errors import ConfigError
 from vix.system.memory import check_memory_limit, limit_memory, out_of_memory
@@ -33,7 +33,7 @@ RUN = (
 def half_of_it(compose_config: Compose, device: str) -> tuple[str, ...]:
     """Overrides that give this run half of the memory that its steps allocate."""
     run = (*RUN, f"trainer.device={device}")
-    return (*run, f"trainer.memory_limit_gb={peak_memory(parse(compose_config(*run))) / 2e9:.3f}")
+    return (*run, f"trainer.memory_limit_gb={training_memory(parse(compose_config(*run))) / 2e9:.3f}")
 
 
 def results(directory: Path, *overrides: str) -> dict[str, Any]:

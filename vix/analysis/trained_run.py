@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class TrainedRun:
     class_names: tuple[str, ...] | None
     config: DictConfig
     overridden: frozenset[str]
-    checkpoint: dict[str, Any]
+    checkpoint: Mapping[str, Any]
     device: torch.device
     autocast: torch.autocast
     batch_size: int
@@ -73,7 +73,7 @@ def load_trained_run(directory: Path, weights: Weights, overrides: Sequence[str]
 
     Raises UserError where the directory holds no trained model, and for invalid overrides.
     """
-    model, experiment, checkpoint = load_run(directory, weights)
+    experiment, model, checkpoint = load_run(directory, weights)
     cfg = OmegaConf.create(checkpoint["config"])
     cfg.trainer.precision = checkpoint["results"].get("precision") or cfg.trainer.precision
     cfg.trainer.compile, cfg.trainer.memory_limit_gb = False, None

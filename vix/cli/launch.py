@@ -73,7 +73,7 @@ def run_job(cfg: DictConfig) -> float:
         "name": "/".join(directory.parts[-2:]),
         "experiment": choices.get("experiment"),
         "recipe": choices.get("recipe"),
-        **{group: choices.get(group) for group in GROUPS if group != "trainer"},
+        **{group: choices.get(group) for group in GROUPS if group not in ("trainer", "logger")},
         "overrides": overrides,
         "seed": cfg.get("seed"),
         "command": reproduce_command(job, overrides),
@@ -153,6 +153,7 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         experiment.build_optimizer(model)
         trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
         check_batches(experiment.build_model, data, trainer)
+        make_logger = experiment.logger
     run.add_identity(image_set=data.image_set, **init_identity(trainer.init_from))
     results = broadcast_from_rank0(
         lambda: run.prepare(experiment.rerun, trainer.resume, lambda: fit_weights(model, trainer.init_from))
@@ -161,7 +162,7 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
         return results
     try:
-        return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed)
+        return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed, make_logger)
     finally:
         limit_memory(trainer.torch_device, None)  # for the error handling, and the next job of a sweep
 

@@ -2,9 +2,13 @@
 
 Accepts the arguments of ``train.py -m``, composes and builds every run, and prints its state and its cost. A run that would be
 refused is printed with the reason, and the exit code is then 1. Reads no data, starts nothing and writes nothing.
+
+``--memory-gb`` prints which runs fit that memory, and what makes the others fit. ``--device cuda`` estimates the memory of runs
+on a GPU, on a machine without one, too.
 """
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -26,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from vix.analysis.cost import measure_step, peak_memory
+from vix.analysis.cost import Fit, estimate_memory, fit_memory, measure_step
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import Experiment, parse
 from vix.composition.command import Flags, add_flags, expand_arguments, flags_from, typed_overrides
@@ -42,7 +46,7 @@ from vix.composition.compose import (
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
-from vix.runs.identity import COST_NEUTRAL_KEYS, MODEL_GROUPS
+from vix.runs.identity import COST_NEUTRAL_KEYS, MODEL_GROUPS, is_of_the_run
 from vix.runs.results import Row, find_runs, flatten, image_set
 from vix.runs.run import RunDirectory
 from vix.runs.sweep import read_token, rerun_file
@@ -53,10 +57,18 @@ from vix.training.batch_sizes import check_batches
 from vix.training.init_from import fit_weights, init_identity
 
 HOW_TO_READ = (
-    "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and peak GPU GB are taken from\n"
-    "earlier runs with the same model, data, batch size and hardware in the same output directory. Without such runs, GB are\n"
-    "estimated from the shapes (~), and hours are unknown (–); --measure trains each model for a few steps to measure both."
+    "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and measured GB are taken from\n"
+    "earlier runs with the same model, data, batch size and hardware in the same output directory, or unknown (–); --measure\n"
+    "trains each model for a few steps to measure both. GB: peak memory of the training steps, without the image set; the\n"
+    "estimate follows from the shapes of all tensors."
 )
+HOW_TO_FIT = (
+    "Fits: whether the estimate of training and evaluation, with the image set, is within {:g} GB of PyTorch's memory, as\n"
+    "under trainer.memory_limit_gb. On a GPU, CUDA itself takes about half a GB more, and fragmentation some percent."
+)
+
+
+ABSENT_GPU = torch.device("cuda")  # without an index, in contrast to a GPU of this machine
 
 
 @dataclass
@@ -71,8 +83,11 @@ class PlannedRun:
     left: epochs still to train.
     device: the hardware on which it would run.
     summary: parameters and FLOPs of the model.
-    hours, gpu_gb: estimated time, and peak memory in GB of 10⁹ bytes; None where unknown.
-    measured: whether the memory was measured, by an earlier run or by --measure; else it is estimated from the shapes.
+    hours: estimated time; None where unknown.
+    estimated_gb, measured_gb: peak memory in GB of 10⁹ bytes, from the shapes, and of earlier runs or by --measure; None where
+        unknown.
+    target: the device whose memory is estimated; it need not exist on this machine.
+    fit: whether the run fits the memory of --memory-gb.
     left_out: messages about options of the experiment or recipe that do not apply, because another option was chosen.
     """
 
@@ -88,28 +103,39 @@ class PlannedRun:
     device: str = ""
     summary: Summary | None = None
     hours: float | None = None
-    gpu_gb: float | None = None
-    measured: bool = False
+    estimated_gb: float | None = None
+    measured_gb: float | None = None
+    target: torch.device | None = None
+    fit: Fit | None = None
     left_out: list[str] = field(default_factory=list)
 
 
-def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None = None) -> list[PlannedRun]:
+def plan(
+    arguments: Sequence[str],
+    measuring: bool = False,
+    flags: Flags | None = None,
+    device: str | None = None,
+    memory_gb: float | None = None,
+) -> list[PlannedRun]:
     """The jobs of a sweep, in the order in which ``train.py -m`` runs them.
 
     arguments: overrides of the command line.
     measuring: train a model for a few steps where the cost is not known from an earlier run.
     flags: which config files are used.
+    device: cpu or cuda, instead of ``trainer.device``; this machine need not have it.
+    memory_gb: memory in GB that the runs should fit; None: not asked.
 
     Raises Hydra's exceptions for invalid arguments, and UserError for a search, whose runs are not known in advance.
     """
     models: dict[str, Summary] = {}
     rerun = rerun_token(arguments, flags or Flags())
-    jobs = [plan_run(number, overrides, models, flags, rerun) for number, overrides in enumerate(expand(arguments, flags))]
+    expanded = enumerate(expand(arguments, flags))
+    jobs = [plan_run(number, overrides, models, flags, rerun, device) for number, overrides in expanded]
     outputs = {job.outputs for job in jobs if job.outputs}
     earlier = [run.results for run in find_runs(directory for directory in outputs if directory.is_dir())]
     for job in jobs:
         cost_from_history(job, earlier)
-    estimate_cost([job for job in jobs if job.left and job.state != "refused"], measuring)
+    estimate_cost([job for job in jobs if job.left and job.state != "refused"], measuring, memory_gb)
     return jobs
 
 
@@ -134,12 +160,18 @@ def rerun_token(arguments: Sequence[str], flags: Flags) -> str:
 
 
 def plan_run(
-    number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None, rerun: str = ""
+    number: int,
+    overrides: list[str],
+    models: dict[str, Summary],
+    flags: Flags | None = None,
+    rerun: str = "",
+    device: str | None = None,
 ) -> PlannedRun:
     """Plan one job, with the checks of ``train.py``.
 
     models: cache of the summaries, which take a third of a second each; extended in place.
     rerun: the token of the sweep's rerun.
+    device: as for :func:`plan`.
     """
     job = PlannedRun(" ".join(overrides))
     try:
@@ -150,11 +182,14 @@ def plan_run(
         job.name = "/".join(job.directory.parts[-2:])
         with open_dict(cfg):
             del cfg["hydra"]
+        planned = copy.deepcopy(cfg)
         with naming_file(overrides, flags):
-            job.experiment = parse(cfg)
+            absent = device is not None and choose_device(planned, device)
+            job.experiment = parse(planned)
             model = check_experiment(job.experiment)
         config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         job.config = config
+        job.target = ABSENT_GPU if absent else job.experiment.trainer.torch_device
         resolve_state(job, job.experiment, model, job.directory, rerun)
         key = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
         if key not in models:
@@ -166,6 +201,16 @@ def plan_run(
         job.state = "refused"
         job.reason = format_error(error, overrides, flags)
     return job
+
+
+def choose_device(cfg: DictConfig, device: str) -> bool:
+    """Set a config's device to cpu or cuda; where the machine lacks that GPU, to the CPU. Returns whether it lacks it."""
+    absent = device == "cuda" and not torch.cuda.is_available()
+    with open_dict(cfg):
+        cfg.trainer.device = "cpu" if absent else device
+        if absent and cfg.trainer.compile == "cuda_graphs":  # only a GPU accepts it
+            cfg.trainer.compile = True
+    return absent
 
 
 def output_directory(cfg: DictConfig, number: int) -> Path:
@@ -182,6 +227,7 @@ def check_experiment(experiment: Experiment) -> nn.Module:
         model = experiment.build_model()
         experiment.build_optimizer(model)
     experiment.augmentation  # noqa: B018  (constructing it checks the image size)
+    experiment.logger  # noqa: B018  (checks that its package is installed)
     check_batches(experiment.build_model, experiment.data, experiment.trainer)
     return model
 
@@ -189,7 +235,7 @@ def check_experiment(experiment: Experiment) -> nn.Module:
 def resolve_state(job: PlannedRun, experiment: Experiment, model: nn.Module, directory: Path, rerun: str) -> None:
     """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would not continue the earlier run."""
     trainer, data = experiment.trainer, experiment.data
-    job.device, job.left = device_name(trainer.torch_device), trainer.epochs
+    job.device, job.left = device_name(trainer.torch_device) if job.target != ABSENT_GPU else "a CUDA GPU", trainer.epochs
     job.image_set = data.image_set
     check_unlocked(directory)
     identity = {"image_set": job.image_set, **init_identity(trainer.init_from)}
@@ -214,7 +260,8 @@ def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
     alike = [
         r
         for r in earlier
-        if r.get("device") == job.device
+        # The memory of a GPU that this machine lacks is that of any GPU.
+        if (r.get("device") == job.device or job.target == ABSENT_GPU)
         and r.get("processes", 1) == 1
         and cost_key(r.get("config")) == key
         # The time of an epoch depends on the image set.
@@ -222,28 +269,37 @@ def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
     ]
     seconds = [r["seconds"] / r["epochs"] for r in alike if is_number(r.get("seconds")) and is_number(r.get("epochs"))]
     gigabytes = [r["peak_gpu_allocated_gb"] for r in alike if is_number(r.get("peak_gpu_allocated_gb"))]
-    job.hours = statistics.median(seconds) * job.left / 3600 if seconds else None
-    job.gpu_gb, job.measured = (statistics.median(gigabytes), True) if gigabytes else (None, False)
+    job.hours = statistics.median(seconds) * job.left / 3600 if seconds and job.target != ABSENT_GPU else None
+    job.measured_gb = statistics.median(gigabytes) if gigabytes else None
     if not job.left:
         job.hours = 0.0
 
 
-def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool) -> None:
-    """Set the memory, and if ``measuring`` the hours, of jobs without comparable earlier runs; once per distinct cost."""
-    known: dict[str, tuple[float | None, int | None, int]] = {}  # seconds per step, bytes measured, bytes estimated
+def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float | None = None) -> None:
+    """Set the memory of jobs, whether they fit, and if ``measuring`` the hours; once per distinct cost.
+
+    measuring, memory_gb: as for :func:`plan`.
+    """
+    measured: dict[str, tuple[float, int | None]] = {}  # seconds per step, bytes
+    estimated: dict[str, tuple[int, Fit | None]] = {}
     for job in jobs:
-        if job.gpu_gb is not None and (job.hours is not None or not measuring):
-            continue
         experiment, kind = job.experiment, json.dumps([job.image_set, cost_key(job.config)], sort_keys=True)
         assert experiment is not None
-        if kind not in known:
-            known[kind] = *(measure_step(experiment) if measuring else (None, None)), peak_memory(experiment)
-        seconds, measured, estimated = known[kind]
-        if job.gpu_gb is None:
-            job.gpu_gb, job.measured = (estimated if measured is None else measured) / 1e9, measured is not None
-        if job.hours is None and seconds is not None:
-            steps = math.ceil(experiment.data.train_images / experiment.trainer.batch_size)
-            job.hours = seconds * steps * job.left / 3600
+        assert job.target is not None
+        if kind not in estimated:
+            memory = estimate_memory(experiment, job.target)
+            fit = None if memory_gb is None else fit_memory(experiment, job.target, memory_gb * 1e9, memory)
+            estimated[kind] = memory.training, fit
+        job.estimated_gb, job.fit = estimated[kind][0] / 1e9, estimated[kind][1]
+        if not measuring or job.hours is not None:
+            continue
+        if kind not in measured:
+            measured[kind] = measure_step(experiment)
+        seconds, allocated = measured[kind]
+        if job.measured_gb is None and allocated is not None:
+            job.measured_gb = allocated / 1e9
+        steps = math.ceil(experiment.data.train_images / experiment.trainer.batch_size)
+        job.hours = seconds * steps * job.left / 3600
 
 
 def is_number(value: Any) -> bool:
@@ -257,53 +313,85 @@ def cost_key(config: Any) -> Row:
     Options that are null are omitted: an earlier run may predate them.
     """
     return (
-        {k: v for k, v in flatten(config).items() if v is not None and k not in COST_NEUTRAL_KEYS}
+        {k: v for k, v in flatten(config).items() if v is not None and k not in COST_NEUTRAL_KEYS and is_of_the_run(k)}
         if isinstance(config, dict)
         else {}
     )
 
 
-def print_plan(jobs: Sequence[PlannedRun]) -> None:
+def number(value: float | None, digits: int) -> str:
+    """A number as printed in the table."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def print_plan(jobs: Sequence[PlannedRun], memory_gb: float | None = None) -> None:
     """Print the table, the totals, and the reasons of refused jobs."""
-
-    def number(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:,.{digits}f}"
-
-    def gigabytes(job: PlannedRun) -> str:
-        return ("" if job.measured or job.gpu_gb is None else "~") + number(job.gpu_gb, 2)
-
     lines = []
     for job in jobs:
         s = job.summary
         costs = (
             (f"{s.trainable_params:,}", *(number(f / 1e9, 3) for f in (s.forward_flops, s.training_flops))) if s else ("–",) * 3
         )
-        lines.append((job.name, job.state, *costs, str(job.left) if s else "–", number(job.hours, 2), gigabytes(job)))
+        memory = (number(job.estimated_gb, 2), number(job.measured_gb, 2))
+        fits = () if memory_gb is None else ("–" if job.fit is None else "yes" if job.fit.fits else "no",)
+        lines.append((job.name, job.state, *costs, str(job.left) if s else "–", number(job.hours, 2), *memory, *fits))
     heads = (
-        "run",
-        "state",
-        "trainable\nparameters",
-        "GFLOPs\nforward",
-        "GFLOPs\ntraining",
-        "epochs\nleft",
-        "hours",
-        "peak\nGPU GB",
+        *("run", "state", "trainable\nparameters", "GFLOPs\nforward", "GFLOPs\ntraining", "epochs\nleft", "hours"),
+        *("peak GB\nestimated", "peak GB\nmeasured"),
+        *(() if memory_gb is None else (f"fits\n{memory_gb:g} GB",)),
     )
     Table("Plan", heads, lines, words=2).print()
     print(HOW_TO_READ)
+    if memory_gb is not None:
+        print(HOW_TO_FIT.format(memory_gb))
     states = Counter(job.state for job in jobs)
     device = next((job.device for job in jobs if job.device), "unknown hardware")
     print(f"\n{len(jobs)} runs on {device}: " + ", ".join(f"{count} {state}" for state, count in states.items()))
-    to_train = [job for job in jobs if job.left and job.state != "refused"]
-    hours = [job.hours for job in to_train if job.hours is not None]
-    if to_train:
-        unknown = f"; unknown for {len(to_train) - len(hours)} of {len(to_train)} runs" if len(hours) < len(to_train) else ""
-        print(f"total time, sequentially: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
+    print_total(jobs)
+    for job in jobs:
+        if job.fit and not job.fit.fits and memory_gb is not None:
+            print(f"does not fit: {job.name}: {fit_message(job.fit, memory_gb)}")
     for note in dict.fromkeys(note for job in jobs for note in job.left_out):
         print(note)
     for job in jobs:
         if job.reason:
             print(f"refused: {job.name}: {job.reason}", file=sys.stderr)
+
+
+def print_total(jobs: Sequence[PlannedRun]) -> None:
+    """Print the time of all jobs."""
+    to_train = [job for job in jobs if job.left and job.state != "refused"]
+    hours = [job.hours for job in to_train if job.hours is not None]
+    if to_train:
+        unknown = f"; unknown for {len(to_train) - len(hours)} of {len(to_train)} runs" if len(hours) < len(to_train) else ""
+        print(f"total time, sequentially: {number(sum(hours), 2) + ' hours' if hours else 'unknown'}{unknown if hours else ''}")
+
+
+def fit_message(fit: Fit, memory_gb: float) -> str:
+    """What a run needs that does not fit, and what makes it fit."""
+
+    def size(key: str, value: int) -> str:
+        return f"fits with trainer.{key}={value}" if value else f"does not fit with trainer.{key}=1"
+
+    parts = [f"needs {fit.needed / 1e9:.2f} GB"]
+    if fit.eval_batch_size is not None:
+        parts.append(f"evaluation {size('eval_batch_size', fit.eval_batch_size)}")
+    if fit.micro_batch is not None:
+        parts.append(f"training {size('micro_batch', fit.micro_batch)}")
+    for mode, needed in fit.checkpointing.items():
+        works = "fits" if needed <= memory_gb * 1e9 else "does not fit"
+        parts.append(f"training {works} with trainer.activation_checkpointing={mode} ({needed / 1e9:.2f} GB)")
+    if fit.micro_batch_full is not None:
+        parts.append(f"training with trainer.activation_checkpointing=full {size('micro_batch', fit.micro_batch_full)}")
+    return "; ".join(parts)
+
+
+def positive(text: str) -> float:
+    """The ``type`` of an argparse argument that is a positive number."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be greater than 0")
+    return value
 
 
 def main() -> None:
@@ -315,19 +403,27 @@ def main() -> None:
     parser.add_argument("--multirun", "-m", action="store_true", help="accepted for compatibility with train.py; no effect")
     add_flags(parser)
     parser.add_argument("--measure", action="store_true", help="train each model for a few steps to measure time and memory")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="the device of the runs; a GPU need not exist (default: trainer.device)"
+    )
+    parser.add_argument(
+        "--memory-gb", type=positive, metavar="GB", help="print which runs fit this memory, and what makes the others fit"
+    )
     parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
     overrides, flags = parsed.overrides, flags_from(parsed)
     logging.getLogger("vix").setLevel(logging.ERROR)  # otherwise every run warns about a missing GPU
     clock = time.perf_counter()
     try:
         if parsed.measure:
+            if parsed.device == "cuda" and not torch.cuda.is_available():
+                raise UserError("--measure --device cuda: this machine has no CUDA GPU; leave --measure out for an estimate")
             use_given_cpus()
-        jobs = plan(overrides, parsed.measure, flags)
+        jobs = plan(overrides, parsed.measure, flags, parsed.device, parsed.memory_gb)
     except Exception as error:
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
         if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):
             raise
         sys.exit(f"error: {format_error(error, overrides, flags)}")
-    print_plan(jobs)
+    print_plan(jobs, parsed.memory_gb)
     print(f"planned in {time.perf_counter() - clock:.0f} s")
     sys.exit(any(job.state == "refused" for job in jobs))

@@ -35,6 +35,7 @@ def main() -> None:
     use_given_cpus()
     state = read_tensors(directory / FILE, STEP)
     device = saved_device(state["device"])
-    state |= {"images": state["images"].to(device), "labels": state["labels"].to(device)}
+    tensors = ("images", "labels", "class_weights")
+    state |= {name: state[name].to(device) for name in tensors if state.get(name) is not None}
     model = load_weights(vix.build_model(OmegaConf.create(state["config"])), state["model"], directory / FILE)
     print(locate_layer(model.to(device), state))

@@ -33,6 +33,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "experiment": Column("experiment"),
     "seeds": Column("seeds"),
+    "folds": Column("folds"),
     "epochs": Column("epochs"),
     "top1": Column("top-1 %\nlast epoch", 2),
     "top1_std": Column("±", 2),
@@ -47,6 +48,10 @@ COLUMNS = {
     "gpu_reserved_gb": Column("reserved\nGPU GB", 2),
     "images_per_second": Column("images/s"),
     "minutes": Column("minutes", 2),
+    "latency_ms": Column("latency\nms", 2),
+    "latency_p95_ms": Column("latency\n95 % ms", 2),
+    "inference_images_per_second": Column("inference\nimages/s"),
+    "inference_gb": Column("inference\nGB", 3),
     "published_top1": Column("paper's\ntop-1 %", 2),
     "top1_difference": Column("ours −\npaper", 2, signed=True),
     "published_top5": Column("paper's\ntop-5 %", 2),
@@ -67,9 +72,11 @@ DIFFERENCES = {
     "params_difference": ("weight_bias_params", "published_params"),
     "gpu_difference": ("gpu_gb", "published_gpu_gb"),
 }
+INFERENCE = ("latency_ms", "inference_images_per_second", "inference_gb")
 OURS = (
-    *("experiment", "seeds", "epochs", "top1", "top5", "best_top1", "weight_bias_params", "trainable_params"),
+    *("experiment", "seeds", "folds", "epochs", "top1", "top5", "best_top1", "weight_bias_params", "trainable_params"),
     *("checkpoint_mb", "gpu_gb", "images_per_second", "minutes"),
+    *INFERENCE,
 )
 PAPER_COMPARISON = (
     *("experiment", "best_top1", "published_top1", "top1_difference", "best_top5", "published_top5", "top5_difference"),
@@ -82,6 +89,14 @@ HOW_TO_READ = (
     "seeds. Best of all: the highest top-1 after any epoch of any seed. Peak GPU GB: PyTorch's peak allocated memory in the "
     "training steps, without the data set, in 10⁹ bytes. Training images/s and total minutes are means over the seeds. "
     "Weights and biases is the paper's count; trainable adds position embeddings, class tokens and Linformer's projections."
+)
+HOW_TO_READ_FOLDS = (
+    "A line with folds is a cross-validation (data.folds): mean and standard deviation are over all of its runs, one per seed "
+    "and fold, and each was evaluated on its own part of the training images, not on the test set."
+)
+HOW_TO_READ_INFERENCE = (
+    "Latency (median time of one image), inference images/s (at the best batch size) and inference GB (peak memory at batch "
+    "size 64) were measured by `python -m vix cost`, in the variant, compiled or not, with the lower latency."
 )
 PROTOCOL = (
     "The paper's protocol differs from ours. Each published accuracy is the best test epoch of one unseeded run without a "
@@ -105,11 +120,13 @@ def columns(group: Group) -> Row:
     best, seconds = group.best, group.mean("seconds")
     row: Row = {
         "experiment": group.name,
-        "seeds": len(group.runs),
+        "seeds": len({run.seed for run in group.runs}),
+        "folds": len({run.fold for run in group.runs} - {None}) or None,
         "gpu_gb": max(group.values("peak_gpu_allocated_gb"), default=None),
         "gpu_reserved_gb": max(group.values("peak_gpu_reserved_gb"), default=None),
         "images_per_second": group.mean("images_per_second"),
         "minutes": None if seconds is None else seconds / 60,
+        **{key: group.mean(key) for key in ("latency_ms", "latency_p95_ms", "inference_images_per_second", "inference_gb")},
     }
     for key in ("top1", "top5"):
         row |= {key: group.mean(key), f"{key}_std": group.std(key)}
@@ -153,7 +170,8 @@ def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
     def make_table(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
         return Table(title, [COLUMNS[key].head for key in keys], [[cell(row, key) for key in keys] for row in rows], 1)
 
-    ours = make_table("Runs", OURS, rows)
+    optional = {key for key in ("folds", *INFERENCE) if all(row[key] is None for row in rows)}
+    ours = make_table("Runs", [key for key in OURS if key not in optional], rows)
     compared = [row for row in rows if row["published_top1"] is not None]
     comparison = make_table("Comparison with the paper", PAPER_COMPARISON, compared)
     rest = Table("Not in the table", ("run", "status", "error"), [(str(r.path.parent), r.status, r.error) for r in others], 3)
@@ -163,7 +181,13 @@ def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
 def notes(rows: Sequence[Row]) -> list[str]:
     """The footnotes of the tables; empty without rows."""
     published = any(row["published_top1"] is not None for row in rows)
-    return [*([HOW_TO_READ] if rows else []), *(PROTOCOL if published else [])]
+    inference = any(row["latency_ms"] is not None for row in rows)
+    return [
+        *([HOW_TO_READ] if rows else []),
+        *([HOW_TO_READ_FOLDS] if any(row["folds"] for row in rows) else []),
+        *([HOW_TO_READ_INFERENCE] if inference else []),
+        *(PROTOCOL if published else []),
+    ]
 
 
 def as_csv(rows: Iterable[Row]) -> str:

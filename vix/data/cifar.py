@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import gzip
 import io
 import logging
@@ -20,7 +19,7 @@ import numpy as np
 
 from vix.data.dataset import ImageData, LabeledImages
 from vix.errors import DataError
-from vix.system.files import try_lock
+from vix.system.files import waiting_lock
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +127,7 @@ class Cifar10(ImageData):
         """
         root = Path(self.root)
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".download.lock", "w") as lock:
-            try_lock(lock, fcntl.LOCK_EX)
+        with waiting_lock(root / ".download.lock"):
             if (root / self.folder).is_dir():
                 return
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as unfinished:

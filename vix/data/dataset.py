@@ -1,14 +1,16 @@
 """Base class of image sets: their shape, and the training, test and validation splits."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from vix.data.loader import Split
 from vix.errors import ConfigError, DataError
-from vix.types import Positive
+from vix.types import LARGEST, NotNegative, NotNegativeFloat, Positive
 
 
 class Images(Protocol):
@@ -42,7 +44,7 @@ class ImageSet:
 
 @dataclass(kw_only=True)
 class ImageData(ImageSet):
-    """Base class of image sets, with the options for subsets. Subsets are class-balanced and the same for every seed.
+    """Base class of image sets, with the options for subsets and folds. Both are class-balanced and the same for every seed.
 
     Subclasses provide ``read`` and the attributes of ``ImageSet`` except ``classes``; also ``digest``, where the content can
     change.
@@ -51,18 +53,28 @@ class ImageData(ImageSet):
     test_size: number of evaluated images; null: all.
     validation_size: number of training images that are held out and evaluated instead of the test images, for example in a
         hyperparameter search; null: the test images are evaluated.
+    folds, fold: divide the training images into ``folds`` parts for cross-validation, and hold out and evaluate part ``fold``,
+        from 0, instead of the test images; null: off.
+    class_weights: weight of each class in the training loss; balanced: number of images / (classes · images of the class);
+        null: all 1.
 
-    Raises ConfigError where a size is out of range.
+    Raises ConfigError where a size is out of range, and where options contradict each other.
     """
 
     train_size: Positive | None = None
     test_size: Positive | None = None
     validation_size: Positive | None = None
+    folds: Annotated[int, Field(ge=2, le=LARGEST)] | None = None
+    fold: NotNegative | None = None
+    class_weights: Literal["balanced"] | list[NotNegativeFloat] | None = None
 
     def __post_init__(self) -> None:
         self.classes = len(self.class_names)
         train, test = self.sizes
-        held_out = self.validation_size or 0
+        self.check_folds()
+        if isinstance(self.class_weights, list) and len(self.class_weights) != self.classes:
+            raise ConfigError(f"data.class_weights: has {len(self.class_weights)} values, but there are {self.classes} classes")
+        held_out = self.held_out_size
         for name, size, available in (
             ("validation_size", self.validation_size, train - self.classes),
             ("train_size", self.train_size, train - held_out),
@@ -71,15 +83,54 @@ class ImageData(ImageSet):
             if size is not None and not self.classes <= size <= available:
                 raise ConfigError(f"data.{name}={size}: must be from {self.classes} (one image per class) to {available}")
 
+    def check_folds(self) -> None:
+        """Raises ConfigError where the options for folds contradict one another or other options."""
+        choose = f"choose with data.fold=0 to {(self.folds or 2) - 1}; all of them in a sweep (-m)"
+        if self.folds is None:
+            if self.fold is not None:
+                raise ConfigError(f"data.fold={self.fold}: needs data.folds, the number of folds; or use data.fold=null")
+        elif self.fold is None:
+            raise ConfigError(f"data.folds={self.folds}: the evaluated fold is not chosen; {choose}")
+        elif self.fold >= self.folds:
+            raise ConfigError(f"data.fold={self.fold}: there are data.folds={self.folds} folds; {choose}")
+        elif self.validation_size:
+            raise ConfigError(f"data.validation_size={self.validation_size}: a fold is evaluated (data.folds); use null")
+        elif self.folds > self.sizes[0]:
+            raise ConfigError(f"data.folds={self.folds}: there are only {self.sizes[0]} training images")
+
+    @property
+    def held_out_size(self) -> int:
+        """Number of training images that are evaluated instead of the test images; 0 where the test images are evaluated."""
+        if self.folds is not None and self.fold is not None:
+            return len(range(self.fold, self.sizes[0], self.folds))
+        return self.validation_size or 0
+
     @property
     def train_images(self) -> int:
         """Number of training images."""
-        return self.train_size or self.sizes[0] - (self.validation_size or 0)
+        return self.train_size or self.sizes[0] - self.held_out_size
+
+    @property
+    def eval_images(self) -> int:
+        """Number of evaluated images."""
+        return self.test_size or self.held_out_size or self.sizes[1]
 
     @property
     def eval_split(self) -> Literal["test", "validation"]:
         """Name of the split that is evaluated."""
-        return "validation" if self.validation_size else "test"
+        return "validation" if self.held_out_size else "test"
+
+    def loss_weights(self, labels: Tensor) -> Tensor | None:
+        """The weight of each class in the training loss, (K,) float32 on the labels' device; None where all are 1.
+
+        labels: labels (count,) of the training images.
+        """
+        if self.class_weights is None:
+            return None
+        if self.class_weights == "balanced":
+            counts = torch.bincount(labels, minlength=self.classes)
+            return len(labels) / (self.classes * counts.float())
+        return torch.tensor(self.class_weights, dtype=torch.float32, device=labels.device)
 
     @property
     def digest(self) -> str:
@@ -120,11 +171,11 @@ class ImageData(ImageSet):
             if labeled and set(np.unique(labeled[1])) != set(range(self.classes)):
                 raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not those of this image set")
         training = np.arange(len(train[1]))
-        if self.validation_size:
+        if self.held_out_size:
             test, evaluated = train, self.held_out(train)
             training = np.delete(training, evaluated)
         else:
-            assert test is not None  # the constructor of an image set without a test split requires validation_size
+            assert test is not None  # the constructor of an image set without a test split requires held-out images
             evaluated = np.arange(len(test[1]))
         return (
             (train, subset_indices(train, training, self.train_size)),
@@ -132,19 +183,22 @@ class ImageData(ImageSet):
         )
 
     def held_out(self, train: LabeledImages) -> np.ndarray:
-        """Positions of the validation images in the training split.
+        """Positions of the held-out images in the training split.
 
         Raises DataError where no training image of a class would remain.
         """
-        assert self.validation_size
-        positions = subset_indices(train, np.arange(len(train[1])), self.validation_size)
+        if self.folds is not None and self.fold is not None:
+            positions = fold_indices(train[1], self.folds, self.fold)
+        else:
+            positions = subset_indices(train, np.arange(len(train[1])), self.validation_size)
         left = np.bincount(np.delete(train[1], positions), minlength=self.classes)
         if not left.all():
             name = self.class_names[int(left.argmin())]
             images = int((train[1] == left.argmin()).sum())
+            option = f"data.folds={self.folds}" if self.folds else f"data.validation_size={self.validation_size}"
             raise DataError(
-                f"data.validation_size={self.validation_size}: takes all {images} training images of class {name}; "
-                "use a smaller number, or add images to that class"
+                f"{option}: takes all {images} training images of class {name}; use a {'larger' if self.folds else 'smaller'} "
+                "number, or add images to that class"
             )
         return positions
 
@@ -176,6 +230,18 @@ def to_device(labeled: LabeledImages, positions: np.ndarray, device: torch.devic
     images, labels = labeled
     images_BCYX = torch.from_numpy(np.ascontiguousarray(images[positions].transpose(0, 3, 1, 2)))
     return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device), classes)
+
+
+def fold_indices(labels: np.ndarray, folds: int, fold: int) -> np.ndarray:
+    """Sorted positions of one of ``folds`` disjoint parts, each of which has as many images of every class as possible.
+
+    The parts are drawn with a fixed seed, as in :func:`balanced_subset`.
+
+    labels: labels (count,).   folds, fold: number of parts, and the chosen one, from 0.
+    """
+    random = np.random.default_rng(0)
+    in_order = np.concatenate([random.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)])
+    return np.sort(in_order[fold::folds])
 
 
 def balanced_subset(labels: np.ndarray, size: int) -> np.ndarray:

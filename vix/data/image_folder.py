@@ -33,7 +33,7 @@ class ImageFolder(ImageData):
     """Images of any size in one folder per class.
 
     Layouts: ``root/train/<class>/`` with ``root/val/<class>/`` or ``root/test/<class>/``; or without a test split,
-    ``root/train/<class>/`` or ``root/<class>/``, which requires ``validation_size``.
+    ``root/train/<class>/`` or ``root/<class>/``, which requires ``validation_size`` or ``folds``.
 
     The test split is ``val`` if it exists, else ``test``, because ImageNet's and Tiny ImageNet's ``test`` have no labels.
     Subfolders of a class folder belong to the class. Images are recognized by the file name extensions that Pillow reads.
@@ -68,9 +68,21 @@ class ImageFolder(ImageData):
 
     @property
     def train_images(self) -> int:
-        if self.train_size is None and self.sizes[0] == sys.maxsize:  # data.classes: the files are not listed yet
-            return len(self.list_files()[1]) - (self.validation_size or 0)
+        if self.train_size is None:
+            self.list_unknown_sizes()
         return super().train_images
+
+    @property
+    def eval_images(self) -> int:
+        if self.test_size is None:
+            self.list_unknown_sizes()
+        return super().eval_images
+
+    def list_unknown_sizes(self) -> None:
+        """List the files where ``data.classes`` made that unnecessary so far."""
+        if self.sizes[0] == sys.maxsize:
+            _, train, test, _ = self.list_files()
+            self.sizes = len(train), len(test or ())
 
     @functools.cached_property
     def digest(self) -> str:
@@ -135,12 +147,13 @@ class ImageFolder(ImageData):
         else:
             absent, train = str(train), root
         works = (test is None and has_folders(root)) if train == root else True
-        if works and (test is not None or self.validation_size):
+        if works and (test is not None or self.validation_size or self.folds):
             return train, test
         raise ConfigError(
             f"data.root={root}: there is no {absent}; put the images of each class in {root}/train/CLASS/ and "
             f"{root}/val/CLASS/ (or test/), or all in {root}/train/CLASS/ or {root}/CLASS/ with data.validation_size=N, which "
-            "holds out N of them for evaluation; set the folder that contains them with data.root=DIR or VIX_DATA=DIR"
+            "holds out N of them for evaluation, or data.folds=N; set the folder that contains them with data.root=DIR or "
+            "VIX_DATA=DIR"
         )
 
 

@@ -1,7 +1,7 @@
 """A run's images for TensorBoard: the confusion matrix, the worst-classified images, and attention maps of the class token.
 
 Each function draws without a display and returns an array (Y, X, 3) of uint8. Input images are arrays (count, Y, X, C) of
-uint8. matplotlib is slow to import, so only :mod:`vix.reporting.tensorboard` imports this module.
+uint8. matplotlib is slow to import, so only :mod:`vix.reporting.logger` imports this module.
 """
 
 import warnings

@@ -58,6 +58,8 @@ COSTS = {
     "trainable_params": ("parameters", "trainable parameters, millions", 1e6),
     "minutes": ("time", "training and evaluation, minutes", 1.0),
     "gpu_gb": ("memory", "peak GPU memory, GB", 1.0),
+    "latency_ms": ("latency", "median latency of one image in inference, ms", 1.0),
+    "inference_gb": ("inference memory", "peak memory in inference at batch size 64, GB", 1.0),
 }
 DPI = 130  # of the label placement and of the file: the size of text is not proportional to the resolution
 MOST_LABELS = 40  # in addition to those of the Pareto front; more would be illegible
@@ -107,7 +109,7 @@ def pictures(
     with warnings.catch_warnings(action="ignore"):  # a character missing from the font is drawn as a box
         drawn = {
             "figure4.png": figure_4(entries, note, published),
-            **{f"accuracy_{word}.png": pareto(entries, note, cost) for cost, (word, *_) in COSTS.items()},
+            **{f"accuracy_{word.replace(' ', '_')}.png": pareto(entries, note, cost) for cost, (word, *_) in COSTS.items()},
             "learning_curves.png": learning_curves(entries, note),
         }
         return {name: (figure.get_suptitle(), png(figure)) for name, figure in drawn.items() if figure is not None}

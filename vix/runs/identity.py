@@ -34,7 +34,7 @@ PERFORMANCE_KEYS = ("trainer.compile", "trainer.activation_checkpointing")
 
 # Runs that differ only in these keys form one group.
 IGNORED_IN_GROUPS = (
-    *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes"),
+    *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes", "data.fold"),
     *("trainer.device", "trainer.resume", "trainer.probe"),
 )
 # Keys that affect neither the time of an epoch nor the memory: runs that differ only in these have the same cost.
@@ -45,6 +45,8 @@ COST_NEUTRAL_KEYS = (
         "fail_fast",
         "data.root",
         "data.classes",
+        "data.fold",
+        "data.class_weights",
         "trainer.device",
         "trainer.epochs",
         "trainer.patience",
@@ -54,6 +56,8 @@ COST_NEUTRAL_KEYS = (
     ),
     *("trainer.label_smoothing", "trainer.checkpoint_every", "trainer.resume", "optimizer.lr", "optimizer.weight_decay"),
 )
+# Groups of keys that only say where a run takes place and where it is logged.
+NOT_OF_THE_RUN = ("hydra", "logger")
 DEFAULT_RECIPE = "recipe=paper"  # the default, so it is omitted from names
 MODEL_GROUPS = ("model", "attention", "embedding", "posenc")
 # A key of those groups that affects the cost of the model, but not its results.
@@ -70,9 +74,16 @@ FIXED_KEYS = {
     "data.channels": "the images would be different",
     "data.test_size": "the earlier epochs were evaluated on other images",
     "data.validation_size": "the earlier epochs were evaluated on other images",
+    "data.folds": "the earlier epochs were evaluated on other images",
+    "data.fold": "the earlier epochs were evaluated on other images",
 }
 # Keys that can change between epochs, but not within one.
 FIXED_WITHIN_EPOCH_KEYS = ("trainer.batch_size", "data.train_size")
+
+
+def is_of_the_run(key: str) -> bool:
+    """Whether a key of a config or an override can be part of a run's identity: it is none of Hydra's or of the logger."""
+    return re.split(r"[./]", key)[0] not in NOT_OF_THE_RUN
 
 
 def check_changeable(changed: Changes, epoch: int, batch: int, directory: Path) -> None:
@@ -116,7 +127,7 @@ def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Itera
 
     then, now: configs with dotted keys.   ignored: keys that are not compared.
     """
-    keys = sorted({*then, *now} - {*ignored})
+    keys = sorted(key for key in {*then, *now} - {*ignored} if is_of_the_run(key))
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 
@@ -142,8 +153,7 @@ def run_name_parts(choices: Mapping[str, Any], overrides: Sequence[str], images:
     experiment = choices.get("experiment")
     label = str(experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS))
     in_name = {"experiment", "seed", *IGNORED_ON_RESUME, *(() if experiment else MODEL_GROUPS)}
-    given = {key: override for key, override in settings(overrides).items() if re.split(r"[./]", key)[0] != "hydra"}
-    rest = {override for key, override in given.items() if key not in in_name}
+    rest = {override for key, override in settings(overrides).items() if key not in in_name and is_of_the_run(key)}
     rest |= {f"{key}={digest}" for key, digest in (("images", images), ("init_from", weights)) if digest}
     return [label, *sorted(rest - {DEFAULT_RECIPE})]
 

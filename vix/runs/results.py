@@ -1,4 +1,4 @@
-"""Reader of ``results.json``: finds the runs below directories, validates, filters and groups them by seed.
+"""Reader of ``results.json``: finds the runs below directories, validates, filters and groups them by seed and fold.
 
 Imports no torch, so that reading 1,000 runs takes about a second.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from vix.errors import UserError
 from vix.overrides import override_key, settings
-from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL
+from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, is_of_the_run
 from vix.system.files import walk
 
 Row = dict[str, Any]
@@ -27,6 +27,8 @@ Row = dict[str, Any]
 NUMBERS = ("top1", "top5", "best_top1", "best_top5", "epochs", "weight_bias_params", "trainable_params")
 NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_allocated_gb", "peak_gpu_reserved_gb")
 UNFINISHED = ("running", "failed", "refused", "interrupted")
+COST_FILE = "cost.json"  # written next to results.json by `python -m vix cost`
+COST_BATCH_SIZE = 64  # of the memory in the report: the paper's batch size
 RUN_FILES = ("results.json", "checkpoint.pt", ".hydra")  # any of these marks a directory as a run's
 
 
@@ -64,16 +66,29 @@ class RunRecord:
         """The overrides that distinguish this run within its experiment; the last of several for one key wins."""
         ignored = {*IGNORED_IN_GROUPS, *(() if self.results.get("experiment") else MODEL_GROUPS)}
         given = settings(self.results["overrides"]).items()
-        changes = {override for key, override in given if key not in ignored and not key.startswith(("hydra.", "hydra/"))}
+        changes = {override for key, override in given if key not in ignored and is_of_the_run(key)}
         return sorted(changes - {DEFAULT_RECIPE})
 
     @property
-    def group_key(self) -> tuple[str, ...]:
-        """Equal for runs that differ only in the seed. It contains the whole config, because config files may have changed.
+    def seed(self) -> str:
+        """The seed."""
+        return str(self.results.get("seed"))
 
-        Options that are null are omitted: a run may predate such an option.
+    @property
+    def fold(self) -> int | None:
+        """The evaluated fold of a cross-validation; None where there is none."""
+        data = self.results["config"].get("data")
+        return data.get("fold") if isinstance(data, dict) else None
+
+    @property
+    def group_key(self) -> tuple[str, ...]:
+        """Equal for runs that differ only in the seed or the fold.
+
+        It contains the whole config, because config files may have changed. Options that are null are omitted: a run may
+        predate such an option.
         """
-        config = {k: v for k, v in flatten(self.results["config"]).items() if v is not None and k not in IGNORED_IN_GROUPS}
+        items = flatten(self.results["config"]).items()
+        config = {k: v for k, v in items if v is not None and k not in IGNORED_IN_GROUPS and is_of_the_run(k)}
         place = tuple(str(self.results.get(key)) for key in ("device", "precision", "init_weights"))
         # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
@@ -82,10 +97,10 @@ class RunRecord:
 
 @dataclass
 class Group:
-    """Runs that differ only in the seed.
+    """Runs that differ only in the seed or, in a cross-validation, the fold.
 
     name: the experiment and the overrides that distinguish the group.
-    runs: one per seed.
+    runs: one per seed and fold.
     published: the paper's row for this model; empty where the paper has none.
     """
 
@@ -98,11 +113,11 @@ class Group:
         return [run.results[key] for run in self.runs if run.results.get(key) is not None]
 
     def mean(self, key: str) -> float | None:
-        """Mean over the seeds; None where no run has the field."""
+        """Mean over the runs; None where no run has the field."""
         return statistics.fmean(values) if (values := self.values(key)) else None
 
     def std(self, key: str) -> float | None:
-        """Sample standard deviation over the seeds; None for fewer than two values."""
+        """Sample standard deviation over the runs; None for fewer than two values."""
         return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
 
     @property
@@ -149,10 +164,30 @@ def read_run(path: Path) -> RunRecord:
         wrong = next(wrong_fields(results), None)
         if wrong:
             return RunRecord(path, "foreign", f"finished, but {wrong} is missing or invalid")
-        return RunRecord(path, status, "", results, written)
+        return RunRecord(path, status, "", results | inference_fields(path.with_name(COST_FILE)), written)
     epochs = results.get("epochs")
     reason = results.get("error") or ("" if epochs is None else f"epochs done: {epochs}")
     return RunRecord(path, status if status in UNFINISHED else "foreign", str(reason), results)
+
+
+def inference_fields(path: Path) -> Row:
+    """The fields of a ``cost.json`` that the report shows; empty where it is missing or damaged.
+
+    They are those of the variant, compiled or not, with the lower latency.
+    """
+    try:
+        cost = json.loads(path.read_text(encoding="utf-8"))
+        variant = min((cost[name] for name in ("eager", "compiled") if cost.get(name)), key=lambda v: v["latency_ms"])
+        peaks = {row["batch_size"]: row["peak_gb"] for row in variant["batches"]}
+        fields = {
+            "latency_ms": variant["latency_ms"],
+            "latency_p95_ms": variant["latency_p95_ms"],
+            "inference_images_per_second": variant["images_per_second"],
+            "inference_gb": peaks.get(COST_BATCH_SIZE),
+        }
+        return {key: float(value) for key, value in fields.items() if value is not None}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def wrong_fields(results: Row) -> Iterator[str]:
@@ -236,23 +271,23 @@ def matches(text: str, value: Any) -> bool:
 
 
 def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]]:
-    """Group the finished runs that differ only in the seed; only the newest run of each seed counts.
+    """Group the finished runs that differ only in seed and fold; only the newest run of each seed and fold counts.
 
     Returns the groups, in the paper's order, then by name; and all other runs, with the reason.
     """
-    seeds: defaultdict[tuple[str, ...], dict[str, RunRecord]] = defaultdict(dict)
+    repeats: defaultdict[tuple[str, ...], dict[tuple[str, int | None], RunRecord]] = defaultdict(dict)
     others = []
     for run in sorted(runs, key=lambda run: run.written, reverse=True):
         if run.status != "finished":
             others.append(run)
             continue
-        first = seeds[run.group_key].setdefault(str(run.results.get("seed")), run)
+        first = repeats[run.group_key].setdefault((run.seed, run.fold), run)
         if first is not run:
             others.append(RunRecord(run.path, run.status, f"skipped: {first.path} is a newer run of the same seed"))
     published = published_rows()
     groups = []
-    for of_seed in seeds.values():
-        runs = [of_seed[seed] for seed in sorted(of_seed, key=lambda seed: (len(seed), seed))]
+    for of_repeat in repeats.values():
+        runs = sorted(of_repeat.values(), key=lambda run: (len(run.seed), run.seed, run.fold or 0))
         groups.append(Group(" ".join([runs[0].experiment, *runs[0].changes]), runs, paper(runs[0], published)))
     order = [*published]
     groups.sort(key=lambda g: (order.index(x) if (x := g.runs[0].experiment) in order else len(order), g.name))

@@ -14,13 +14,24 @@ from typing import Any
 from vix.errors import ConfigError, UserError
 from vix.runs.checkpoint import read_checkpoint, write_tensors
 from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable
-from vix.runs.results import UNFINISHED, flatten, wrong_fields
+from vix.runs.results import COST_FILE, UNFINISHED, flatten, wrong_fields
 from vix.system.distributed import rank
 from vix.system.files import atomic_write, link_or_copy, nan_to_none, write_json
 
 log = logging.getLogger(__name__)
 
-KEPT = ("results.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "nonfinite.pt")
+LOGGER_FILE = "logger.json"  # the run's id in a store outside of its directory (vix/reporting/logger.py)
+KEPT = (
+    "results.json",
+    "metrics.csv",
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+    "nonfinite.pt",
+    COST_FILE,
+    LOGGER_FILE,
+    "model.onnx",
+    "model.pt2",
+)
 STAGING = ".previous.tmp"  # temporary directory while an earlier run is archived
 # Further fields that the table of a finished run requires.
 SHOWN = ("name", "best_epoch", "train_loss", "checkpoint_mb", "images_per_second", "seconds", "device", "precision")

@@ -169,6 +169,14 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 @contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Context manager that locks the file ``path``, which is created, and waits for other processes that hold the lock."""
+    with open(path, "w") as file:
+        try_lock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def exclusive_lock(directory: Path) -> Iterator[None]:
     """Context manager that locks ``directory`` against other processes; the lock is released when the process ends.
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vix.errors import UserError
 from vix.runs.checkpoint import write_tensors
 from vix.system.distributed import rank
 from vix.system.rng import get_rng_state, set_rng_state
-from vix.training.train_step import TrainStep
+from vix.training.train_step import TrainStep, mean_loss
 
 FILE = "nonfinite.pt"
 # Its keys, with their types.
@@ -60,6 +59,7 @@ def locate_step(
                 "lr": step.state.lr,
                 "scale": step.state.scaler.get_scale(),
                 "label_smoothing": step.label_smoothing,
+                "class_weights": step.class_weights,
                 "dtype": step.state.dtype,
                 "device": str(images.device),
             }
@@ -92,7 +92,8 @@ def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
     set_rng_state(state["rng"])
     device = state["images"].device.type
     with torch.autocast(device, dtype=state["dtype"], enabled=state["dtype"] is not torch.float32):
-        loss = F.cross_entropy(model.train()(state["images"]), state["labels"], label_smoothing=state["label_smoothing"])
+        weights = state.get("class_weights")  # absent in the files of older runs
+        loss = mean_loss(model.train(), state["images"], state["labels"], state["label_smoothing"], weights)
     if not found and not loss.isfinite():
         found.append("the loss")
     if not found:

@@ -23,6 +23,7 @@ class TrainStep:
     clip_norm: largest norm of the gradient; None: no clipping.
     label_smoothing: label smoothing of the cross-entropy, in [0, 1).
     activation_checkpointing: mode of the model's blocks (:mod:`vix.layers.checkpointing`).
+    class_weights: weight of each class in the loss, (K,) on the device; None: all 1.
     distributed: whether batches are split over the processes of this run.
 
     Set during construction or compilation:
@@ -40,6 +41,7 @@ class TrainStep:
     clip_norm: float | None = None
     label_smoothing: float = 0.0
     activation_checkpointing: ActivationCheckpointing = None
+    class_weights: Tensor | None = None
     distributed: bool = True
     hooks: list[Callable[[int], None]] = field(init=False)
     autocast: torch.autocast = field(init=False)
@@ -80,7 +82,7 @@ class TrainStep:
             with self.maybe_no_sync(i == len(parts)):
                 with self.autocast:
                     compute = self.compiled if self.compiled and len(part_labels) == self.compiled_size else mean_loss
-                    part = compute(self.forward, part_images, part_labels, self.label_smoothing)
+                    part = compute(self.forward, part_images, part_labels, self.label_smoothing, self.class_weights)
                     part = part * (len(part_labels) * copies / batch)
                 self.state.scaler.scale(part).backward()
             loss += part.detach().float()
@@ -121,9 +123,19 @@ class TrainStep:
             state.ema.update(state.model)
 
 
-def mean_loss(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross-entropy of the images; labels are (B,) or class probabilities (B, K)."""
-    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+def mean_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of the images; labels are (B,) or class probabilities (B, K).
+
+    With class weights (K,), it is the sum of the weighted losses divided by the number of images, for both kinds of labels.
+    PyTorch's mean divides by the sum of the labels' weights, so that the gradient would depend on the size of micro-batches.
+    """
+    logits_BK = model(images)
+    if class_weights is None:
+        return F.cross_entropy(logits_BK, labels, label_smoothing=label_smoothing)
+    total = F.cross_entropy(logits_BK, labels, class_weights, label_smoothing=label_smoothing, reduction="sum")
+    return total / len(labels)
 
 
 def shard_batch(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:

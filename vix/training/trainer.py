@@ -19,6 +19,7 @@ from vix.data.loader import Split
 from vix.errors import ConfigError
 from vix.layers.checkpointing import ActivationCheckpointing
 from vix.models.counts import parameter_counts
+from vix.reporting.logger import LoggedRun, RunLogger
 from vix.reporting.progress import EpochBar, log_epoch
 from vix.reporting.tensorboard import TensorBoard
 from vix.runs.checkpoint import saved_megabytes
@@ -104,6 +105,7 @@ class Trainer:
         augmentation: Augmentation,
         run: RunDirectory,
         seed: int,
+        make_logger: Callable[[LoggedRun], RunLogger] = TensorBoard,
     ) -> dict[str, Any]:
         """Train, write the files of ``run``, and return the results.
 
@@ -115,17 +117,15 @@ class Trainer:
         augmentation: options of the augmentation.
         run: the run's directory.
         seed: seed of the order and augmentation of the images.
+        make_logger: constructor of the logger.
 
         Raises DataError where the images cannot be read, NonFiniteError where a loss or gradient is not finite, and SystemExit
         after a signal, when everything is saved.
         """
         session = self.start(model, build_optimizer, data, augmentation, run, seed)
         state = session.state
-        board_arguments = state.eval_model, session.test, data.class_names, self.probe
-        with (
-            session.signals,
-            TensorBoard(run, state.progress.epoch + 1, *board_arguments) if rank() == 0 else nullcontext() as board,
-        ):
+        logged = LoggedRun(run, state.progress.epoch + 1, state.eval_model, session.test, data.class_names, self.probe)
+        with session.signals, make_logger(logged) if rank() == 0 else nullcontext() as board:
             self.compile_train_step(session)
             try:
                 while not self.is_over(state.progress):
@@ -177,6 +177,7 @@ class Trainer:
         peak_memory = PeakMemory(device, train.nbytes + test.nbytes, graphs=self.compile == "cuda_graphs")
         state = TrainState(model, optimizer, lr_scheduler, dtype, self.ema_decay, peak_memory)
         step = self.build_step(state)
+        step.class_weights = data.loss_weights(train.labels)
         session = Session(run, data, augmentation, train, test, state, step, seed, steps_per_epoch)
         if self.micro_batch == "auto":
             step.micro_batch = largest_micro_batch(step, *session.first_batch(self.batch_size))
@@ -264,8 +265,8 @@ class Trainer:
                 self.save_and_exit(session)
             yield images, labels
 
-    def end_epoch(self, session: "Session", loss: float, scores: dict[str, Any], board: TensorBoard | None) -> None:
-        """Add the epoch's results to the history, results.json, TensorBoard and the log."""
+    def end_epoch(self, session: "Session", loss: float, scores: dict[str, Any], board: RunLogger | None) -> None:
+        """Add the epoch's results to the history, results.json, the logger and the log."""
         state, progress, run = session.state, session.state.progress, session.run
         seconds = progress.train_seconds + scores.pop("eval_seconds")
         progress.seconds += seconds
