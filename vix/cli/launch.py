@@ -46,7 +46,7 @@ from vix.runs.identity import git_commit, run_name_parts
 from vix.runs.run import RunDirectory
 from vix.runs.snapshot import undo_start
 from vix.runs.sweep import RERUN, JobStatus, Sweep, rerun_file
-from vix.system.distributed import broadcast_from_rank0, process_group, rank, world_size
+from vix.system.distributed import PeerLostError, broadcast_from_rank0, peer_lost, process_group, rank, world_size
 from vix.system.files import LockedError, exclusive_lock
 from vix.system.memory import gpu_out_of_memory, limit_memory, out_of_memory
 from vix.system.threads import use_given_cpus
@@ -86,7 +86,8 @@ def run_job(cfg: DictConfig) -> float:
         digests = digest_of_images(cfg), digest_of_weights(cfg)
         parts = [*run_name_parts(choices, overrides, *digests), f"seed={cfg.get('seed')}"]
         outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
-        with JobStatus(parts, number, cfg.get("fail_fast") is True, outputs) as job_status, lock, process_group():
+        status = JobStatus(parts, number, cfg.get("fail_fast") is True, outputs, directory)
+        with status as job_status, lock, process_group():
             run = RunDirectory(directory, identity, plain_config(cfg), os.environ.get(RERUN, ""))
             results = train(cfg, run)
             job_status.finished(results, before=results is run.previous_results)
@@ -121,8 +122,9 @@ def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         record_refusal(run, error)
         raise
     except Exception as error:
-        message = oom_message(cfg, error) if out_of_memory(error) else error
-        run.write_failure(status="failed", error=first_paragraph(message), traceback=traceback.format_exc())
+        message = oom_message(cfg, error) if out_of_memory(error) else peer_lost(error) or error
+        status = "interrupted" if isinstance(message, PeerLostError) else "failed"
+        run.write_failure(status=status, error=first_paragraph(message), traceback=traceback.format_exc())
         if message is not error:
             raise message from error
         raise

@@ -18,7 +18,10 @@ from typing import Any, Self
 
 from vix.errors import ConfigError, UserError
 from vix.overrides import quote, settings
-from vix.system.files import atomic_write, write_json
+from vix.runs.results import UNFINISHED
+from vix.runs.run import read_results
+from vix.system.distributed import PeerLostError, rank
+from vix.system.files import LockedError, atomic_write, exclusive_lock, write_json
 
 FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder of the status files
 RERUN = "VIX_RERUN"  # environment variable of every job of a sweep with rerun=true: the token of the rerun
@@ -31,17 +34,21 @@ class JobStatus:
     number: index of the job in its sweep.
     fail_fast: do not start where an earlier job has failed.
     outputs: the directory below which the sweep's runs are.
+    directory: of the job's run.
 
-    Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
+    Of several processes, only rank 0 writes. Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
     """
 
-    def __init__(self, parts: Sequence[str], number: int, fail_fast: bool, outputs: str = "") -> None:
-        self.folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+    def __init__(
+        self, parts: Sequence[str], number: int, fail_fast: bool, outputs: str = "", directory: Path | None = None
+    ) -> None:
+        self.folder = Path(os.environ[FOLDER]) if FOLDER in os.environ and rank() == 0 else None
         self.number, self.fail_fast = number, fail_fast
         self.began = time.time()
         self.state: dict[str, Any] = {
             "parts": list(parts),
             "outputs": outputs,
+            "directory": str(directory.absolute()) if directory else None,
             "state": "lost",
             "error": "its process ended without reporting a status",
         }
@@ -58,8 +65,9 @@ class JobStatus:
         self.state |= {"state": "finished before" if before else "finished", "top1": results["top1"], "error": ""}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, SystemExit | KeyboardInterrupt):
-            self.state |= {"state": "interrupted", "error": "the same command continues it"}
+        if isinstance(error, SystemExit | KeyboardInterrupt | PeerLostError):
+            message = str(error) if isinstance(error, PeerLostError) else "the same command continues it"
+            self.state |= {"state": "interrupted", "error": message}
         elif error is not None:
             state = "refused" if isinstance(error, ConfigError) else "failed"
             self.state |= {"state": state, "error": str(error) or type(error).__name__}
@@ -135,6 +143,28 @@ def read_token(rerun: Path | None) -> str:
     with suppress(OSError):
         return rerun.read_text() if rerun else ""
     return ""
+
+
+def record_end(folder: Path, number: int, parts: Sequence[str], state: str, error: str) -> None:
+    """Record the end of a job whose process could not do so, in the sweep's folder and in the run's results.json.
+
+    folder: of the status files.
+    number, parts: of the job; the latter is used where it ended before its start.
+    state: ``failed`` or ``interrupted``, unless the job itself has recorded its end.
+    error: the reason.
+    """
+    path = folder / f"{number:06d}.json"
+    job = {"parts": list(parts), "outputs": str(folder.parents[1]), "directory": None, "state": "lost", "error": ""}
+    if path.exists():
+        job = json.loads(path.read_text())
+    if job["state"] != "lost":
+        return
+    write_json(path, job | {"state": state, "error": error})
+    directory = Path(job["directory"] or folder / "none")
+    with suppress(OSError, LockedError), exclusive_lock(directory):
+        results = read_results(directory / "results.json")
+        if results.get("status") in UNFINISHED:
+            write_json(directory / "results.json", results | {"status": state, "error": error})
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vix.errors import UserError
+
 T = TypeVar("T")
+
+
+class PeerLostError(UserError):
+    """Another process of this run has ended or cannot be reached."""
 
 
 def world_size() -> int:
@@ -49,6 +55,16 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def peer_lost(error: Exception) -> PeerLostError | None:
+    """The error for a failed communication with another process of this run; None for other errors."""
+    if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        return None
+    reason = str(error).strip().splitlines()[0].partition("] ")[2].partition(". ")[0] or type(error).__name__
+    return PeerLostError(
+        f"another process of this run was lost ({reason}); the same command continues from the last checkpoint"
+    )
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Handling of SIGINT and SIGTERM during training."""
+"""Handling of the signals that end a run: SIGINT, SIGTERM, and SIGUSR1 and SIGUSR2, by which schedulers announce an end."""
 
 import signal
 import threading
@@ -8,9 +8,11 @@ from typing import Self
 
 from vix.system.distributed import all_reduce_max, world_size
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 class SignalHandler:
-    """Context manager that records SIGINT and SIGTERM, so that a run can stop between two steps and save a checkpoint.
+    """Context manager that records these signals, so that a run can stop between two steps and save a checkpoint.
 
     In a thread other than the main one, Python receives no signals, and none are recorded.
     """
@@ -20,7 +22,7 @@ class SignalHandler:
 
     def __enter__(self) -> Self:
         in_main_thread = threading.current_thread() is threading.main_thread()
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if in_main_thread else ()
+        handled = (*SIGNALS, signal.SIGALRM) if in_main_thread else ()
         self.before = {number: signal.signal(number, self.handle) for number in handled}
         return self
 

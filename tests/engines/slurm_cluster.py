@@ -1,0 +1,194 @@
+"""A real Slurm of two nodes on this machine, without privileges where possible, in a directory of its own."""
+
+import ctypes
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import HANGS
+from paused import wait_until
+
+PROGRAMS = ("munged", "slurmctld", "slurmd")
+NODES = ("127.0.0.1", "127.0.0.2")
+
+# The nodes pretend to have four CPUs. A job that exceeds its memory is killed by Slurm's accounting, since control groups need
+# a machine of one's own. cred_expire is also the time before a requeued job may start again.
+CONFIG = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={folder}/munge.socket,cred_expire=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SlurmdParameters=config_overrides
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=1
+JobAcctGatherParams=OverMemoryKill
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1
+ReturnToService=2
+MailProg=/bin/true
+NodeName=127.0.0.1 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[1]} CPUs=4 RealMemory=20000
+NodeName=127.0.0.2 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[2]} CPUs=4 RealMemory=20000
+PartitionName=cpu Nodes=127.0.0.1 Default=YES PriorityTier=1
+PartitionName=both Nodes=127.0.0.[1-2] PriorityTier=1
+PartitionName=graced Nodes=127.0.0.1 PriorityTier=1 GraceTime=600
+PartitionName=urgent Nodes=127.0.0.1 PriorityTier=10
+"""
+# The accounting of a cluster, in a database.
+ACCOUNTING = """
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={ports[3]}
+"""
+DATABASE = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={ports[3]}
+SlurmUser={user}
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={ports[4]}
+StorageUser=slurm
+StoragePass=slurm
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for opened in sockets:
+        opened.bind(("127.0.0.1", 0))
+    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def end_with_this_process() -> None:
+    """In a new process: it ends when the tests do, even if they are killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Cluster:
+    """The daemons of a Slurm."""
+
+    def __init__(self, folder: Path, accounting: bool = False) -> None:
+        self.folder, self.daemons = folder, list[subprocess.Popen[bytes]]()
+        self.values = {"folder": folder, "user": getpass.getuser(), "ports": free_ports(5)}
+        self.accounting = accounting
+        self.env = {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def daemon(self, *command: str) -> None:
+        name = Path(command[0]).name
+        with open(self.folder / f"{name}.out", "ab") as output:
+            environment = os.environ | self.env
+            self.daemons.append(
+                subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=end_with_this_process)
+            )
+
+    def start(self) -> None:
+        for name in ("state", *NODES):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+        (self.folder / "slurm.conf").write_text((CONFIG + (ACCOUNTING if self.accounting else "")).format(**self.values))
+        files = [f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        self.daemon("munged", "--foreground", "--force", *files, f"--socket={self.folder}/munge.socket")
+        self.wait_until_runs(lambda: (self.folder / "munge.socket").exists())
+        if self.accounting:
+            self.start_database()
+        self.daemon("slurmctld", "-D")
+        for node in NODES:
+            self.daemon("slurmd", "-D", "-N", node)
+        self.wait_until_runs(lambda: self.command("sinfo", "-h", "-N", "-p", "both", "-o", "%T").split() == ["idle", "idle"])
+
+    def start_database(self) -> None:
+        """MariaDB and slurmdbd."""
+        data = self.folder / "mysql"
+        user = f"--user={self.values['user']}"
+        command = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", user, "--auth-root-authentication-method=normal"]
+        subprocess.run([*command, "--skip-test-db"], check=True, capture_output=True, timeout=HANGS)
+        port = f"--port={self.values['ports'][4]}"  # type: ignore[index]
+        socket_file = f"--socket={self.folder}/mysql.socket"
+        options = ("--no-defaults", f"--datadir={data}", user, port, socket_file, "--bind-address=127.0.0.1")
+        self.daemon("mariadbd", *options)
+        grant = "create user slurm@'%' identified by 'slurm'; grant all on *.* to slurm@'%'"
+        client = ["mariadb", "--no-defaults", "-u", "root", socket_file, "-e", grant]
+        self.wait_until_runs(lambda: subprocess.run(client, capture_output=True, check=False).returncode == 0)
+        config = self.folder / "slurmdbd.conf"
+        config.touch(mode=0o600)
+        config.write_text(DATABASE.format(**self.values))
+        self.daemon("slurmdbd", "-D")
+        self.wait_until_runs(lambda: "Cluster" in self.command("sacctmgr", "show", "cluster"))
+
+    def wait_until_runs(self, holds) -> None:  # type: ignore[no-untyped-def]
+        wait_until(holds, lambda: self.output() if any(daemon.poll() is not None for daemon in self.daemons) else "")
+
+    def output(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in self.folder.glob("*.out"))
+
+    def command(self, *command: str) -> str:
+        """Run a command of Slurm; its output."""
+        done = subprocess.run(
+            command, env=os.environ | self.env, capture_output=True, text=True, check=False, timeout=HANGS, cwd=self.folder
+        )
+        return done.stdout
+
+    def submit(self, *options: str) -> str:
+        """A job that does nothing; its number."""
+        return re.findall(r"\d+", self.command("sbatch", *options, "--output=/dev/null", "--wrap=true"))[0]
+
+    def jobs(self, columns: str = "%i") -> list[list[str]]:
+        """Columns of squeue, of jobs that have not ended."""
+        return [line.split() for line in self.command("squeue", "-h", "--array", "-o", columns).splitlines()]
+
+    def stop(self) -> None:
+        if self.jobs():
+            self.command("scancel", "--me", "--signal=KILL", "--full")
+            self.command("scancel", "--me")
+            wait_until(lambda: not self.jobs())
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in reversed(self.daemons):
+            daemon.wait(HANGS)
+
+
+@contextmanager
+def cluster(accounting: bool = False) -> Iterator[Cluster]:
+    """A running cluster. Skips the test where a program is absent."""
+    needed = (*PROGRAMS, "slurmdbd", "mariadbd", "mariadb-install-db") if accounting else PROGRAMS
+    for name in needed:
+        if not shutil.which(name):
+            packages = "munge slurm-wlm" + " slurmdbd mariadb-server" * accounting
+            pytest.skip(f"{name} is not installed: apt-get install {packages}")
+    folder = Path(tempfile.mkdtemp(prefix="vix-slurm-"))  # the path of a socket must be short
+    running = Cluster(folder, accounting)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+        shutil.rmtree(folder, ignore_errors=True)
