@@ -107,7 +107,7 @@ def test_requeued_or_sent_sigterm(tmp_path: Path, slurm: Cluster) -> None:
     """A job that was requeued ends by itself; one that was sent SIGTERM is continued by the same command."""
     sweep = Sweep(slurm, tmp_path, "seed=0,1,2", pauses=(1,))
     runs = sweep.paused(tmp_path, 1, 3)
-    requeued, ended, other = sorted(job for (job,) in slurm.jobs())
+    requeued, ended, _ = sorted(job for (job,) in slurm.jobs())
     slurm.command("scontrol", "requeue", requeued)
     slurm.command("scancel", "--signal=TERM", ended)
     go_on(runs[2], 1)

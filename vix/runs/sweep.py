@@ -36,7 +36,9 @@ class JobStatus:
     outputs: the directory below which the sweep's runs are.
     directory: of the job's run.
 
-    Of several processes, only rank 0 writes. Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
+    Of several processes, only rank 0 writes.
+
+    Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
     """
 
     def __init__(
@@ -154,7 +156,13 @@ def record_end(folder: Path, number: int, parts: Sequence[str], state: str, erro
     error: the reason.
     """
     path = folder / f"{number:06d}.json"
-    job = {"parts": list(parts), "outputs": str(folder.parents[1]), "directory": None, "state": "lost", "error": ""}
+    job: dict[str, Any] = {
+        "parts": list(parts),
+        "outputs": str(folder.parents[1]),
+        "directory": None,
+        "state": "lost",
+        "error": "",
+    }
     if path.exists():
         job = json.loads(path.read_text())
     if job["state"] != "lost":
