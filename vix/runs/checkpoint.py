@@ -1,6 +1,7 @@
 """Checkpoint files: written atomically, and loaded without executing code (``weights_only=True``)."""
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def read_tensors(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about other programs' files, which are refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any exception
         reason = "it contains code, which is never run" if "weights_only" in str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
