@@ -93,7 +93,7 @@ def forked() -> Iterator[Forked]:
 
 @pytest.fixture(scope="session")
 def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the real CIFAR-10: VIX_DATA, or unpacked from the archive beside this project."""
+    """A folder with the real CIFAR-10: VIX_DATA, or unpacked from the archive next to this project."""
     root = Path(os.environ.get("VIX_DATA", ROOT / "data"))
     if (root / "cifar-10-batches-py").is_dir():
         return root

@@ -153,7 +153,7 @@ def nccl_by_gloo() -> type:
 
 @contextmanager
 def pretended_gpus(gpus: int = 1, capability: tuple[int, int] = (8, 0)) -> Iterator[Driver]:
-    """Context of a process on a machine with so many GPUs, of which it has used none yet."""
+    """Context of a process on a machine with this many GPUs, none of which it has used yet."""
     import torch.distributed.distributed_c10d as c10d
 
     driver = Driver(gpus, capability)

@@ -46,7 +46,7 @@ def measured(module: str, out: Path, *arguments: str) -> tuple[str, dict[str, An
 
 @pytest.mark.slow
 def test_side_by_side(tmp_path: Path) -> None:
-    """Ratios are the quotients of what was measured, and their geometric mean is told."""
+    """Ratios are the quotients of what was measured, and their geometric mean is printed."""
     shown, record = measured("benchmarks", tmp_path / "r.json", "--models", "vil", "window", "--batch", "2")
     assert not record["refused"]
     for row in record["rows"]:
@@ -171,7 +171,7 @@ def test_skeletons_compute_the_same(compose_config: Callable[..., DictConfig], n
 
 
 def test_flops_and_bytes_of_a_linear_layer() -> None:
-    """Counted as worked out by hand: two products of the backward beside the forward's, and every tensor once an operation."""
+    """Counted as worked out by hand: two products in the backward pass in addition to the forward pass, and every tensor once an operation."""
     layer = nn.Linear(6, 5, bias=False)
     # Of an input that needs no gradient only the weight's product remains.
     assert training_flops(nn.Sequential(nn.Flatten(), layer), (1, 2, 3)) == 2 * (2 * 6 * 5)

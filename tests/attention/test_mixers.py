@@ -1,7 +1,7 @@
 """The mixers against implementations that share no line with them, and against the identities that define them.
 
 The references are the packages whose mechanisms the published runs used, numpy in float64, and loops written out here.
-A bound that is not a matter of float32's or float64's rounding is about three times what was measured, which stands beside
+A bound that is not a matter of float32's or float64's rounding is about three times what was measured, which stands next to
 it.
 """
 

@@ -1,4 +1,4 @@
-"""python -m vix plan tells what a sweep then does, and starts nothing."""
+"""python -m vix plan lists what a sweep then does, and starts nothing."""
 
 import fcntl
 import itertools

@@ -90,11 +90,11 @@ def test_what_is_printed(real: dict[str, Any], tmp_path: Path) -> None:
         )
     done = module("report", tmp_path, "--no-files")
     assert done.returncode == 0, done.stderr
-    ours, beside = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["vin"])
+    ours, papers = (line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["vin"])
     assert ours[:6] == ["vin", "2", "2", "62.38", "±", "1.59"]
     assert "2.50" in ours  # the larger of the two peaks
-    assert beside[2] == "65.06"
-    assert beside[-3:] == ["4.8", "−2.3", "86.62"]
+    assert papers[2] == "65.06"
+    assert papers[-3:] == ["4.8", "−2.3", "86.62"]
     assert "AdamW" in done.stdout
     assert not (tmp_path / "report.md").exists()
 

@@ -48,7 +48,7 @@ def test_size_is_the_published_one(compose_config, row):
 
 
 def test_size_of_plain_layers_is_what_torchsummary_says():
-    """Worked out by hand: 3·8·8 pixels; outputs 4·8·8 twice, and 5; the container has none of its own."""
+    """Worked out by hand: 3·8·8 pixels; outputs 4·8·8 twice, and 5; the container itself has no parameters."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 5))
     with recorded(model) as calls:
         model(torch.zeros(1, 3, 8, 8))

@@ -103,7 +103,7 @@ def test_no_npz_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
-    """From the command line; the directory's name tells the content, and the model loads without the file."""
+    """From the command line; the directory's name contains the digest of the content, and the model loads without the file."""
     path = written(tmp_path / "x.npz")
     own = (f"data.root={path}", "data.image_size=8", "data.channels=1")
     done = run_train(tmp_path, *TINY, "trainer.epochs=1", "data=arrays", *own)

@@ -72,7 +72,7 @@ def test_val_comes_before_test(folder: Path) -> None:
 
 
 def test_tiny_imagenet_as_distributed(tmp_path: Path) -> None:
-    """train/<id>/images/*.JPEG with boxes beside them, a flat val/ with its annotations, a test/ without labels."""
+    """train/<id>/images/*.JPEG with boxes next to them, a flat val/ with its annotations, a test/ without labels."""
     ids, lines = ("n01443537", "n02085620"), []
     for i, name in enumerate(ids):
         for j in range(3):

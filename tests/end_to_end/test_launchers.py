@@ -89,7 +89,7 @@ def test_a_missing_plugin_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_search(tmp_path: Path) -> None:
-    """Five trials; the best of them is told with its settings."""
+    """Five trials; the best of them is printed with its settings."""
     need("hydra_optuna_sweeper")
     free = [setting for setting in TINY if not setting.startswith("model.dim")]
     search = (

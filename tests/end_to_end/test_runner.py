@@ -239,14 +239,14 @@ def test_multirun(tmp_path: Path) -> None:
     assert states == [("finished", 0, 8), ("finished", 1, 8), ("refused", 0, 1000), ("refused", 1, 1000)]
     assert all("attention.landmarks=1000" in r["error"] for r in results if r["status"] == "refused")
     assert done.stderr.splitlines()[-1] == "error: 2 of this sweep's jobs did not finish"
-    told = table_after(done.stdout, "jobs of this sweep")
-    assert [row[:3] for row in told] == [
+    rows = table_after(done.stdout, "jobs of this sweep")
+    assert [row[:3] for row in rows] == [
         ["attention.landmarks=8 seed=0", "finished", f"{top1_of(results, 0):.2f}"],
         ["attention.landmarks=1000 seed=0", "refused", ""],
         ["attention.landmarks=8 seed=1", "finished", f"{top1_of(results, 1):.2f}"],
         ["attention.landmarks=1000 seed=1", "refused", ""],
     ]
-    assert all("attention.landmarks=1000 is more than the 65 tokens" in row[4] for row in told if row[1] == "refused")
+    assert all("attention.landmarks=1000 is more than the 65 tokens" in row[4] for row in rows if row[1] == "refused")
     assert not list(tmp_path.glob("outputs/.sweeps*"))
     assert len({r["train_loss"] for r in results if r["status"] == "finished"}) == 2
     good = run_train(tmp_path, "-m", *TINY, "seed=0,1", "attention.landmarks=8")
@@ -299,7 +299,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
 
     primary, secondary = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    # So many small steps that an epoch outlasts the half second between two updates of the bar on any processor.
+    # As many small steps as it takes, so that an epoch outlasts the half second between two updates of the bar on any processor.
     many_steps = ("experiment=quickstart", "trainer.epochs=2", "trainer.batch_size=2", "model.depth=1")
     command = [sys.executable, str(ROOT / "train.py"), *many_steps]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=secondary, stderr=secondary, env=environment)

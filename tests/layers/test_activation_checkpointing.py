@@ -161,7 +161,7 @@ def test_compiled_gradients_where_what_is_kept_is_changed_in_place(compose_confi
 
 @pytest.mark.slow
 def test_a_run_is_the_same_and_may_be_continued(compose_config: Compose, tmp_path: Path) -> None:
-    """To the bit, with all that a step can do; what is computed twice may change when a run is continued."""
+    """Bit-identical, with all that a step can do; what is computed twice may change when a run is continued."""
     common = (*TINY, "model.dropout=0.1", "trainer.micro_batch=7", "trainer.ema_decay=0.9", "trainer.clip_norm=1.0")
     expected, model = fit(compose_config(*common), tmp_path / "nothing")
     for what in TWICE:

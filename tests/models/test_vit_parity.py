@@ -102,7 +102,7 @@ def test_logits_are_vit_pytorchs(
             f"model.pool={pool}",
         )
     )
-    with torch.no_grad():  # weights 1 and biases 0 would not tell one norm from another
+    with torch.no_grad():  # weights 1 and biases 0 would not distinguish the norms
         for name, parameter in ours.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))

@@ -86,7 +86,7 @@ def test_every_command_prints_in_ascii_and_to_nobody(command: str, tmp_path: Pat
     run = ROOT / "results/cpu/cpu_vit"
     arguments = {"diff": f"{run}/seed=0 {run}/seed=1", "replay": "."}.get(command, "experiment=quickstart")
     program = f"$PYTHON -m vix {command} {arguments}"
-    status = 1 if command == "replay" else 0  # it is told that there is no such run
+    status = 1 if command == "replay" else 0  # the message says that there is no such run
     for way in ("| true", ">&-"):
         done = shell(f"{program} {way}", tmp_path, PYTHONIOENCODING="ascii")
         assert done.returncode == status, done.stderr

@@ -179,7 +179,7 @@ def test_null_is_a_column_where_the_command_says_so(tmp_path: Path) -> None:
 
 
 def test_looking_changes_nothing(compose_config: Compose, tmp_path: Path) -> None:
-    """Probed and drawn, or not even asked to: the same losses and weights to the bit, also with dropout and augmentation."""
+    """Probed and drawn, or not even asked to: bit-identical losses and weights, also with dropout and augmentation."""
     arguments = [word for word in SWEEP if "probe" not in word]
     arguments += ["attention=performer", "attention.redraw_every=3", "model.dropout=0.3", "augment.flip=true"]
     plain, model = fit(compose_config(*arguments), tmp_path / "plain")

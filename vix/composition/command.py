@@ -152,7 +152,7 @@ def resolved_overrides(overrides: Any, cfg: DictConfig) -> list[str]:
 
 
 def with_value(override: str, cfg: DictConfig) -> str:
-    """An override with an interpolation, with its value in a config; unchanged where the config has none.
+    """An override with an interpolation, with its value in a config; unchanged where the config lacks it.
 
     Hydra's sweeper writes the interpolation of a job as ``$\\{…\\}``.
     """

@@ -48,7 +48,7 @@ class ImageFolder(ImageData):
     classes: number of classes; None: the number of class folders. Only needed to build the model without the images; it is
         compared with the folders when the images are read.
 
-    Raises ConfigError where ``root`` has none of these layouts, and DataError where a class has no images or the splits
+    Raises ConfigError where ``root`` has another layout, and DataError where a class has no images or the splits
     differ in their classes.
     """
 
@@ -137,7 +137,7 @@ class ImageFolder(ImageData):
     def split_folders(self) -> tuple[Path, Path | None]:
         """The folders of the training split and of the test split (None if absent).
 
-        Raises ConfigError where ``root`` has none of the supported layouts.
+        Raises ConfigError where the layout of ``root`` is not supported.
         """
         root, train = Path(self.root), Path(self.root, "train")
         # A split contains class folders. A class folder may also be named train, val or test, but contains images.

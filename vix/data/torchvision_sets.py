@@ -30,7 +30,7 @@ class TorchvisionData(ImageData):
 
     root: str = "data"
 
-    files: ClassVar[tuple[str, str]]  # a file of the training and of the test split, which tells whether they are there
+    files: ClassVar[tuple[str, str]]  # a file of the training and of the test split, which shows whether they are there
 
     def options(self, split: SplitName) -> dict[str, Any]:
         """The arguments of torchvision's constructor that select a split."""

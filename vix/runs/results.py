@@ -101,7 +101,7 @@ class Group:
 
     name: the experiment and the overrides that distinguish the group.
     runs: one per seed and fold.
-    published: the paper's row for this model; empty where the paper has none.
+    published: the paper's row for this model; empty for other models.
     """
 
     name: str

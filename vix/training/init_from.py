@@ -131,7 +131,7 @@ def may_differ(name: str, tensor: Tensor, own: Tensor | None) -> bool:
     """Whether weights that do not fit are left out: a position table that the model lacks, or a head for other classes.
 
     name, tensor: of the weights.
-    own: the model's tensor of that name; None where it has none.
+    own: the model's tensor of that name; None where it lacks one.
     """
     if own is None:
         return is_position_table(name)
