@@ -171,7 +171,7 @@ def test_skeletons_compute_the_same(compose_config: Callable[..., DictConfig], n
 
 
 def test_flops_and_bytes_of_a_linear_layer() -> None:
-    """Counted as worked out by hand: two products in the backward pass in addition to the forward pass, and every tensor once an operation."""
+    """As counted by hand: one product forward, two backward, and every tensor once per operation."""
     layer = nn.Linear(6, 5, bias=False)
     # Of an input that needs no gradient only the weight's product remains.
     assert training_flops(nn.Sequential(nn.Flatten(), layer), (1, 2, 3)) == 2 * (2 * 6 * 5)

@@ -299,7 +299,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
 
     primary, secondary = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    # As many small steps as it takes, so that an epoch outlasts the half second between two updates of the bar on any processor.
+    # Many small steps, so that an epoch outlasts the half second between two updates of the bar on any processor.
     many_steps = ("experiment=quickstart", "trainer.epochs=2", "trainer.batch_size=2", "model.depth=1")
     command = [sys.executable, str(ROOT / "train.py"), *many_steps]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=secondary, stderr=secondary, env=environment)

@@ -92,7 +92,7 @@ def test_graphs_gradients_add_up(compose_config: Compose) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_compiled_run_ends_as_if_undisturbed(tmp_path: Path, forked: Forked) -> None:
-    """Stopped while compiling (within 10 s) and in the middle of an epoch, and continued: bit-identical to one that was never stopped."""
+    """Stopped while compiling (within 10 s) and in the middle of an epoch, and continued: bit-identical."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(directory: str) -> subprocess.Popen[str]:
