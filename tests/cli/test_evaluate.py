@@ -24,8 +24,8 @@ from vix.data.image_folder import ImageFolder
 from vix.errors import UserError
 
 FIGURES = ("top1", "top5", "test_loss", "class_accuracy")
-# A later epoch is worse than an earlier one; in a precision that must be the run's own.
-DIGITS = (*TINY, "trainer.epochs=4", "optimizer.lr=0.05", "trainer.precision=bf16", "trainer.eval_batch_size=7")
+# In a precision that must be the run's own, with a learning rate at which accuracy goes up and down.
+DIGITS = (*TINY, "trainer.epochs=4", "optimizer.lr=0.5", "trainer.precision=bf16", "trainer.eval_batch_size=7")
 
 
 def command(directory: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -43,8 +43,8 @@ def train(directory: Path, *arguments: str) -> dict[str, Any]:
 
 def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
     """For the last and the best weights, to the last digit; the confusion matrix counts what the model predicts."""
-    results = train(tmp_path, *DIGITS)
-    assert results["best_epoch"] < results["epochs"]
+    runs = (train(tmp_path, *DIGITS, f"seed={seed}", "rerun=true") for seed in range(5))
+    results = next(run for run in runs if run["best_epoch"] < run["epochs"])
     done = command(tmp_path, "evaluate", "run", "--json")
     assert done.returncode == 0, done.stderr
     (last,) = json.loads(done.stdout)
