@@ -28,7 +28,7 @@ class Flags(NamedTuple):
 
 
 def quote_path(override: str) -> str:
-    """Quote a path that Hydra's grammar rejects: one with ``~``, which is expanded, or a run's (``trainer.init_from=x/seed=0``).
+    """Quote a path that Hydra's grammar rejects: one with ``~``, which is expanded, or a run's (``…init_from=x/seed=0``).
 
     Paths of runs also contain commas; only where each part is a path are they several values. Other overrides are unchanged.
     """
