@@ -433,7 +433,8 @@ def test_the_end_of_a_small_set(tmp_path: Path, classes: int, images: int) -> No
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))
         results = {**dict.fromkeys(METRICS, 1.0), "epochs": 1}
         with TensorBoard(LoggedRun(RunDirectory(directory, {}, {}), 1, model, test, names, False)) as board:
-            board.finish(results, *predictions(model, test.eval_batches(2), torch.autocast("cpu", enabled=False)))
+            predicted = predictions(model, test.eval_batches(2), torch.autocast("cpu", enabled=False))
+            board.finish(results, predicted.loss, predicted.top[:, 0])
         events = EventAccumulator(str(directory)).Reload()
         assert events.Tags()["images"] == ["test/confusion_matrix", "test/worst_images"]
 
