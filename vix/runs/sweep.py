@@ -30,7 +30,9 @@ class JobStatus:
     outputs: the directory below which the sweep's runs are.
     directory: of the job's run.
 
-    Of several processes, only rank 0 writes. Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
+    Of several processes, only rank 0 writes.
+
+    Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class JobStatus:
             "directory": str(directory.absolute()) if directory else None,
             "state": "lost",
             "error": "its process ended without reporting a status",
+            "results": {},
         }
 
     def __enter__(self) -> Self:
@@ -117,15 +120,15 @@ def record_end(folder: Path, number: int, parts: Sequence[str], state: str, erro
     error: the reason.
     """
     path = folder / f"{number:06d}.json"
-    job = {"parts": list(parts), "outputs": str(folder.parents[1]), "directory": None, "state": "lost", "error": ""}
+    job: dict[str, Any] = {"parts": list(parts), "outputs": str(folder.parents[1]), "state": "lost", "results": {}}
     if path.exists():
         job = json.loads(path.read_text())
     if job["state"] != "lost":
         return
     write_json(path, job | {"state": state, "error": error})
-    directory = Path(job["directory"] or folder / "none")
+    directory = Path(job.get("directory") or folder / "none")
     with suppress(OSError, LockedError), exclusive_lock(directory):
-        results = read_results(directory / "results.json")
+        results = read_results(directory / "results.json") or job["results"]
         if results.get("status") in UNFINISHED:
             write_json(directory / "results.json", results | {"status": state, "error": error})
 
