@@ -7,6 +7,7 @@ usage() {
 Train all models of a table of the paper, or any sweep, and print the report of all runs.
 
   ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
+  ./sweep.sh compact [override …]    the compact benchmark: every token mixer in the same small ViT
   ./sweep.sh override …              same as: python train.py -m override …
   ./sweep.sh --plan …                only list the runs and their cost (same as: python -m vix plan)
 
@@ -17,6 +18,7 @@ runs are resumed, so the same command continues an interrupted sweep.
 
   ./sweep.sh table1 seed=0,1,2 trainer.epochs=10
   ./sweep.sh all
+  ./sweep.sh compact seed=0,1,2
   ./sweep.sh experiment=vin,vip attention.heads=2,4,8
   ./sweep.sh experiment=quickstart seed=0,1,2
   ./sweep.sh table2 hydra.sweep.dir=outputs/table2      other directory than outputs/
@@ -75,6 +77,12 @@ case "$1" in
         fi
         shift
         set -- "experiment=${rows//$'\n'/,}" "$@"
+        ;;
+    compact)
+        # The attentions of LeViT and CvT are softmax attention, made for those models.
+        mixers=$(basename -s .yaml conf/attention/*.yaml | grep -vx -e levit -e cvt)
+        shift
+        set -- experiment=compact "attention=${mixers//$'\n'/,}" "$@"
         ;;
 esac
 

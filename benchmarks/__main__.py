@@ -1,8 +1,8 @@
-"""``python -m benchmarks``: training steps of ViT, ViP, ViL and ViN: ours, other packages', and the paper's training procedure.
+"""``python -m benchmarks``: training steps of ViTs with each mixer: ours, other packages', and the paper's training procedure.
 
-All models have width 128, 4 blocks, 4 heads, MLP width 256, patches of 1 pixel, 1,025 tokens and 10 classes. Every measurement
-runs in a new process. Rounds alternate the order of the variants, and a ratio is the median over the rounds of the ratios
-within a round, so that other load on the machine affects both sides equally.
+All models have width 128, 4 blocks, 4 heads, MLP width 256, patches of 1 pixel, 1,024 tokens and 10 classes; ViT, ViP, ViL and
+ViN have a class token as well. Every measurement runs in a new process. Rounds alternate the order of the variants, and a ratio
+is the median over the rounds of the ratios within a round, so that other load on the machine affects both sides equally.
 """
 
 import statistics
@@ -13,11 +13,11 @@ from typing import Any
 from benchmarks.isolated import Refused, isolated, processes
 from benchmarks.measure import ceilings
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
-from benchmarks.variants import KINDS, ON_CPUS, ON_GPUS, OURS, THEIRS, step_cost
+from benchmarks.variants import KINDS, MODELS, ON_CPUS, ON_GPUS, OURS, THEIRS, step_cost
 from vix.reporting.table import Table
 from vix.system.device import resolve_precision
 
-MODELS = {"vit": "ViT", "vip": "ViP", "vil": "ViL", "vin": "ViN"}
+TITLES = {"vit": "ViT", "vip": "ViP", "vil": "ViL", "vin": "ViN"}  # the others have the names of their mixers
 LIMIT = 900.0  # seconds for one measurement
 
 
@@ -74,7 +74,7 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
             *("images/s, paper's procedure", "memory, paper's procedure"),
         ),
         [
-            (MODELS.get(r["model"], r["model"]), own, str(r["batch"]), *(times(r[f"{own}_{key}"]) for key in ratios))
+            (TITLES.get(r["model"], r["model"]), own, str(r["batch"]), *(times(r[f"{own}_{key}"]) for key in ratios))
             for own in OURS
             for r in [*rows, *means]
             if any(r[f"{own}_{key}"] for key in ratios)
@@ -86,7 +86,7 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
         ("model", "variant", "batch", "images/s", "ms", "peak GB", "reserved GB", "of matmul, %", "of copy, %"),
         [
             (
-                *(MODELS[row["model"]], kind, str(row["batch"])),
+                *(TITLES.get(row["model"], row["model"]), kind, str(row["batch"])),
                 *(f"{row[kind]['images_per_second']:.1f}", f"{row[kind]['milliseconds']:.2f}"),
                 *(
                     "–" if row[kind][key] is None else f"{row[kind][key] / 1e9:.3f}"
@@ -107,7 +107,14 @@ def main() -> None:
     options = parser("python -m benchmarks", "Training steps: ours, other packages', and the paper's training procedure.")
     options.add_argument("--batch", type=int, nargs="+", help="images per step (default: 8 on a CPU, 64 and 256 on a GPU)")
     options.add_argument("--rounds", type=int, default=3, help="measurements of every variant (default: 3)")
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models (default: all four)")
+    options.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        metavar="MODEL",
+        help=f"models (default: all): {', '.join(MODELS)}",
+    )
     options.add_argument("--kinds", nargs="+", choices=KINDS, help="variants (default: all that the device supports)")
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
@@ -127,7 +134,7 @@ def main() -> None:
         order = [(*key, kind) for key in results for kind in kinds]
         measured: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in results}
         for name, batch_size, kind in order if number % 2 == 0 else reversed(order):
-            print(f"round {number + 1} of {rounds}: {MODELS[name]}, batch {batch_size}, {kind}", file=sys.stderr)
+            print(f"round {number + 1} of {rounds}: {name}, batch {batch_size}, {kind}", file=sys.stderr)
             try:
                 cost = isolated(context, chosen.threads, step_cost, kind, name, device, batch_size, chosen.quick, limit=LIMIT)
                 measured[name, batch_size][kind] = cost

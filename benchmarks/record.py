@@ -21,7 +21,10 @@ from vix.system.device import resolve_device
 from vix.system.files import user_path
 
 RESULTS = Path(__file__).parent.resolve() / "results"
-PACKAGES = ("vit-pytorch", "performer-pytorch", "linformer", "nystrom-attention")
+PACKAGES = (
+    *("vit-pytorch", "performer-pytorch", "linformer", "nystrom-attention", "timm", "fightingcv-attention"),
+    *("agent-attention-pytorch", "isab-pytorch", "linear-attention-transformer", "transformers"),
+)
 
 
 def parser(program: str, description: str) -> argparse.ArgumentParser:

@@ -20,16 +20,18 @@ from benchmarks.variants import mixer_cost
 from vix.errors import UserError
 from vix.reporting.table import Table
 
-# Name → overrides. The others are compared with the first.
+# Name → overrides. The others are compared with the first. The attentions of LeViT and CvT are softmax attention.
 MIXERS: dict[str, tuple[str, ...]] = {
     "softmax": ("attention=softmax",),
     "softmax-explicit": ("attention=softmax", "attention.implementation=explicit"),
-    "performer": ("attention=performer",),
-    "linformer": ("attention=linformer",),
-    "nystrom": ("attention=nystrom",),
-    "linear": ("attention=linear",),
-    "fourier": ("attention=fourier",),
-    "token_mlp": ("attention=token_mlp",),
+    **{
+        name: (f"attention={name}",)
+        for name in (
+            *("performer", "linformer", "nystrom", "linear", "agent", "latent", "external", "cross_covariance"),
+            *("spatial_reduction", "window", "neighbourhood", "fourier", "global_filter", "token_mlp", "gating"),
+            *("convolution", "focal", "mamba2", "pooling", "random", "identity"),
+        )
+    },
 }
 PASSES = ("forward", "training")
 
@@ -84,16 +86,23 @@ def main() -> None:
     """The command."""
     options = parser("python -m benchmarks.scaling", "Time and memory of every mixer over the number of tokens.")
     options.add_argument("--batch", type=int, help="batch size (default: 1 on a CPU, 16 on a GPU)")
-    options.add_argument("--tokens", type=int, nargs="+", help="square numbers (default: 256 1024 4096 16384)")
-    options.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="mixers (default: all)")
+    options.add_argument("--tokens", type=int, nargs="+", help="squares of multiples of 8 (default: 256 1024 4096 16384)")
+    options.add_argument(
+        "--mixers",
+        nargs="+",
+        choices=MIXERS,
+        default=list(MIXERS),
+        metavar="MIXER",
+        help=f"mixers (default: all): {', '.join(MIXERS)}",
+    )
     options.add_argument("--most-seconds", type=float, default=20.0, help="skip slower steps (default: 20)")
     options.add_argument("--most-gb", type=float, help="skip steps that need more memory (default: 80 %% of the device's)")
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
     batch_size = chosen.batch or (16 if device.type == "cuda" else 1)
-    sizes = sorted(chosen.tokens or ([16, 64, 256] if chosen.quick else [256, 1024, 4096, 16384]))
-    if wrong := [n for n in sizes if math.isqrt(n) ** 2 != n]:
-        raise UserError(f"--tokens {wrong[0]}: must be a square number, such as 256, 1024 or 4096")
+    sizes = sorted(chosen.tokens or ([64, 256] if chosen.quick else [256, 1024, 4096, 16384]))
+    if wrong := [n for n in sizes if math.isqrt(n) % 8 or math.isqrt(n) ** 2 != n]:  # 8: the side of windows
+        raise UserError(f"--tokens {wrong[0]}: must be the square of a multiple of 8, such as 64, 256, 1024 or 4096")
     gigabytes = chosen.most_gb or 0.8 * memory_of(device) / 1e9
 
     context = processes("benchmarks.variants")
@@ -104,12 +113,11 @@ def main() -> None:
             for name in PASSES:
                 key = {"mixer": mixer, "pass": name, "tokens": tokens}
                 smaller = [p for p in points if (p["mixer"], p["pass"]) == (mixer, name)]
-                landmarks = (f"attention.landmarks={tokens}",) if mixer == "nystrom" and tokens < 64 else ()
                 reason = too_much(smaller, tokens, chosen.most_seconds, gigabytes)
                 if reason is None:
                     print(f"{tokens:,} tokens: {mixer}, {name}", file=sys.stderr)
                     arguments = (
-                        MIXERS[mixer] + landmarks,
+                        MIXERS[mixer],
                         math.isqrt(tokens),
                         name == "training",
                         device,
@@ -126,7 +134,7 @@ def main() -> None:
                     skipped.append({**key, "reason": reason})
     sentences = [sentence(points, mixer, "softmax") for mixer in chosen.mixers if mixer != "softmax"]
     path = write("scaling", device, chosen, {"batch": batch_size, "points": points, "skipped": skipped, "sentences": sentences})
-    draw(points, path.with_suffix(".png"), f"ViT of 4 blocks, width 128, batch {batch_size}, on {device.type}")
+    draw(path)
     print_table(points, sizes, str(device))
     print("\n".join(sentences))
     for gap in skipped:

@@ -1,41 +1,74 @@
-"""Figure of ``benchmarks.scaling``: time and memory of forward passes and training steps over the number of tokens."""
+"""Figure of ``benchmarks.scaling``: every mixer's time and memory over the number of tokens, relative to softmax attention."""
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.crossover import curve
-from vix.reporting.plots import COLORS
+from benchmarks.crossover import Point, crossover, curve
 
-PANELS = (("forward", "seconds"), ("training", "seconds"), ("forward", "bytes"), ("training", "bytes"))
-AXES = {"seconds": ("milliseconds", 1e3), "bytes": ("peak memory, MB", 1e-6)}
+COLUMNS = 6
+QUANTITIES = {"seconds": ("time", "tab:blue"), "bytes": ("memory", "tab:orange")}
 
 
-def draw(points: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Write the figure as PNG: one line per mixer, on logarithmic axes.
+def draw(record: Path, path: Path | None = None) -> None:
+    """Draw the JSON file of ``benchmarks.scaling``.
 
-    points: measurements.   path: of the file.
+    path: of the PNG; by default next to the JSON file, with its name.
     """
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    measured = json.loads(record.read_text(encoding="utf-8"))
+    points, device = measured["points"], measured["device"]
+    reference, *mixers = dict.fromkeys(point["mixer"] for point in points)
+    rows = math.ceil(len(mixers) / COLUMNS)
+    figure = Figure(figsize=(12, 0.9 + 1.75 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    sizes = sorted({p["tokens"] for p in points})
-    mixers = list(dict.fromkeys(p["mixer"] for p in points))
-    for axes, (name, quantity) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        unit, scale = AXES[quantity]
-        for mixer in mixers:
-            mine = curve(points, mixer, name, quantity)
-            kind, _, explicit = mixer.partition("-")
-            style = "--" if explicit else "-"
-            axes.plot(list(mine), [v * scale for v in mine.values()], style, marker="o", ms=4, color=COLORS[kind], label=mixer)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=name)
-        axes.xaxis.set_major_locator(FixedLocator(sizes))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130)
+    threads = "" if device["type"] == "cuda" else f", {device['threads']} threads"
+    figure.suptitle(
+        f"A training step over the number of tokens, relative to fused softmax attention (below 1: better)\n"
+        f"ViT with 4 blocks, width 128, batch size {measured['batch']}, {device['name']}{threads}",
+        fontsize=11,
+    )
+    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+    for axes, mixer in zip(panels, mixers, strict=False):
+        panel(axes, points, mixer, reference)
+    for axes in list(panels)[len(mixers) :]:
+        axes.set_axis_off()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path or record.with_suffix(".png"), dpi=110)
+
+
+def panel(axes: Axes, points: Sequence[Point], mixer: str, reference: str) -> None:
+    """One mixer's ratios; a vertical line shows from how many tokens it trains faster."""
+    for quantity, (label, color) in QUANTITIES.items():
+        mine, other = (curve(points, name, "training", quantity) for name in (mixer, reference))
+        sizes = sorted(mine.keys() & other.keys())
+        axes.plot(sizes, [mine[n] / other[n] for n in sizes], marker="o", ms=3, lw=1.5, color=color, label=label)
+        where = crossover(mine, other)
+        if quantity == "seconds" and where:
+            axes.axvline(where, color=color, lw=0.8, ls=":")
+            axes.annotate(
+                f"{float(f'{where:.2g}'):,.0f}", (where, 1), (3, 3), textcoords="offset points", fontsize=7, color=color
+            )
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set(xscale="log", yscale="log")
+    axes.set_title(mixer, fontsize=9)
+    axes.xaxis.set_major_locator(FixedLocator(sorted({point["tokens"] for point in points})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25)
+
+
+def thousands(value: float, position: Any = None) -> str:
+    """256, 1k, 4k, 16k: the number of tokens, short enough for a small panel."""
+    return f"{value:.0f}" if value < 1024 else f"{value / 1024:.0f}k"

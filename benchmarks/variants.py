@@ -10,6 +10,29 @@ from vix.build import build_model
 from vix.models.counts import training_flops
 from vix.system.device import resolve_device, resolve_precision
 
+# Name → overrides of the models that other packages have as well. The paper's models have a class token; the others are the
+# same ViT with the mean of the tokens and another mixer, with the options that the package has.
+MEAN_POOL = ("experiment=vit", "model.pool=mean")
+MODELS: dict[str, tuple[str, ...]] = {
+    "vit": ("experiment=vit",),
+    "vip": ("experiment=vip",),
+    "vil": ("experiment=vil",),
+    "vin": ("experiment=vin",),
+    "agent": (*MEAN_POOL, "attention=agent"),
+    "convolution": (*MEAN_POOL, "attention=convolution"),
+    "cross_covariance": (*MEAN_POOL, "attention=cross_covariance"),
+    "external": (*MEAN_POOL, "attention=external"),
+    "focal": (*MEAN_POOL, "attention=focal"),
+    "gating": (*MEAN_POOL, "attention=gating"),
+    "global_filter": (*MEAN_POOL, "attention=global_filter"),
+    "latent": (*MEAN_POOL, "attention=latent", "attention.dim_head=64"),
+    "linear_relu": (*MEAN_POOL, "attention=linear", "attention.kernel=relu"),
+    "linear_softmax": (*MEAN_POOL, "attention=linear", "attention.kernel=softmax"),
+    "mamba2": (*MEAN_POOL, "attention=mamba2", "attention.bidirectional=false"),
+    "pooling": (*MEAN_POOL, "attention=pooling"),
+    "spatial_reduction": (*MEAN_POOL, "attention=spatial_reduction"),
+    "window": (*MEAN_POOL, "attention=window"),
+}
 # Our variants. ours: compiled, as in runs of the paper's length; selective, full: with activation checkpointing; eager: not
 # compiled; graphs, graphs_selective: compiled, with CUDA graphs.
 OURS = {
@@ -28,16 +51,16 @@ KINDS = (*OURS, *THEIRS)
 
 
 def step_cost(kind: str, name: str, device: torch.device, batch_size: int, quick: bool) -> dict[str, Any]:
-    """Cost of a training step of one of the paper's models, with its FLOPs and memory traffic.
+    """Cost of a training step of one of MODELS, with its FLOPs and memory traffic.
 
-    kind: one of KINDS.   name: vit, vip, vil or vin.   quick: use large patches and few repeats.
+    kind: one of KINDS.   name: a key of MODELS.   quick: use large patches and few repeats.
     """
     patch_size = 4 if quick else 1
     compiled = kind in OURS and kind != "eager" and not quick
     baseline = resident_without_model(device, compiled)
     if kind in OURS:
         how = (*OURS[kind], *(("trainer.compile=false",) if quick else ()))
-        training = ours((f"experiment={name}", f"embedding.patch_size={patch_size}", *how), device, batch_size)
+        training = ours((*MODELS[name], f"embedding.patch_size={patch_size}", *how), device, batch_size)
     else:
         from benchmarks.packages import package_model
 

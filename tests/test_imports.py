@@ -83,3 +83,17 @@ def test_no_circles() -> None:
 
     for module in edges:
         visit(module, ())
+
+
+def test_matplotlib_is_imported_when_something_is_drawn() -> None:
+    """Every command would wait for it otherwise: the modules that need it are imported within functions only."""
+    at_the_top: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "vix").rglob("*.py")):
+        imports = [
+            node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = {f"{getattr(node, 'module', '')}.{alias.name}".lstrip(".") for node in imports for alias in node.names}
+        at_the_top[".".join(path.relative_to(ROOT).with_suffix("").parts)] = names
+    draws = {module for module, names in at_the_top.items() if any(name.startswith("matplotlib") for name in names)}
+    assert draws == {"vix.reporting.images", "vix.reporting.plots"}
+    assert not [module for module, names in at_the_top.items() if any(name.startswith(tuple(draws)) for name in names)]

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from vix.errors import UserError
+
 # Command: its module in vix.cli, whose ``main()`` reads sys.argv, and what it does.
 COMMANDS = {
     "plan": ("plan", "list the runs of a sweep and their cost, without starting them"),
@@ -27,7 +29,10 @@ def main() -> None:
         sys.exit(f"error: {name}: unknown command; valid: {', '.join(COMMANDS)}")
     module = importlib.import_module(f"vix.cli.{COMMANDS[name][0]}")
     del sys.argv[1]
-    module.main()
+    try:
+        module.main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from vix.config import check_value, to_plain, validated_partial
 from vix.data.augment import Augmentation
 from vix.data.dataset import ImageData
-from vix.errors import ConfigError, DataError, nearest
+from vix.errors import ConfigError, DataError, UserError, nearest
 from vix.layers.heads import head_width
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
@@ -105,7 +105,10 @@ class Experiment:
         make, no_decay = self.part("optimizer"), self.own_options["optimizer"].get("no_decay_on_norm_and_bias")
         if no_decay and "weight_decay" not in inspect.signature(make.func).parameters:
             raise ConfigError(f"optimizer.no_decay_on_norm_and_bias=true: {make.func.__name__} has no weight decay; use false")
-        params = param_groups_weight_decay(model) if no_decay else model.parameters()
+        if hasattr(make.func, "param_groups_of"):
+            params = make.func.param_groups_of(model, bool(no_decay))
+        else:
+            params = param_groups_weight_decay(model) if no_decay else model.parameters()
         return construct("optimizer", make, params=params)
 
 
@@ -241,8 +244,16 @@ def load_model(directory: str | Path, weights: Literal["last", "best"] = "last")
         raise DataError(f"there is no {path}: pass the directory of a run, such as outputs/vin/seed=0")
     checkpoint = read_checkpoint(path)
     cfg = OmegaConf.create(checkpoint["config"])
-    if "classes" in cfg.data:  # the image folder may be absent on this machine
+    # The image folder may be absent on this machine.
+    if "classes" in cfg.get("data", ()) and "head.weight" in checkpoint["model"]:
         cfg.data.classes = len(checkpoint["model"]["head.weight"])
-    model = build_model(cfg)
-    model.load_state_dict(checkpoint["model" if weights == "last" else "best_model"])
-    return model.eval()
+    return load_weights(build_model(cfg), checkpoint["model" if weights == "last" else "best_model"], path).eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The model with the weights of a file. Raises UserError, which names the file, where they are another model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} has the weights of another model than its config describes; restore or replace it") from error
+    return model

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from vix.errors import ConfigError, nearest
+from vix.errors import ConfigError, first_paragraph, nearest
 
 PACKAGES = ("vix", "torch.optim")  # a config may name classes of these
+PACKAGES_VARIABLE = "VIX_PACKAGES"  # environment variable: further packages, separated by commas
 
 
 def validated_partial(
@@ -49,7 +50,8 @@ def validated_partial(
     hints = {**annotations(target), **own_options}
     for key, value in options.items():
         if key not in valid and (key in supplied or not takes_any):
-            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {nearest(key, valid, prefix=f'{group}.')}")
+            near = nearest(str(key), valid, prefix=f"{group}.")  # a key may be a number
+            raise ConfigError(f"{group}.{key}: {target.__name__} has no such option; {near}")
         check_value(f"{group}.{key}", value, hints.get(key, Any))
     for name, parameter in accepted.items():
         if parameter.default is parameter.empty and name not in options:
@@ -66,7 +68,9 @@ def to_plain(cfg: DictConfig, key: str) -> Any:
         value = cfg.get(key)
         return OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or key}: {' '.join(str(error.msg or error).split())}") from error
+        reason = first_paragraph(error)
+        circular = reason in ("Recursive interpolation detected", "Interpolation to parent node detected")
+        raise ConfigError(f"{error.full_key or key}: {'its value refers to itself' if circular else reason}") from error
     except RecursionError as error:
         raise ConfigError(f"{key}: its value refers to itself") from error
 
@@ -82,7 +86,7 @@ def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
 
     Raises ConfigError where the class is not allowed, cannot be imported, or is not a ``kind``.
     """
-    allowed = (*PACKAGES, *filter(None, os.environ.get("VIX_PACKAGES", "").split(",")))
+    allowed = (*PACKAGES, *filter(None, os.environ.get(PACKAGES_VARIABLE, "").split(",")))
 
     def inside(module: str) -> bool:
         return any(module == package or module.startswith(package + ".") for package in allowed)
@@ -93,7 +97,7 @@ def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
     if not inside(path):
         raise ConfigError(
             f"{key}={path}: configs may only name classes of {', '.join(allowed)}; "
-            f"to allow more, set the environment variable VIX_PACKAGES={path.split('.')[0]}"
+            f"to allow more, set the environment variable {PACKAGES_VARIABLE}={path.split('.')[0]}"
         )
     module_name, _, name = path.rpartition(".")
     try:

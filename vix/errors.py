@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -15,6 +16,15 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError):
     """Missing or invalid data; the message names the file and the fix."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Context manager that begins the message of a UserError with ``KEY=``."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{key}={error}") from error
 
 
 def nearest_divisors(number: int, near: int) -> str:
@@ -37,5 +47,6 @@ def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
 
 def first_paragraph(error: Exception) -> str:
     """The first paragraph of an error's message on one line, without Hydra's links and OmegaConf's internal fields."""
-    text = re.sub(r"\n\s*(See https|full_key|object_type).*", "", str(error).strip()).split("\n\n")[0]
+    text = re.sub(r"\n\s*(See https|full_key|object_type|reference_type).*", "", str(error).strip()).split("\n\n")[0]
+    text = re.sub(r"^(User|Config|Data)Error raised while resolving interpolation: ", "", text)
     return " ".join(text.split()) or type(error).__name__

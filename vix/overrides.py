@@ -4,7 +4,8 @@ Imports no torch, and Hydra only when the first override is parsed, so that comm
 """
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,21 +48,40 @@ def canonical(override: str) -> str:
     if parsed is None or parsed.is_sweep_override():
         return override
     key = f"{parsed.key_or_group}@{parsed.package}" if parsed.package else parsed.key_or_group
-    if parsed.is_delete():
-        return f"~{key}"
-    value = parsed.get_value_element_as_str()
-    return f"{key}={value.lower() if isinstance(parsed.value(), bool) else unquoted(value)}"
+    return f"~{key}" if parsed.is_delete() else f"{key}={as_value(parsed.value())}"
 
 
-def unquoted(value: str) -> str:
-    """A quoted value without its quotes, where it parses to the same value without them."""
-    if value[:1] not in ("'", '"'):
-        return value
-    quoted = parse_or_none(f"key={value}")
-    text = quoted.value() if quoted else None
-    plain = parse_or_none(f"key={text}") if isinstance(text, str) and text else None
-    same = plain is not None and not plain.is_sweep_override() and plain.value() == text
-    return str(text) if same else value
+def settings(overrides: Iterable[str]) -> dict[str, str]:
+    """Key → canonical override, of the last override of each key; ``model={dim: 64}`` counts as ``model.dim=64``."""
+    found: dict[str, str] = {}
+    for override in overrides:
+        parsed = parse_or_none(override)
+        value = None if parsed is None or parsed.is_sweep_override() else parsed.value()
+        if parsed and isinstance(value, dict) and value and not parsed.is_delete():
+            found |= settings(f"{parsed.key_or_group}.{key}={as_value(item)}" for key, item in value.items())
+        else:
+            found[override_key(override)] = canonical(override)
+    return found
+
+
+def as_value(value: Any) -> str:
+    """A plain value, list or dictionary in Hydra's grammar, as the value of an override; text is quoted only if necessary."""
+    if isinstance(value, str):
+        plain = parse_or_none(f"key={value}")
+        same = plain is not None and not plain.is_sweep_override() and plain.value() == value
+        return value if same else quote(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(as_item, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{as_item(key)}:{as_item(item)}' for key, item in value.items())}}}"
+    return "null" if value is None else str(value).lower()
+
+
+def as_item(value: Any) -> str:
+    """As :func:`as_value`, for an item of a list or dictionary, in which commas and brackets separate."""
+    text = as_value(value)
+    plain = parse_or_none(f"key=[{text}]") if isinstance(value, str) else None
+    return text if not isinstance(value, str) or (plain and plain.value() == [value]) else quote(value)
 
 
 def quote(text: str) -> str:

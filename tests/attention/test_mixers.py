@@ -47,6 +47,7 @@ TINY = TokenGrid(1, 2, prefix=1)
 MIXERS: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
     "softmax-fused": (Softmax, {}, {"heads": 2}),
     "softmax-explicit": (Softmax, {"implementation": "explicit"}, {"heads": 2}),
+    "softmax-local-normed": (Softmax, {"locality": True, "qk_norm": True}, {"heads": 2, "locality": True, "qk_norm": True}),
     "performer-softmax": (Performer, {}, {"heads": 2, "features": 5}),
     "performer-relu": (Performer, {"kernel": "relu"}, {"heads": 2, "features": 5}),
     "performer-local": (
@@ -362,6 +363,50 @@ def test_softmax_is_the_formula(grid: TokenGrid, implementation: str, rotary: bo
     q_BHNE, k_BHNE, v_BHNE = queries_keys_values(ours, x_BND, rotary)
     weights_BHNN = softmax(q_BHNE @ k_BHNE.swapaxes(-1, -2) / math.sqrt(6))
     assert_close(ours(x_BND), to_out(ours, weights_BHNN @ v_BHNE), 1e-5)
+
+
+def test_locality_is_vit_pytorchs_on_equal_weights() -> None:
+    """Theirs has one temperature for all heads; with several, each head is computed with its own."""
+    from vit_pytorch.vit_for_small_dataset import LSA
+
+    torch.manual_seed(0)
+    ours, theirs = Softmax(32, ODD, locality=True).double(), LSA(32, heads=4, dim_head=8).double()
+    theirs.norm = nn.Identity()
+    theirs.temperature.data.fill_(math.log(8**-0.5))  # theirs is a rounded float32
+    theirs.to_qkv.weight.data.copy_(ours.to_qkv.weight)
+    theirs.to_out[0].load_state_dict(ours.to_out.state_dict())
+    x_BND = torch.randn(2, ODD.count, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(x_BND), theirs(x_BND), atol=1e-12, rtol=0)
+    scales = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    with torch.no_grad():
+        ours.scale_H11.copy_(scales[:, None, None])
+        ours.to_out.weight.copy_(torch.eye(32))
+        ours.to_out.bias.zero_()
+        theirs.to_out[0].load_state_dict(ours.to_out.state_dict())
+        for head, scale in enumerate(scales):
+            theirs.temperature.fill_(math.log(scale * 8**-0.5))
+            own, other = (split_heads(mixer(x_BND), 4)[:, head] for mixer in (ours, theirs))
+            torch.testing.assert_close(own, other, atol=1e-12, rtol=0)
+
+
+def test_normalized_queries_and_keys_are_timms() -> None:
+    from timm.layers.attention import Attention
+
+    torch.manual_seed(0)
+    ours, theirs = Softmax(32, ODD, qk_norm=True), Attention(32, num_heads=4, qk_norm=True, norm_layer=nn.RMSNorm)
+    ours, theirs = ours.double(), theirs.double()
+    names = {"to_qkv.weight": "qkv.weight", "norm_q.weight": "q_norm.weight", "norm_k.weight": "k_norm.weight"}
+    names |= {"to_out.weight": "proj.weight", "to_out.bias": "proj.bias"}
+    nn.init.uniform_(theirs.q_norm.weight, 0.5, 2)
+    nn.init.uniform_(theirs.k_norm.weight, 0.5, 2)
+    ours.load_state_dict({own: theirs.state_dict()[other] for own, other in names.items()})
+    x_BND = torch.randn(2, ODD.count, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(x_BND), theirs(x_BND), atol=1e-12, rtol=0)
+
+
+def test_locality_needs_another_token() -> None:
+    with pytest.raises(ValueError, match=r"^locality=true: needs at least 2 tokens"):
+        Softmax(8, TokenGrid(1, 1), locality=True)
 
 
 @pytest.mark.parametrize(

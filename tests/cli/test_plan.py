@@ -150,6 +150,7 @@ def test_expansion_is_hydras() -> None:
     assert expand(["seed=range(3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]
     assert expand(["seed=1", "seed=2"]) == [["seed=2"]]
     assert ["experiment=cct"] in expand(["experiment=glob(c*)"])
+    assert expand(["seed=3,4", "model.dim=${seed}"]) == [[f"seed={seed}", "model.dim=${seed}"] for seed in (3, 4)]
     with pytest.raises(UserError, match="a search chooses its runs"):
         expand(["hydra/sweeper=optuna_search"])
 

@@ -122,6 +122,17 @@ def test_a_file_that_names_a_class(tmp_path: Path) -> None:
         parse(compose(["experiment=typo"], Flags(str(tmp_path)))).build_optimizer(nn.Linear(2, 2))
 
 
+def test_a_value_of_another_type_is_left_out(tmp_path: Path) -> None:
+    """A number of blocks where the chosen family needs one per stage: the family's own; what is typed is kept."""
+    write_configs(tmp_path / "experiment", {"deep": f"{ON_DIGITS}model: {{depth: 3, dim: 64}}"})
+    cfg, notes = composed("experiment=deep", "model=pit", directory=tmp_path)
+    assert cfg["model"]["depth"] == composed("model=pit")[0]["model"]["depth"]
+    assert notes == ["model: ignoring options of experiment/deep that PiT does not accept: depth=3"]
+    assert composed("experiment=deep", "model=vit", directory=tmp_path)[0]["model"]["depth"] == 3
+    with pytest.raises(ConfigError, match=r"model\.depth=3: input should be a valid array"):
+        vix.build_model(compose(["experiment=deep", "model=pit", "model.depth=3"], Flags(str(tmp_path))))
+
+
 def test_later_overlays_and_included_ones(tmp_path: Path) -> None:
     """Of two experiments the later one chooses; an experiment that includes another one may choose otherwise."""
     header = "# @package _global_\ndefaults:\n"

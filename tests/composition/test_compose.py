@@ -13,15 +13,18 @@ from common import ON_DIGITS, table_after, write_configs
 from conftest import ROOT, TINY
 from forked import Forked
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
+from vix.__main__ import main as run_command
 from vix.build import parse
 from vix.cli.plan import plan
-from vix.composition.command import Flags, flags_of, parse_command, reproduce_command
+from vix.composition.command import Flags, expand_arguments, flags_of, parse_command, reproduce_command
 from vix.composition.compose import compose, compose_with_hydra, sweep_outputs
-from vix.errors import ConfigError
-from vix.overrides import canonical, override_key
+from vix.errors import ConfigError, UserError
+from vix.overrides import as_value, canonical, override_key, parse_override
 from vix.runs.identity import run_name
 
+QUICK_DATA = (*(o for o in TINY if o.startswith(("data.", "trainer.batch", "trainer.prec"))), "trainer.epochs=1")
 QUICK = (*(override for override in TINY if not override.startswith(("experiment=", "trainer.epochs"))), "trainer.epochs=1")
 CHOICES = {"experiment": None, "model": "vit", "attention": "nystrom", "embedding": "linear", "posenc": "learned"}
 
@@ -78,14 +81,19 @@ def test_the_command_starts_as_many_processes(monkeypatch: pytest.MonkeyPatch) -
     """torchrun with its processes, on one machine or several; flags that the program has by itself are left out."""
     job = compose_with_hydra(["experiment=vin", "trainer.resume=force"]).hydra
     job.mode = "RUN"
-    assert reproduce_command(job) == "python train.py experiment=vin rerun=true"
+    overrides = ["experiment=vin", "trainer.resume=force"]
+    assert reproduce_command(job, overrides) == "python train.py experiment=vin rerun=true"
+    monkeypatch.setenv("VIX_PACKAGES", "mine,yours")
+    assert reproduce_command(job, overrides) == "env VIX_PACKAGES=mine,yours python train.py experiment=vin rerun=true"
+    monkeypatch.delenv("VIX_PACKAGES")
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert reproduce_command(job) == "torchrun --standalone --nproc-per-node=4 train.py experiment=vin rerun=true"
+    assert reproduce_command(job, overrides) == "torchrun --standalone --nproc-per-node=4 train.py experiment=vin rerun=true"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=node1:" in reproduce_command(job)
+    start = "torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=node1:"
+    assert reproduce_command(job, overrides).startswith(start)
 
 
 @pytest.mark.slow
@@ -141,6 +149,36 @@ def test_overrides_are_read_by_hydras_grammar() -> None:
     assert canonical("x=TRUE") == "x=true"
     assert canonical("~x") == canonical("~x=1") == "~x"
     assert canonical("what is this") == "what is this"
+    assert canonical('x="a,b"') == canonical("x='a,b'") == canonical(r"x=a\,b") == "x='a,b'"
+    assert canonical("x=''") == canonical("x=") == "x="
+
+
+def test_values_go_through_hydras_grammar_and_back() -> None:
+    """Quotes, commas, equals signs, brackets, interpolations and what looks like a number, also within lists."""
+    plain = ("a=1,b", "[a,b]", "{a:1}", "a b", " a ", "3", "null", "true", "", "ü:é", "${seed}")
+    texts = (*plain, "it's", 'say "x"', "\\", "a\\'b", "a,'b\"", "a\\")
+    for value in (*texts, list(texts), {"key": list(texts)}, [[1, 2.5], {"a": None}], 1e-05, float("inf"), True, None):
+        parsed = parse_override(f"x={as_value(value)}")
+        assert not parsed.is_sweep_override()
+        assert parsed.value() == value
+
+
+def test_the_command_of_a_run_with_interpolations(tmp_path: Path, forked: Forked) -> None:
+    """Absolute and relative ones, and of the environment: name, record and command have their values."""
+    overrides = (
+        "model.depth='${oc.decode:${oc.env:DEPTH}}'",
+        "model.dim='${oc.decode:${.depth}6}'",
+        "seed=${model.depth}",
+        "attention={heads: 2}",
+    )
+    status, output = forked.run(tmp_path, "experiment=quickstart", *QUICK_DATA, *overrides, DEPTH="1")
+    assert status == 0, output
+    (results,) = results_below(tmp_path)
+    given = ["model.depth=1", "model.dim=16", "seed=1", "attention={heads: 2}"]
+    assert results["overrides"] == ["experiment=quickstart", *QUICK_DATA, *given]
+    assert shlex.split(results["command"])[2:-1] == results["overrides"]
+    assert "attention.heads=2" in results["name"]
+    assert results["config"]["model"]["dim"] == 16
 
 
 def test_one_run_has_one_directory_however_it_was_written() -> None:
@@ -214,6 +252,65 @@ def test_a_home_directory_in_any_path(tmp_path: Path, forked: Forked, monkeypatc
     assert compose_with_hydra(["experiment=tiny"], Flags("~/configs")).hydra.run.dir == f"{home}/from file"
     assert compose_with_hydra(["experiment=tiny", "hydra.searchpath=['~/configs']"]).hydra.run.dir == f"{home}/from file"
     assert sweep_outputs(parse_command(["-m", "seed=1,2", "hydra.sweep.dir='~/sweeps'"])) == home / "sweeps"
+    log_file = "hydra.job_logging.handlers.file.filename"
+    assert OmegaConf.select(compose_with_hydra([f"{log_file}='~/x.log'"]), log_file) == f"{home}/x.log"
+
+
+def test_the_home_of_an_unknown_user_is_refused(
+    tmp_path: Path, forked: Forked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line that names the option, the variable or the flag; no directory gets that name."""
+    path, what = "~nobody-here/x", "~nobody-here/x: there is no user nobody-here; a directory of that name is ./~nobody-here/x"
+    write_configs(
+        tmp_path,
+        {
+            "experiment/there": f"{ON_DIGITS}hydra: {{run: {{dir: {path}}}}}",
+            "experiment/data": f"{ON_DIGITS}data: {{root: {path}}}",
+        },
+    )
+    for overrides, named in (
+        (["data=cifar10", f"data.root={path}"], "data.root"),
+        (["data=cifar10", f"data.root='{path}'"], "data.root"),
+        ([f"hydra.run.dir={path}"], "hydra.run.dir"),
+        ([f"hydra.sweep.dir='{path}'"], "hydra.sweep.dir"),
+        ([f"hydra.searchpath=[{path}]"], "hydra.searchpath"),
+        (["experiment=there"], "hydra.run.dir"),
+        (["experiment=data"], "data.root"),
+    ):
+        with pytest.raises(UserError) as refused:
+            compose_with_hydra(overrides, Flags(str(tmp_path)))
+        assert str(refused.value) == f"{named}={what}"
+    with pytest.raises(UserError, match="there is no user nobody-here"):
+        compose([], Flags(path))
+    monkeypatch.setenv("VIX_DATA", path)
+    with pytest.raises(ConfigError) as refused:
+        parse(compose(["data=cifar10"]))
+    assert str(refused.value) == f"data.root: VIX_DATA={what}"
+    for command in (["report", path], ["report", f"--out={path}"], ["diff", path, path], ["replay", path]):
+        monkeypatch.setattr(sys, "argv", ["vix", *command])
+        with pytest.raises(SystemExit) as stop:
+            run_command()
+        assert stop.value.code == f"error: {what}"
+    assert not capsys.readouterr().err
+    for flags in ((f"--config-dir={path}",), ("-cd", path)):
+        status, output = forked.run(tmp_path / flags[0][:4], *flags, *TINY)
+        assert (status, output) == (2, f"error: {flags[0].partition('=')[0]}={what}\n")
+
+
+def test_home_directories_within_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a choice of a sweep and as an item of a list; a ~ within quotes or a path is kept."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for override, expanded in (
+        ("data.root=~/a,~/b", "data.root='/home/me/a','/home/me/b'"),
+        ("data.root=/x,~/b c", "data.root=/x,'/home/me/b c'"),
+        ("data.root=~/a[1]", "data.root='/home/me/a[1]'"),
+        ("hydra.searchpath=[~/a, ~/b]", "hydra.searchpath=['/home/me/a', '/home/me/b']"),
+        ("data.root='~/a','x,~/b',~", "data.root='~/a','x,~/b','/home/me'"),
+        ("data.root='a~b,~/c'", "data.root='a~b,~/c'"),
+        ("~recipe", "~recipe"),
+    ):
+        assert expand_arguments([override]) == [expanded]
+    assert expand_arguments(["-cd", "~/cfg", "--config-dir=~/cfg"]) == ["-cd", "/home/me/cfg", "--config-dir=/home/me/cfg"]
 
 
 @pytest.mark.slow
@@ -265,12 +362,12 @@ def test_a_list_of_experiments_has_its_own_directory(tmp_path: Path, forked: For
         tmp_path / "mine" / "experiment",
         {"a": ON_DIGITS, "b": "# @package _global_\nmodel: {depth: 2}", "c": "# @package _global_\nseed: 3"},
     )
-    for names in ("a,b", "a,c"):
+    for names in ("a,b", "a,c", "a"):
         status, output = forked.run(tmp_path, "--config-dir=mine", f"experiment=[{names}]", *QUICK, "model.dim=16")
         assert status == 0, output
     results = {r["experiment"]: r for r in results_below(tmp_path)}
-    assert set(results) == {"a+b", "a+c"}
-    assert {r["name"].partition(",")[0] for r in results.values()} == {"a+b", "a+c"}
+    assert set(results) == {"a+b", "a+c", "a"}
+    assert {r["name"].partition(",")[0] for r in results.values()} == {"a+b", "a+c", "a"}
     assert results["a+c"]["name"].endswith("/seed=3")
 
 

@@ -10,10 +10,12 @@ import pytest
 from common import ON_DIGITS, table_after, write_configs
 from conftest import TINY, run_train
 from forked import Forked
+from hydra.errors import HydraException
 
 import vix
-from vix.composition.command import Flags
-from vix.composition.compose import compose, compose_with_hydra
+from vix.cli.plan import plan
+from vix.composition.command import CONFIG_DIR, Flags
+from vix.composition.compose import compose, compose_with_hydra, format_error
 from vix.errors import ConfigError
 
 QUICK = tuple(override for override in TINY if not override.startswith("experiment="))
@@ -230,6 +232,37 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
     "option": ("# @package _global_\ndefaults:\n  - override /attention: performr\n", "nearest: performer"),
     "defaults": ("# @package _global_\ndefaults:\n  override /attention: performer\n", ":3: defaults: a list is expected"),
     "two_documents": ("# @package _global_\nseed: 0\n---\nseed: 1\n", ":3: invalid YAML"),
+    "recipe": (
+        "# @package _global_\ndefaults:\n  - /recipe: modern\n",
+        ":3: defaults: '/recipe: modern' must be 'override /recipe: modern'",
+    ),
+    "own_group": (
+        "# @package _global_\ndefaults:\n  - /experiment: vin\n",
+        ":3: defaults: '/experiment: vin' must be '/experiment/vin'",
+    ),
+    "own_override": ("# @package _global_\ndefaults:\n  - override /experiment: vin\n", "must be '/experiment/vin'"),
+    "no_group": (
+        "# @package _global_\ndefaults:\n  - override /attentoin: linear\n",
+        ":3: defaults: /attentoin: there is no such group; nearest: attention",
+    ),
+    "no_file": (
+        "# @package _global_\ndefaults:\n  - /experiment/vim\n",
+        ":3: defaults: experiment/vim: there is no such file; nearest: vi",
+    ),
+    "itself": (
+        "# @package _global_\ndefaults:\n  - mine\n",
+        ":3: defaults: the files include one another in a circle (experiment/mine → experiment/mine)",
+    ),
+    "group_twice": (
+        "# @package _global_\ndefaults:\n  - override /attention: linear\n  - override /attention: fourier\n",
+        ":3: defaults: attention is listed twice",
+    ),
+    "braces": (
+        "# @package _global_\nmodel: {dim: ${model.depth}}\n",
+        ":2: within brackets or braces, ${…} and ??? need quotes",
+    ),
+    "interpolation": ("# @package _global_\nmodel:\n  dim: ${model.depth\n", ":3: ${model.depth: invalid interpolation"),
+    "alias": ("# @package _global_\nmodel: &a\n  dim: *a\n", "an alias"),
     "key": ("# @package _global_\nmodle:\n  dim: 64\n", ":2: modle: unknown key; nearest: model"),
 }
 
@@ -242,6 +275,94 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, content: str | bytes
     assert str(refused.value).startswith(f"{tmp_path}/experiment/mine.yaml")
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_circular_is_named(tmp_path: Path, forked: Forked) -> None:
+    """Files that include one another, and values that refer to one another: in one line with the file, and nothing is made."""
+    write_configs(
+        tmp_path / "mine" / "experiment",
+        {
+            "a": "# @package _global_\ndefaults:\n  - /experiment/b\n",
+            "b": "# @package _global_\ndefaults:\n  - c@_global_\n",
+            "c": "# @package _global_\ndefaults:\n  - /experiment/a\n",
+            "value": global_file("optimizer:\n  lr: ${.weight_decay}\n  weight_decay: ${optimizer.lr}"),
+            "node": global_file("model: ${attention}\nattention: ${model}"),
+            "inner": global_file("trainer:\n  warmup_epochs: ${trainer}"),
+            "seed": global_file("seed: ${seed}"),
+            "nothing": global_file("optimizer:\n  lr: ${nothing.there}"),
+        },
+    )
+    messages = {
+        "a": "c.yaml:3: defaults: the files include one another in a circle (experiment/c → experiment/a → experiment/b → ",
+        "value": "optimizer.lr: its value refers to itself (set in ",
+        "inner": "trainer.warmup_epochs: its value refers to itself (set in ",
+        "node": "model: text (${attention}) where options are expected",
+        "seed": "seed: its value refers to itself",
+        "nothing": "optimizer.lr: Interpolation key 'nothing.there' not found (set in ",
+    }
+    jobs = plan([*QUICK, f"experiment={','.join(messages)}"], flags=Flags(str(tmp_path / "mine")))
+    for job, message in zip(jobs, messages.values(), strict=True):
+        assert (job.state, message in job.reason) == ("refused", True), job.reason
+    for experiment in ("a", "value", "seed"):
+        status, output = forked.run(tmp_path / experiment, "--config-dir=../mine", *QUICK, f"experiment={experiment}")
+        assert status == 1
+        assert "Traceback" not in output
+        assert output.splitlines()[-1].startswith("error: ")
+        assert messages[experiment] in output.splitlines()[-1]
+        assert [path.name for path in (tmp_path / experiment).iterdir()] == ["out"]
+
+
+def test_files_that_hydra_cannot_combine_are_named(tmp_path: Path) -> None:
+    """A group that two files choose, a circle through choices of the command line, and files that do not exist."""
+    mine = Path(tmp_path, "mine")
+    write_configs(
+        mine,
+        {
+            "twice": "defaults: [config, model: vit, _self_]",
+            "absent": "defaults: [config, other, _self_]",
+            "experiment/two": global_file("").replace("defaults:\n", "defaults:\n  - /variant: a\n"),
+            "variant/a": "# @package _global_\ndefaults: [/variant: b]",
+            "variant/c": "# @package _global_\ndefaults: [/more: x]",
+            "more/x": "# @package _global_\nseed: 1",
+            "more/y": "# @package _global_\ndefaults: [/variant: c]",
+        },
+    )
+    write_configs(tmp_path, {"mine/variant/b": "# @package _global_\nseed: 2", "mine/experiment/z": ON_DIGITS})
+    (mine / "experiment/z.yaml").rename(mine / "experiment/z.yml")
+    for arguments, name, message in (
+        (
+            [],
+            "twice",
+            f"an option of model is chosen more than once ({mine}/twice.yaml, {CONFIG_DIR}/config.yaml); all but the",
+        ),
+        ([], "absent", f"{mine}/absent.yaml: defaults: Could not load 'other'."),
+        (
+            ["experiment=two"],
+            None,
+            f"an option of variant is chosen more than once ({mine}/experiment/two.yaml, {mine}/variant/a.yaml)",
+        ),
+        (["+variant=c", "more=y"], None, f"some include one another in a circle: {mine}/variant/c.yaml, {mine}/more/y.yaml"),
+        (["experiment=z"], None, f"experiment=z: the name of {mine}/experiment/z.yml must end in .yaml"),
+        (["hydra.mode=FOO"], None, "hydra.mode=FOO: Invalid value 'FOO', expected one of"),
+        (["seed=1,2"], None, "seed=1,2: several values start a sweep with -m"),
+        (["seed=("], None, "seed=(: not in the form key=value; a value with special characters needs quotes"),
+    ):
+        flags = Flags(str(mine), None, name)
+        with pytest.raises((HydraException, ConfigError)) as refused:
+            compose(arguments, flags)
+        assert message in format_error(refused.value, arguments, flags)
+
+
+def test_the_file_of_a_refused_value_is_named(tmp_path: Path, forked: Forked) -> None:
+    """In train.py and the plan; of a value on the command line there is no file."""
+    write_configs(tmp_path / "mine", {"experiment/odd": global_file("attention:\n  # of 16\n  heads: 3")})
+    file, arguments = tmp_path / "mine/experiment/odd.yaml", ("experiment=odd", "model.dim=16")
+    for given, end in (((), f" (set in {file}:7)"), (("attention.heads=3",), "")):
+        message = f"attention.heads=3 does not divide the width 16; nearest that do: 2, 4{end}"
+        status, output = forked.run(tmp_path / f"runs{len(end)}", f"--config-dir={tmp_path}/mine", *arguments, *given)
+        assert (status, output.splitlines()[-1]) == (1, f"error: {message}")
+        (job,) = plan([*arguments, *given], flags=Flags(str(tmp_path / "mine")))
+        assert job.reason == message
 
 
 def test_the_good_jobs_of_a_sweep_run(tmp_path: Path, forked: Forked) -> None:

@@ -73,6 +73,7 @@ def refusal(cfg: DictConfig) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(choices=CHOICES, changes=st.dictionaries(NAMES, VALUES, max_size=3))
 def test_any_values(parts: Callable[[dict[str, str]], DictConfig], choices: dict[str, str], changes: dict[str, Any]) -> None:

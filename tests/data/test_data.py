@@ -122,6 +122,20 @@ def test_half_of_the_images_are_flipped() -> None:
     assert torch.equal(batch[flipped][0], plain.flip(-1))
 
 
+def test_two_epochs_of_alternate_flips_show_both_versions_of_every_image() -> None:
+    labels = torch.arange(2000)
+    split = Split(torch.arange(6, dtype=torch.uint8).expand(2000, 1, 6, 6).contiguous(), labels)
+    flipped = torch.empty(4, 2000, dtype=torch.bool)
+    for epoch in range(4):
+        for images, batch in split.train_batches(64, seed=7, epoch=epoch, augmentation=Augmentation(flip="alternate")):
+            flipped[epoch, batch] = images[:, 0, 0, 0] > images[:, 0, 0, 5]
+    assert 0.45 < flipped[0].float().mean() < 0.55
+    assert torch.equal(flipped[1], ~flipped[0])
+    assert torch.equal(flipped[2:], flipped[:2])
+    other = next(split.train_batches(2000, seed=8, epoch=0, augmentation=Augmentation(flip="alternate")))
+    assert not torch.equal(flipped[0, other[1]], other[0][:, 0, 0, 0] > other[0][:, 0, 0, 5])
+
+
 @pytest.fixture
 def small_cifar100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, np.ndarray]]:
     """Files in CIFAR-100's layout with 200 training and 100 test images, known to torchvision by their checksums,

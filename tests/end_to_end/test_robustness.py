@@ -19,6 +19,8 @@ from common import assert_same, outcome, run_directory
 from conftest import HANGS, ROOT, TINY, run_train
 from forked import Forked, before_each_change, kill_at_change, log_changes, signal_at_file
 
+import vix
+from vix.__main__ import main as run_command
 from vix.errors import UserError
 from vix.runs.checkpoint import read_checkpoint
 from vix.runs.run import RunDirectory
@@ -140,7 +142,13 @@ def test_stopped_while_testing(tmp_path: Path, forked: Forked) -> None:
     assert_same(directory, outcome(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "noise", "empty", "foreign", "code"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("truncated", "noise", "empty", "foreign", "code"),
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("pickle", "lacks", "type")),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, forked: Forked, whole: Path, damage: str) -> None:
     """Never executed; the previous one is used where it is sound, and without one the run says how to start over."""
     shutil.copytree(whole / "outputs", tmp_path / "outputs")
@@ -163,6 +171,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, forked: Forked,
         path.write_bytes(b"")
     elif damage == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"model": {}, "epoch": 3}))
+    elif damage == "lacks":
+        torch.save({key: value for key, value in read_checkpoint(path).items() if key != "optimizer"}, path)
+    elif damage == "type":
+        torch.save({**read_checkpoint(path), "progress": {"epoch": "1"}}, path)
     else:
         torch.save({"model": Code()}, path, pickle_module=pickle)
 
@@ -184,6 +198,37 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, forked: Forked,
     assert "rerun=true" in output.splitlines()[-1]
     assert not (tmp_path / "executed").exists()
     assert path.read_bytes() == spoiled
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_version(tmp_path: Path, forked: Forked, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that is not as expected, or another model's weights, is one line, and changes no checkpoint."""
+    shutil.copytree(whole / "outputs", tmp_path / "outputs")
+    run = run_directory(tmp_path)
+    path = run / "checkpoint.pt"
+    sound, results = read_checkpoint(path), json.loads((run / "results.json").read_text())
+    weights = {f"old.{name}": tensor for name, tensor in sound["model"].items()}
+    for change, message in (
+        ({"rng": {}}, "is damaged or of another version of this program (KeyError: "),
+        ({"optimizer_params": ["x"]}, "is damaged or of another version of this program ("),
+        ({"model": weights}, "has the weights of another model, although its config is the same"),
+    ):
+        torch.save({**sound, **change, "progress": {**sound["progress"], "epoch": 1}}, path)
+        (run / "results.json").write_text(json.dumps({**results, "status": "interrupted"}))
+        spoiled = path.read_bytes()
+        status, output = forked.run(tmp_path, *SMALL)
+        assert status == 1
+        last = output.splitlines()[-1]
+        assert last.startswith("error: the checkpoint in ")
+        assert message in last
+        assert last.endswith("start over with rerun=true")
+        assert path.read_bytes() == spoiled
+    with pytest.raises(UserError, match=r"checkpoint\.pt has the weights of another model"):
+        vix.load_model(run)
+    (run / "nonfinite.pt").write_bytes(spoiled)
+    monkeypatch.setattr(sys, "argv", ["vix", "replay", str(run)])
+    with pytest.raises(SystemExit, match=r"^error: .*nonfinite\.pt is damaged or not a checkpoint \(images is missing"):
+        run_command()
 
 
 def test_a_full_disk(tmp_path: Path, forked: Forked) -> None:

@@ -75,6 +75,7 @@ def check_artefacts(directory: Path, epochs: int) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     """The README's first command learns to 90 % and says so; what it wrote is what it printed and what it reloads to."""
     done = run_train(tmp_path, "experiment=quickstart", fresh=True)

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from common import table_after
 from conftest import ROOT, TINY, run_train
-from forked import Forked
+from forked import Forked, signal_at_file
 from PIL import Image
 
 import vix
@@ -307,6 +309,32 @@ def test_rerun_of_an_interrupted_run_begins_anew(tmp_path: Path, forked: Forked)
     assert "start over with rerun=true" in last_error(output)
     stop_in_epoch(forked, tmp_path, signal.SIGTERM, *long, "rerun=true")
     assert (tmp_path / "r/previous-2/checkpoint.pt").read_bytes() == b"damaged"
+
+
+@pytest.mark.slow
+def test_an_interrupted_rerun_of_a_sweep_is_continued(tmp_path: Path, forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished jobs are not started over, the interrupted one goes on, the plan says the same; later it is a new rerun."""
+    monkeypatch.chdir(tmp_path)
+    sweep = (*TINY, "seed=0,1")
+    assert forked.run(tmp_path, "-m", *sweep)[0] == 0
+    before = [run.results for run in find_runs([Path("outputs")])]
+    rerun = (*sweep, "rerun=true")
+    assert [job.state for job in plan(rerun)] == ["again", "again"]
+    stop = partial(signal_at_file, signal.SIGTERM, "checkpoint.pt", 7)  # each job moves one aside and writes three
+    assert forked.wait(forked.start(tmp_path, "-m", *rerun, before=stop)) == 128 + signal.SIGTERM
+    assert [(job.state, job.left) for job in plan(rerun)] == [("finished", 0), ("continues", 1)]
+    assert [job.state for job in plan([*rerun, "trainer.resume=force"])] == ["again", "continues"]  # another command
+    (tmp_path / "out").unlink()
+    status, output = forked.run(tmp_path, "-m", *rerun)
+    assert status == 0, output
+    assert "Continuing the rerun of" in output
+    states = [row[1] for row in table_after(output, "jobs of this sweep") if len(row) > 2 and row[1]]
+    assert states == ["finished before", "finished"]
+    after = [run.results for run in find_runs([Path("outputs")])]
+    assert [r["train_loss"] for r in after] == [r["train_loss"] for r in before]
+    assert [path.name for path in sorted(Path("outputs").glob("*/*/previous-*"))] == ["previous-1"] * 2
+    assert not Path("outputs/.sweeps").exists()
+    assert [job.state for job in plan(rerun)] == ["again", "again"]
 
 
 def snapshot(directory: Path) -> dict[str, Any]:

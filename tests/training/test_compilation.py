@@ -32,7 +32,8 @@ Compose = Callable[..., DictConfig]
 ROWS = ("vit", "vip", "vil", "vin")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name != "vin" else name for name in ROWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
 def test_compiled_gradients(compose_config: Compose, name: str) -> None:
     """In float32 loss and gradients are those of float64 without compiling."""
     small = ("embedding.patch_size=4", "model.dim=32", "model.depth=1", "attention.heads=2")

@@ -4,7 +4,6 @@ Reads only the two ``results.json``, and imports no torch.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,4 @@ def main() -> None:
     parser.add_argument("run_a", metavar="RUN_A", type=user_path, help="a run's directory, such as outputs/vin/seed=0")
     parser.add_argument("run_b", metavar="RUN_B", type=user_path, help="the directory of the other run")
     options = parser.parse_args()
-    try:
-        diff(options.run_a, options.run_b)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    diff(options.run_a, options.run_b)

@@ -15,15 +15,26 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from vix.build import GROUPS, parse
-from vix.composition.command import CONFIG_DIR, Command, expand_arguments, parse_command, reproduce_command
+from vix.composition.command import (
+    CONFIG_DIR,
+    Command,
+    expand_arguments,
+    flags_of,
+    parse_command,
+    reproduce_command,
+    resolved_overrides,
+    typed_overrides,
+)
 from vix.composition.compose import (
     digest_of_images,
     format_error,
     is_hydra_error,
     left_out_messages,
+    naming_file,
     refused_reason,
     sweep_outputs,
 )
@@ -33,7 +44,7 @@ from vix.reporting.progress import print_results
 from vix.runs.identity import git_commit, run_name_parts
 from vix.runs.run import RunDirectory
 from vix.runs.snapshot import undo_start
-from vix.runs.sweep import JobStatus, Sweep
+from vix.runs.sweep import RERUN, JobStatus, Sweep, rerun_file
 from vix.system.distributed import PeerLostError, broadcast_from_rank0, peer_lost, process_group, rank, world_size
 from vix.system.files import LockedError, exclusive_lock
 from vix.system.memory import gpu_out_of_memory, limit_memory, out_of_memory
@@ -54,27 +65,27 @@ def run_job(cfg: DictConfig) -> float:
     """
     protect_output()  # a launcher may have started this process
     job = HydraConfig.get()
-    choices = job.runtime.choices
+    choices, overrides = job.runtime.choices, resolved_overrides(job.overrides.task, cfg)
     directory = Path(job.runtime.output_dir)
     identity = {
         "name": "/".join(directory.parts[-2:]),
         "experiment": choices.get("experiment"),
         "recipe": choices.get("recipe"),
         **{group: choices.get(group) for group in GROUPS if group != "trainer"},
-        "overrides": list(job.overrides.task),
+        "overrides": overrides,
         "seed": cfg.get("seed"),
-        "command": reproduce_command(job),
+        "command": reproduce_command(job, overrides),
         "git_commit": git_commit(),
         "torch": torch.__version__,
     }
     try:
         number = job.job.num if job.mode == RunMode.MULTIRUN else 0
         lock = exclusive_lock(directory) if rank() == 0 else nullcontext()  # rank 0 holds it for all processes
-        parts = [*run_name_parts(choices, job.overrides.task, digest_of_images(cfg)), f"seed={cfg.get('seed')}"]
+        parts = [*run_name_parts(choices, overrides, digest_of_images(cfg)), f"seed={cfg.get('seed')}"]
         outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
         status = JobStatus(parts, number, cfg.get("fail_fast") is True, outputs, directory)
         with status as job_status, lock, process_group():
-            run = RunDirectory(directory, identity, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+            run = RunDirectory(directory, identity, plain_config(cfg), os.environ.get(RERUN, ""))
             job_status.update(results=run.results)  # for a job that is killed before it writes them
             results = train(cfg, run)
             job_status.finished(results, before=results is run.previous_results)
@@ -87,6 +98,14 @@ def run_job(cfg: DictConfig) -> float:
         elif isinstance(error, UserError):
             sys.exit(f"error: {error}")
         raise
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain containers; with its ``${…}`` where one cannot be resolved, which :func:`vix.build.parse` reports."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    except (OmegaConfBaseException, RecursionError):
+        return OmegaConf.to_container(cfg, resolve=False)  # type: ignore[return-value]
 
 
 def train(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
@@ -126,16 +145,18 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         raise ConfigError(reason)
     for note in left_out_messages(hydra_config):
         log.info(note)
-    experiment = parse(cfg)  # config errors are raised here and up to check_batches, before data is read
-    torch.manual_seed(experiment.seed)
-    model = experiment.build_model()
-    experiment.build_optimizer(model)
-    trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
-    check_batches(experiment.build_model, data, trainer)
+    typed = [*typed_overrides(hydra_config.overrides.hydra), *typed_overrides(hydra_config.overrides.task)]
+    with naming_file(typed, flags_of(hydra_config)):
+        experiment = parse(cfg)  # config errors are raised here and up to check_batches, before data is read
+        torch.manual_seed(experiment.seed)
+        model = experiment.build_model()
+        experiment.build_optimizer(model)
+        trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
+        check_batches(experiment.build_model, data, trainer)
     run.add_identity(image_set=data.image_set)
     results = broadcast_from_rank0(lambda: run.prepare(experiment.rerun, trainer.resume))
     if results:
-        log.info("Already finished, skipping (rerun=true starts over)")
+        log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
         return results
     try:
         return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed)
@@ -192,7 +213,11 @@ def launch(main: Callable[[], Any]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Processes started by a launcher must be able to import vix, whatever the working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
-    sys.argv[1:] = expand_arguments(sys.argv[1:])
+    try:
+        sys.argv[1:] = expand_arguments(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     command = parse_command(sys.argv[1:])
     sweep: Sweep | None = None
     unfinished = 0
@@ -205,12 +230,14 @@ def launch(main: Callable[[], Any]) -> int:
         if rank() > 0:  # only rank 0 writes files and logs
             sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
             logging.disable(logging.WARNING)
-        sweep = Sweep(sys.argv, outputs) if outputs else None
+        sweep = Sweep(sys.argv, outputs, rerun_file(outputs, command.overrides, command.flags)) if outputs else None
     except Exception as error:
         failure = error
     with sweep or nullcontext():
         failure = failure or raised_by(main)
         unfinished = print_jobs(sweep) if sweep else 0
+        if sweep and not failure and not unfinished:
+            sweep.end_rerun()
     if isinstance(failure, SystemExit):
         leave(failure)
     if isinstance(failure, KeyboardInterrupt):

@@ -28,14 +28,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vix.analysis.cost import measure_step, peak_memory
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import Experiment, parse
-from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages, make_loader
+from vix.composition.command import Flags, add_flags, expand_arguments, flags_from, typed_overrides
+from vix.composition.compose import (
+    compose_with_hydra,
+    format_error,
+    is_hydra_error,
+    left_out_messages,
+    make_loader,
+    naming_file,
+    sweep_directory,
+)
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 from vix.runs.identity import COST_NEUTRAL_KEYS, MODEL_GROUPS
 from vix.runs.results import Row, find_runs, flatten, image_set
 from vix.runs.run import RunDirectory
+from vix.runs.sweep import read_token, rerun_file
 from vix.system.device import device_name
 from vix.system.files import check_unlocked
 from vix.system.threads import use_given_cpus
@@ -92,7 +101,8 @@ def plan(arguments: Sequence[str], measuring: bool = False, flags: Flags | None 
     Raises Hydra's exceptions for invalid arguments, and UserError for a search, whose runs are not known in advance.
     """
     models: dict[str, Summary] = {}
-    jobs = [plan_run(number, overrides, models, flags) for number, overrides in enumerate(expand(arguments, flags))]
+    rerun = rerun_token(arguments, flags or Flags())
+    jobs = [plan_run(number, overrides, models, flags, rerun) for number, overrides in enumerate(expand(arguments, flags))]
     outputs = {job.outputs for job in jobs if job.outputs}
     earlier = [run.results for run in find_runs(directory for directory in outputs if directory.is_dir())]
     for job in jobs:
@@ -109,16 +119,25 @@ def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[st
         raise UserError(f"hydra/sweeper={sweeper}: a search chooses its runs adaptively, so they cannot be planned")
     params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=make_loader(flags or Flags()))
-    parsed = parser.parse_overrides([*params, *master.hydra.overrides.task])
+    parsed = parser.parse_overrides([*params, *typed_overrides(master.hydra.overrides.task)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    hydra_overrides = list(master.hydra.overrides.hydra)
+    hydra_overrides = typed_overrides(master.hydra.overrides.hydra)
     return [[*hydra_overrides, *job] for job in jobs]
 
 
-def plan_run(number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None) -> PlannedRun:
+def rerun_token(arguments: Sequence[str], flags: Flags) -> str:
+    """The token of the rerun that the same arguments of ``train.py -m`` would continue; empty where there is none."""
+    outputs = sweep_directory(compose_with_hydra(arguments, flags, RunMode.MULTIRUN))
+    return read_token(rerun_file(outputs, arguments, flags))
+
+
+def plan_run(
+    number: int, overrides: list[str], models: dict[str, Summary], flags: Flags | None = None, rerun: str = ""
+) -> PlannedRun:
     """Plan one job, with the checks of ``train.py``.
 
     models: cache of the summaries, which take a third of a second each; extended in place.
+    rerun: the token of the sweep's rerun.
     """
     job = PlannedRun(" ".join(overrides))
     try:
@@ -129,10 +148,12 @@ def plan_run(number: int, overrides: list[str], models: dict[str, Summary], flag
         job.name = "/".join(job.directory.parts[-2:])
         with open_dict(cfg):
             del cfg["hydra"]
+        with naming_file(overrides, flags):
+            job.experiment = parse(cfg)
+            check_experiment(job.experiment)
         config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         job.config = config
-        job.experiment = parse(cfg)
-        resolve_state(job, job.experiment, job.directory)
+        resolve_state(job, job.experiment, job.directory, rerun)
         model = json.dumps([config[group] for group in (*MODEL_GROUPS, "data")])
         if model not in models:
             models[model] = summarize(job.experiment)
@@ -153,19 +174,23 @@ def output_directory(cfg: DictConfig, number: int) -> Path:
     return Path(str(cfg.hydra.sweep.dir)) / str(cfg.hydra.sweep.subdir)
 
 
-def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path) -> None:
-    """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would refuse the run."""
+def check_experiment(experiment: Experiment) -> None:
+    """Raises ConfigError where ``train.py`` would refuse the config."""
     with torch.device("meta"):
         model = experiment.build_model()
         experiment.build_optimizer(model)
-    trainer, data = experiment.trainer, experiment.data
     experiment.augmentation  # noqa: B018  (constructing it checks the image size)
-    check_batches(experiment.build_model, data, trainer)
+    check_batches(experiment.build_model, experiment.data, experiment.trainer)
+
+
+def resolve_state(job: PlannedRun, experiment: Experiment, directory: Path, rerun: str) -> None:
+    """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would not continue the earlier run."""
+    trainer, data = experiment.trainer, experiment.data
     job.device, job.left = device_name(trainer.torch_device), trainer.epochs
     job.image_set = data.image_set
     check_unlocked(directory)
-    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {})
-    if experiment.rerun and not run.is_interrupted_rerun():
+    run = RunDirectory(directory, {"image_set": job.image_set}, job.config or {}, rerun)
+    if experiment.rerun and not run.belongs_to_rerun():
         job.state = "again" if run.previous_results else "new"
     elif run.finished_results(trainer.resume):
         job.state, job.left = "finished", 0

@@ -7,11 +7,13 @@ import torch
 from omegaconf import OmegaConf
 
 import vix
+from vix.build import load_weights
 from vix.reporting.console import protect_output
+from vix.runs.checkpoint import read_tensors
 from vix.system.device import resolve_device
 from vix.system.files import user_path
 from vix.system.threads import use_given_cpus
-from vix.training.nonfinite import FILE, locate_layer
+from vix.training.nonfinite import FILE, STEP, locate_layer
 
 
 def saved_device(name: str) -> torch.device:
@@ -31,9 +33,8 @@ def main() -> None:
     if not (directory / FILE).is_file():
         sys.exit(f"error: {directory} contains no {FILE}: no run in it stopped at a non-finite loss or gradient")
     use_given_cpus()
-    state = torch.load(directory / FILE, map_location="cpu", weights_only=True)
+    state = read_tensors(directory / FILE, STEP)
     device = saved_device(state["device"])
     state |= {"images": state["images"].to(device), "labels": state["labels"].to(device)}
-    model = vix.build_model(OmegaConf.create(state["config"]))
-    model.load_state_dict(state["model"])
+    model = load_weights(vix.build_model(OmegaConf.create(state["config"])), state["model"], directory / FILE)
     print(locate_layer(model.to(device), state))

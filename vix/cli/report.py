@@ -262,7 +262,4 @@ def report(options: argparse.Namespace) -> None:
 def main() -> None:
     """The command."""
     protect_output()
-    try:
-        report(parse_arguments(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    report(parse_arguments(sys.argv[1:]))

@@ -10,7 +10,7 @@ import sys
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import parse
 from vix.composition.command import add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages
+from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages, naming_file
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
@@ -55,7 +55,8 @@ def main() -> None:
         cfg = compose_with_hydra(overrides, flags)
         for note in left_out_messages(cfg.hydra):
             print(note)
-        print_summary(summarize(parse(cfg)))
+        with naming_file(overrides, flags):
+            print_summary(summarize(parse(cfg)))
     except Exception as error:
         wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
         if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):

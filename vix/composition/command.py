@@ -2,15 +2,20 @@
 
 import argparse
 import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra._internal.utils import get_args_parser
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from vix.overrides import override_key, quote
+from vix.config import PACKAGES_VARIABLE
+from vix.errors import naming
+from vix.overrides import as_value, override_key, parse_or_none, quote
 from vix.runs.identity import START_ONLY_KEYS
 from vix.system.distributed import world_size
 from vix.system.files import expand_home
@@ -27,12 +32,27 @@ class Flags(NamedTuple):
     config_name: str | None = None
 
 
+DIRECTORY_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
+# A text in quotes, or a path that begins with ~: as a value or one of several, and as an item of a list.
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+HOME_IN_VALUE = re.compile(rf"{QUOTED}|(?<![^,\s])~[^,]*")
+HOME_IN_LIST = re.compile(rf"{QUOTED}|(?<![^,\[\s])~[^,\]]*")
+
+
 def quote_home(override: str) -> str:
-    """Expand ``~`` in an override such as ``data.root=~/x``, which Hydra's grammar rejects; other overrides are unchanged."""
+    """Expand ``~`` in an override such as ``data.root=~/x``, which Hydra's grammar rejects; other overrides are unchanged.
+
+    Raises UserError, which names the key, for the home directory of an unknown user.
+    """
     key, equals, value = override.partition("=")
-    if not equals or not value.startswith("~"):
+    if not equals or "~" not in value or parse_or_none(override):
         return override
-    return f"{key}={quote(expand_home(value))}"
+
+    def expand(found: re.Match[str]) -> str:
+        return quote(expand_home(found[0])) if found[0].startswith("~") else found[0]
+
+    with naming(key):
+        return f"{key}={(HOME_IN_LIST if value.startswith('[') else HOME_IN_VALUE).sub(expand, value)}"
 
 
 class Command(NamedTuple):
@@ -57,11 +77,17 @@ def parse_command(arguments: Sequence[str]) -> Command:
 
 
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
-    """Expand a leading ``~`` in the values of flags and overrides."""
-    expanded = []
-    for argument in arguments:
+    """Expand a leading ``~`` in the values of flags and overrides. Raises UserError for the home of an unknown user."""
+    expanded: list[str] = []
+    for before, argument in zip(("", *arguments), arguments, strict=False):
         flag, equals, value = argument.partition("=")
-        expanded.append(f"{flag}={expand_home(value)}" if flag.startswith("-") and equals else quote_home(argument))
+        if before in DIRECTORY_FLAGS:
+            flag, value = before, argument
+        elif not (flag.startswith("-") and equals):
+            expanded.append(quote_home(argument))
+            continue
+        with naming(flag):
+            expanded.append(argument.removesuffix(value) + expand_home(value))
     return expanded
 
 
@@ -91,17 +117,45 @@ def flags_of(hydra_config: Any) -> Flags:
 SWEEP_ONLY_KEYS = ("hydra.mode", "hydra.launcher", "hydra.sweeper", "hydra.sweep", "hydra.job.env_set.VIX_SWEEP")
 
 
-def reproduce_command(job: Any) -> str:
-    """The shell command that reproduces a run from its start: program, flags and overrides.
+def reproduce_command(job: Any, overrides: Iterable[str]) -> str:
+    """The shell command that reproduces a run from its start: packages of classes, program, flags and overrides.
 
-    job: Hydra's part of the run's config.
+    job: Hydra's part of the run's config.   overrides: of the run, without Hydra's.
     """
     given = {f"--{key.replace('_', '-')}": value for key, value in flags_of(job)._asdict().items() if value is not None}
     flags = [word for flag in given.items() for word in flag]
     single = job.mode == RunMode.RUN
-    hydra_overrides = [o for o in job.overrides.hydra if is_part_of_job(override_key(o), single)]
-    overrides = [o for o in job.overrides.task if override_key(o) not in START_ONLY_KEYS]
-    return shlex.join([*launch_words(), "train.py", *flags, *hydra_overrides, *overrides, "rerun=true"])
+    hydra_overrides = [o for o in typed_overrides(job.overrides.hydra) if is_part_of_job(override_key(o), single)]
+    kept = [override for override in overrides if override_key(override) not in START_ONLY_KEYS]
+    packages = os.environ.get(PACKAGES_VARIABLE)
+    environment = ["env", f"{PACKAGES_VARIABLE}={packages}"] if packages else []
+    return shlex.join([*environment, *launch_words(), "train.py", *flags, *hydra_overrides, *kept, "rerun=true"])
+
+
+def typed_overrides(overrides: Any) -> list[str]:
+    """``hydra.overrides.task`` or ``hydra.overrides.hydra`` as they were typed: with ``${…}`` unresolved."""
+    return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
+
+
+def resolved_overrides(overrides: Any, cfg: DictConfig) -> list[str]:
+    """``hydra.overrides.task`` of a run, with the values that ``${…}`` has in the run's config ``cfg``.
+
+    So the run's name and its command do not depend on environment variables.
+    """
+    return [with_value(override, cfg) if "${" in override else override for override in typed_overrides(overrides)]
+
+
+def with_value(override: str, cfg: DictConfig) -> str:
+    """An override with its value in a config; unchanged where the config has none."""
+    parsed = parse_or_none(override)
+    if parsed is None or parsed.is_delete() or parsed.is_sweep_override():
+        return override
+    try:
+        value = OmegaConf.select(cfg, parsed.key_or_group)
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except (OmegaConfBaseException, RecursionError):  # the run is refused with the reason
+        return override
+    return override if plain is None else f"{parsed.get_key_element()}={as_value(plain)}"
 
 
 def is_part_of_job(key: str, single: bool) -> bool:

@@ -7,7 +7,8 @@ Importing this module replaces Hydra's config loader by :class:`Loader`. It vali
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override, open_dict
@@ -29,17 +30,18 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from vix.build import GROUPS, OVERLAYS, SETTINGS, construct, parse_group
-from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home
-from vix.composition.overlays import OverlayOptions, option_name, unresolved
-from vix.composition.yaml_files import Repository, check_permissions
-from vix.errors import UserError, first_paragraph, nearest
+from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, flags_of, quote_home, resolved_overrides
+from vix.composition.overlays import OverlayOptions, option_name, typed_keys, unresolved
+from vix.composition.yaml_files import Repository, check_permissions, is_group_file, location
+from vix.config import to_plain
+from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.system.files import expand_home
 
 VERSION_BASE = "1.3"
 # Parts of Hydra's own config that contain paths.
-HYDRA_PATHS = ("run", "sweep", "launcher", "sweeper")
+HYDRA_PATHS = ("run", "sweep", "launcher", "sweeper", "job_logging", "hydra_logging")
 
 
 class Loader(ConfigLoaderImpl):
@@ -72,12 +74,16 @@ class Loader(ConfigLoaderImpl):
         self.repository.primary = config_name
         overrides = list(map(quote_home, overrides))
         self.overrides = OverridesParser.create().parse_overrides(overrides)
+        self.repository.includes.clear()
         try:
             cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
-        except (HydraException, UserError):
+        except RecursionError as error:
+            files = ", ".join(str(self.file_of(path)) for path in self.repository.includes if is_group_file(path))
+            raise ConfigError(f"defaults: of these files, some include one another in a circle: {files}") from error
+        except (HydraException, UserError) as error:
             common = self.common_to_all_jobs() if run_mode == RunMode.MULTIRUN else overrides
             if common == overrides:
-                raise
+                raise self.with_files(error) from error.__cause__
             # An option that only some of the sweep's choices accept: each job is composed separately later.
             self.overrides = OverridesParser.create().parse_overrides(common)
             cfg = super().load_configuration(config_name, common, run_mode, from_shell, validate_sweep_overrides)
@@ -87,7 +93,35 @@ class Loader(ConfigLoaderImpl):
             self.layers.drop_unaccepted(cfg, self.overrides)
             for node in (cfg, *(cfg.hydra[part] for part in HYDRA_PATHS)):
                 expand_homes(node)
+        if run_mode == RunMode.RUN:
+            self.resolve_settings(cfg)
         return cfg
+
+    def resolve_settings(self, cfg: DictConfig) -> None:
+        """Raises ConfigError where a setting, on which the run's directory depends, cannot be resolved."""
+        for key in SETTINGS:
+            try:
+                to_plain(cfg, key)
+            except ConfigError as error:
+                path = self.layers.settings.get(key)
+                raise ConfigError(f"{error} (set in {location(self.file_of(path), key)})" if path else str(error)) from error
+
+    def with_files(self, error: Exception) -> Exception:
+        """Hydra's error about a group that two files choose, with the names of the files; other errors are unchanged."""
+        twice = re.match(r"Multiple values for ([^\s@]+)\.|([^\s@]+) appears more than once in the final defaults", str(error))
+        if not twice:
+            return error
+        assert isinstance(self.repository, Repository)
+        group = twice[1] or twice[2]
+        paths = [path for path, found in self.repository.includes.items() if any(f.startswith(f"{group}/") for f in found)]
+        files = ", ".join(str(self.file_of(path)) for path in paths)
+        way_out = f"all but the first need 'override /{group}: OPTION'"
+        return ConfigError(f"defaults: an option of {group} is chosen more than once ({files}); {way_out}")
+
+    def file_of(self, config_path: str) -> Path | None:
+        """The file of a config; None for those of Hydra and its plugins, and of ``hydra.searchpath``."""
+        assert isinstance(self.repository, Repository)
+        return self.repository.file_of(config_path)
 
     def common_to_all_jobs(self) -> list[str]:
         """The overrides that apply to all jobs. In a sweep over a group, these exclude values of options, which may differ."""
@@ -134,20 +168,22 @@ class Loader(ConfigLoaderImpl):
 
 
 def expand_homes(node: Any) -> None:
-    """Expand a leading ``~`` in every string below a node, except in Hydra's part."""
+    """Expand a leading ``~`` in every string below a node, except in Hydra's part. Raises UserError, which names the key."""
     if not OmegaConf.is_config(node) or node._is_none() or node._is_interpolation() or node._is_missing():
         return
     for key in range(len(node)) if isinstance(node, ListConfig) else [key for key in node if key != "hydra"]:
         value = unresolved(node, key)
         if isinstance(value, str) and value.startswith("~"):
-            node[key] = expand_home(value)
+            with naming(node._get_full_key(key)):
+                node[key] = expand_home(value)
         expand_homes(value)
 
 
 def oc_env(key: str, *default: Any) -> str | None:
     """The resolver ``${oc.env:KEY,default}``, with a leading ``~`` expanded."""
     value = oc.env(key, *default)
-    return expand_home(value) if isinstance(value, str) else value
+    with naming(key):
+        return expand_home(value) if isinstance(value, str) else value
 
 
 # Composing
@@ -219,9 +255,9 @@ def left_out_messages(hydra_config: Any) -> list[str]:
     return list(OmegaConf.select(hydra_config, "runtime.left_out") or ())
 
 
-def run_name_of_config(choices: Mapping[str, Any], overrides: Sequence[str], seed: Any, *, _root_: DictConfig) -> str:
+def run_name_of_config(choices: Mapping[str, Any], overrides: ListConfig, seed: Any, *, _root_: DictConfig) -> str:
     """The resolver ``${run_name:…}``: a run's directory below outputs/. OmegaConf supplies ``_root_``, the whole config."""
-    return run_name(choices, overrides, seed, digest_of_images(_root_))
+    return run_name(choices, resolved_overrides(overrides, _root_), seed, digest_of_images(_root_))
 
 
 def digest_of_images(cfg: DictConfig | None) -> str:
@@ -245,24 +281,78 @@ def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None
     if isinstance(error, OSError) and error.filename:
         where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
         return f"{error.filename}: {error.strerror}; fix the cause, or {where}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-        options = [str(o) for o in error.options or ()]
-        if group.startswith("hydra/"):
-            plugins = "its plugin is not installed: pip install -r requirements-launchers.txt"
-            return f"{group}={option}: no such option, or {plugins}"
-        return (
-            f"{group}={option}: conf/{group}/ has no such file; {nearest(option, options)}" if group else first_paragraph(error)
-        )
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        return missing_file(error, flags or Flags())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not in the form key=value; a value with special characters needs quotes: key='value'"
     missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
     if isinstance(error, HydraException) and missing:
         key = missing[1]
         return f"{key}: there is no such key; {nearest(key, valid_keys(arguments, key, flags))}"
-    return first_paragraph(error)
+    return reworded(error, flags or Flags())
+
+
+def missing_file(error: MissingConfigException, flags: Flags) -> str:
+    """The message for an option of a group that has no file."""
+    group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+    if group.startswith("hydra/"):
+        plugins = "its plugin is not installed: pip install -r requirements-launchers.txt"
+        return f"{group}={option}: no such option, or {plugins}"
+    for directory in (flags.config_dir, CONFIG_DIR):
+        if directory and (file := Path(directory, group, f"{option}.yml")).is_file():
+            return f"{group}={option}: the name of {file} must end in .yaml"
+    parent = re.match(r"In '([^']+/[^']+)': ", str(error))
+    start = f"{make_loader(flags).file_of(parent[1])}: defaults: " if parent else ""
+    return f"{start}{group}={option}: conf/{group}/ has no such file; {nearest(option, map(str, error.options or ()))}"
+
+
+def reworded(error: Exception, flags: Flags) -> str:
+    """A message of Hydra or OmegaConf, in one line with the way out or the file."""
+    text = first_paragraph(error)
+    if several := re.match(r"Ambiguous value for argument '(.*?)' 1\. ", text):
+        return f"{several[1]}: several values start a sweep with -m; a list needs brackets, a text with a comma quotes"
+    if isinstance(error.__cause__, Exception) and (merged := re.fullmatch(r"Error merging override (.*)", text)):
+        return f"{merged[1]}: {first_paragraph(error.__cause__)}"
+    if place := re.match(r"In '?([\w/.-]+)'?: (?=\S)", text):
+        file = make_loader(flags).file_of(place[1])
+        return f"{file or place[1]}: defaults: {text[place.end() :]}"
+    return text
+
+
+@contextmanager
+def naming_file(arguments: Sequence[str], flags: Flags | None = None) -> Iterator[None]:
+    """Context manager that adds to a ConfigError about an option the file that set it, unless the command line did.
+
+    arguments, flags: of the command.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        file = file_that_set(str(error), arguments, flags)
+        if not file:
+            raise
+        raise ConfigError(f"{error} (set in {file})") from error
+
+
+def file_that_set(message: str, arguments: Sequence[str], flags: Flags | None) -> str:
+    """``FILE:LINE`` of the option with which a message begins; empty where the command line sets it, or no file does."""
+    key = re.match(r"[a-z]\w*(\.\w+)?(?=[=:])", message)
+    if not key:
+        return ""
+    loader = make_loader(flags or Flags())
+    loader.load_configuration((flags and flags.config_name) or CONFIG_NAME, list(arguments), RunMode.RUN)
+    group, _, option = key[0].partition(".")
+    path = loader.layers.origin.get(group, {}).get(option) if option else loader.layers.settings.get(group)
+    typed = set(typed_keys(loader.overrides))
+    if path is None or key[0] in typed:
+        return ""
+    return location(loader.file_of(path), option or group)
 
 
 def is_hydra_error(error: BaseException) -> bool:
-    """Whether an error was raised inside Hydra or OmegaConf, which indicates invalid arguments."""
+    """Whether an error is one of Hydra or OmegaConf, or was raised inside them, which indicates invalid arguments."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return True
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next

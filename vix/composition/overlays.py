@@ -4,7 +4,6 @@ For example, ``experiment=quickstart attention=performer`` drops the landmarks t
 """
 
 import copy
-import functools
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,9 +13,9 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from vix.build import GROUPS, OWN_OPTIONS
+from vix.build import GROUPS, OWN_OPTIONS, SETTINGS
 from vix.composition.yaml_files import free_files, is_group_file, parents_of
-from vix.config import import_target
+from vix.config import annotations, check_value, import_target, to_plain
 from vix.errors import ConfigError
 
 
@@ -27,6 +26,8 @@ class OverlayOptions:
     base: the option that the primary config chooses in each group.
     intended: for each overlay file, the option of each group to which its keys apply.
     origin: for each group, key → the last file that set it.
+    settings: key outside of the groups → the last file that set it.
+    own: for each group, the options that the group's own file sets.
     first_target: for each group, the ``_target_`` of the group's own file.
     left_out: messages about dropped keys.
     """
@@ -49,6 +50,8 @@ class OverlayOptions:
             if is_group_file(path) and path.partition("/")[0] not in GROUPS:
                 self.intended[path] = self.intended_choices(path)
         self.origin: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
+        self.settings: dict[str, str] = {}
+        self.own: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
         self.first_target: dict[str, Any] = {}
         self.left_out: list[str] = []
 
@@ -81,6 +84,7 @@ class OverlayOptions:
         if not isinstance(loaded.config, DictConfig):
             return loaded
         foreign: list[str] = []
+        self.settings |= {key: path for key in SETTINGS if loaded.config._get_node(key) is not None}
         for group in GROUPS:
             options = loaded.config._get_node(group)
             if not isinstance(options, DictConfig) or options._is_none() or options._is_interpolation():
@@ -96,10 +100,7 @@ class OverlayOptions:
                     f"ignoring the options of {path} for {group}={intended}: {shown}"
                 )
                 continue
-            for key in options:
-                self.origin[group][str(key)] = path
-            if path.partition("/")[0] == group and "_target_" in options:
-                self.first_target[group] = unresolved(options, "_target_")
+            self.record_options(group, path, options)
         if not foreign:
             return loaded
         loaded = copy.copy(loaded)
@@ -109,10 +110,18 @@ class OverlayOptions:
                 del loaded.config[group]
         return loaded
 
+    def record_options(self, group: str, path: str, options: DictConfig) -> None:
+        """Record that a file sets these options of a group."""
+        self.origin[group] |= {str(key): path for key in options}
+        if path.partition("/")[0] == group:
+            self.own[group] |= dict(plain_items(options))
+            if "_target_" in options:
+                self.first_target[group] = unresolved(options, "_target_")
+
     def record_choices(self, cfg: DictConfig) -> None:
-        """Record ``experiment=[a,b]`` as the choice ``a+b``; Hydra records no choice for a list of options."""
+        """Record ``experiment=[a,b]`` as the choice ``a+b``; Hydra records no choice for a list of options, even of one."""
         for group, options in self.chosen.items():
-            if len(options) > 1 and not cfg.hydra.runtime.choices.get(group):
+            if not cfg.hydra.runtime.choices.get(group):
                 cfg.hydra.runtime.choices[group] = option_name(options)
 
     def drop_unaccepted(self, cfg: DictConfig, overrides: Iterable[Override]) -> None:
@@ -127,16 +136,22 @@ class OverlayOptions:
                 continue
             target = options.get("_target_") if not OmegaConf.is_interpolation(options, "_target_") else None
             replaced = target != self.first_target.get(group)
-            lacks = functools.partial(lacks_option, group, target)
             dropped: dict[str, list[str]] = {}
             for key, path in origins.items():
                 written_for_another = (replaced and origins.get("_target_") != path) or (
                     (replaced and f"{group}._target_" in typed)
                     or (path in self.intended and group not in self.intended[path] and self.differs(group))
                 )
-                if written_for_another and key in options and f"{group}.{key}" not in typed and lacks(key):
+                if (
+                    written_for_another
+                    and key in options
+                    and f"{group}.{key}" not in typed
+                    and not accepts(group, target, options, key)
+                ):
                     dropped.setdefault(path, []).append(f"{key}={options._get_node(key)}")
                     del options[key]
+                    if origins[key].partition("/")[0] != group and key in self.own[group]:
+                        options[key] = self.own[group][key]
             for path, keys in dropped.items():
                 name = str(target).rpartition(".")[2]
                 self.left_out.append(f"{group}: ignoring options of {path} that {name} does not accept: {', '.join(keys)}")
@@ -148,26 +163,32 @@ class OverlayOptions:
         return [self.base.get(group)] != self.chosen.get(group)
 
 
-def lacks_option(group: str, target: Any, key: str) -> bool:
-    """Whether a class does not accept an option; False where the class cannot be imported, which validation reports."""
+def accepts(group: str, target: Any, options: DictConfig, key: str) -> bool:
+    """Whether a class accepts an option and its value, such as ``depth: 2`` or ``depth: [2, 4]``; True where that is unknown:
+    validation reports a class that cannot be imported, and a value with an interpolation."""
     if key == "_target_":
+        return True
+    try:
+        made = import_target(group, target, GROUPS[group][0])
+    except ConfigError:
+        return True
+    parameters = inspect.signature(made).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and key not in parameters and key not in OWN_OPTIONS.get(group, {}):
         return False
     try:
-        parameters = inspect.signature(import_target(group, target, GROUPS[group][0])).parameters
+        check_value(key, to_plain(options, key), annotations(made).get(key, Any))
     except ConfigError:
-        return False
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return not takes_any and key not in parameters and key not in OWN_OPTIONS.get(group, {})
+        return OmegaConf.is_interpolation(options, key) or OmegaConf.is_missing(options, key)
+    return True
 
 
 def typed_keys(overrides: Iterable[Override]) -> Iterator[str]:
     """``group.key`` for every option that the command line sets."""
     for override in overrides:
         value = None if override.is_sweep_override() else override.value()
-        if isinstance(value, dict):
-            yield from (f"{override.key_or_group}.{key}" for key in value)
-        else:
-            yield ".".join(override.key_or_group.split(".")[:2])
+        keys = [f"{override.key_or_group}.{key}" for key in value] if isinstance(value, dict) else [override.key_or_group]
+        yield from (".".join(key.split(".")[:2]) for key in keys)
 
 
 def plain_items(options: DictConfig) -> Iterator[tuple[str, Any]]:

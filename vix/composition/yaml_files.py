@@ -6,6 +6,7 @@ primary config, in the files of ``hydra/`` and on the command line. YAML errors 
 """
 
 import codecs
+import copy
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import GroupDefault, InputDefault, ResultDefault
+from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, grammar_parser
+from omegaconf.errors import GrammarParseError
 
-from vix.build import GROUPS, SETTINGS
+from vix.build import GROUPS, OVERLAYS, SETTINGS
 from vix.errors import ConfigError, nearest
 from vix.overrides import parse_or_none
 from vix.system.files import expand_home
@@ -35,9 +37,14 @@ class Repository(ConfigRepository):
     """Hydra's repository of config files, which validates every file when it is loaded. Raises ConfigError.
 
     primary: the name of the primary config, which may set anything.
+    includes: file → the files that its defaults list includes, for the files loaded so far.
     """
 
     primary: str | None = None
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        self.includes: dict[str, list[str]] = {}
+        super().__init__(config_search_path)
 
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
         """Hydra's method, with a leading ``~`` expanded in the search path."""
@@ -59,9 +66,42 @@ class Repository(ConfigRepository):
             result = super().load_config(config_path)
         except (ValueError, OSError, yaml.YAMLError) as error:  # a header, a tag or a defaults list that Hydra cannot use
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-        if result and is_group_file(config_path) and config_path != self.primary:
-            check_defaults(self, config_path, result.defaults_list or [])
+        except RecursionError as error:
+            raise ConfigError(f"{path}: an alias (*NAME) refers to a mapping or list that contains it") from error
+        defaults = (result.defaults_list if result else None) or []
+        if is_group_file(config_path) and config_path != self.primary:
+            check_defaults(self, config_path, defaults)
+        self.check_includes(config_path, defaults)
         return result
+
+    def __deepcopy__(self, _: Any) -> "Repository":
+        return copy.copy(self)  # Hydra's copy may read from other sources, and shares ``includes``
+
+    def check_includes(self, config_path: str, defaults: Sequence[InputDefault]) -> None:
+        """Raises ConfigError where a file includes one twice, one that does not exist, or in the end itself."""
+        path, found = self.file_of(config_path), list(included(config_path, defaults))
+        refuse_repeated(path, defaults)
+        for file, required in found:
+            # The primary config is loaded before the search path that it sets.
+            if required and config_path != self.primary and not self.config_exists(file):
+                group, _, option = file.rpartition("/")
+                near = nearest(option, self.get_group_options(group) if group else ())
+                raise ConfigError(f"{location(path, option)}: defaults: {file}: there is no such file; {near}")
+        self.includes[config_path] = [file for file, _ in found]
+        if circle := self.circle(config_path, [config_path]):
+            raise ConfigError(
+                f"{location(path, circle[1].rpartition('/')[2])}: defaults: the files include one another in a circle "
+                f"({' → '.join(circle)}); remove one of these entries"
+            )
+
+    def circle(self, start: str, way: list[str]) -> list[str]:
+        """The files from ``start`` through others back to it; empty where there is no such way. ``way``: the files so far."""
+        for file in self.includes.get(way[-1], ()):
+            if file == start:
+                return [*way, start]
+            if file not in way and (found := self.circle(start, [*way, file])):
+                return found
+        return []
 
     def file_of(self, config_path: str) -> Path | None:
         """The file from which a config is loaded; None for the configs of Hydra and its plugins."""
@@ -69,6 +109,32 @@ class Repository(ConfigRepository):
         if source is None or source.scheme() != "file":
             return None
         return Path(source.path, source._normalize_file_name(config_path))
+
+
+def included(config_path: str, defaults: Iterable[InputDefault]) -> Iterator[tuple[str, bool]]:
+    """The files that a defaults list includes, each with whether it must exist: the command line may choose another option.
+
+    Entries with ``override`` and with an interpolation are left out.
+    """
+    for default in defaults:
+        entry = copy.copy(default)
+        entry.update_parent(config_path.rpartition("/")[0], "")
+        if entry.is_self() or entry.is_override():
+            continue
+        if isinstance(entry, GroupDefault) and entry.is_options():
+            yield from ((f"{entry.get_group_path()}/{option}", False) for option in entry.get_options())
+        elif entry.get_name() is not None and not entry.is_interpolation() and not entry.is_missing():
+            yield entry.get_config_path(), isinstance(entry, ConfigDefault) and not entry.is_optional()
+
+
+def refuse_repeated(path: Path | None, defaults: Iterable[InputDefault]) -> None:
+    """Raises ConfigError where a defaults list has two entries for a group, or two for a file."""
+    seen: set[tuple[str, str | None]] = set()
+    for default in defaults:
+        name = str(default.group if isinstance(default, GroupDefault) else getattr(default, "path", "")).strip("/")
+        if (name, default.package) in seen:
+            raise ConfigError(f"{location(path, name)}: defaults: {name} is listed twice; remove one of the entries")
+        seen.add((name, default.package))
 
 
 def is_group_file(config_path: str) -> bool:
@@ -112,7 +178,7 @@ def parse_yaml(path: Path, written: int, size: int) -> yaml.Node | None:
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}:{line_of(root)}: {kind_of(root)} where keys are expected (key: value)")
-        refuse_duplicates(path, root)
+        check_nodes(path, root)
     return root
 
 
@@ -131,11 +197,13 @@ def syntax_error(lines: Sequence[str], error: yaml.MarkedYAMLError) -> tuple[int
         if before is not None and not re.search(r":(\s|$)|^\s*(#|-)", lines[before]):
             return before + 1, f"a colon is missing (key: value): {lines[before].strip()}"
         return line + 1, f"a key is not allowed here; check indentation and colons: {here.strip()}"
+    if re.search(r"[\[{,:]\s*(\$\{|\?\?\?)", here):
+        return line + 1, f"within brackets or braces, ${{…}} and ??? need quotes: {here.strip()}"
     return line + 1, f"invalid YAML ({error.problem or error})"
 
 
-def refuse_duplicates(path: Path, root: yaml.Node) -> None:
-    """Raises ConfigError where a mapping contains a key twice."""
+def check_nodes(path: Path, root: yaml.Node) -> None:
+    """Raises ConfigError where a mapping contains a key twice, or a text an invalid interpolation."""
     seen: set[int] = set()
     nodes = [root]
     while nodes:
@@ -145,6 +213,12 @@ def refuse_duplicates(path: Path, root: yaml.Node) -> None:
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
+        elif isinstance(node, yaml.ScalarNode) and "${" in node.value:
+            try:
+                grammar_parser.parse(node.value)
+            except GrammarParseError as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"{path}:{line_of(node)}: {node.value}: invalid interpolation ({reason})") from error
         elif isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
@@ -178,10 +252,12 @@ def check_layout(path: Path, group: str, root: yaml.Node | None) -> None:
 
 
 def check_default_item(path: Path, item: yaml.Node) -> None:
-    """Raises ConfigError where an entry of a defaults list lacks a part of ``override /GROUP: OPTION``."""
+    """Raises ConfigError where an entry of a defaults list lacks a part of ``override /GROUP: OPTION``, or where it chooses an
+    option of the file's own group: such a file is included by its path."""
     if isinstance(item, yaml.ScalarNode):
         words = item.value.replace("=", " ").replace(":", " ").split()
-        if words and (words[0] == "override" or words[0].strip("/") in GROUPS):
+        chooses = GROUPS if len(words) == 1 else (*GROUPS, *OVERLAYS)
+        if words and (words[0] == "override" or words[0].strip("/") in chooses):
             if words[0] == "override":
                 words = words[1:]
             group, option = (*words, "GROUP", "OPTION")[:2]
@@ -189,13 +265,16 @@ def check_default_item(path: Path, item: yaml.Node) -> None:
         return
     for name, value in entries(item):
         keyword, _, group = name.rpartition(" ")
-        if group.strip("/") in GROUPS and (keyword != "override" or not group.startswith("/")):
+        correct = keyword == "override" and group.startswith("/") and group != f"/{path.parent.name}"
+        if group.strip("/") in (*GROUPS, *OVERLAYS) and not correct:
             refuse_item(path, item, f"{name}: {getattr(value, 'value', '')}", group, getattr(value, "value", "OPTION"))
 
 
 def refuse_item(path: Path, item: yaml.Node, written: str, group: str, option: str) -> None:
     """Raises ConfigError for an entry of a defaults list, with the corrected entry."""
-    raise ConfigError(f"{path}:{line_of(item)}: defaults: '{written}' must be 'override /{group.strip('/')}: {option}'")
+    group = group.strip("/")
+    correct = f"/{group}/{option}" if group == path.parent.name else f"override /{group}: {option}"
+    raise ConfigError(f"{path}:{line_of(item)}: defaults: '{written}' must be '{correct}'")
 
 
 def entries(node: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
@@ -244,8 +323,11 @@ def check_defaults(repository: Any, config_path: str, defaults: Iterable[InputDe
         if ".." in parts:
             raise ConfigError(f"{location(path, group)}: defaults: {name}: is outside of the group's directory")
         if isinstance(default, GroupDefault) and default.override and name.startswith("/") and not default.is_interpolation():
+            if not repository.group_exists(group):
+                what = f"there is no such group; {nearest(group, [*GROUPS, *OVERLAYS])}"
+                raise ConfigError(f"{location(path, group)}: defaults: {name}: {what}")
             for option in values:
-                if repository.group_exists(group) and not repository.config_exists(f"{group}/{option}"):
+                if not repository.config_exists(f"{group}/{option}"):
                     options = repository.get_group_options(group)
                     raise ConfigError(
                         f"{location(path, group)}: defaults: {group}={option}: conf/{group}/ has no such file; "

@@ -6,6 +6,7 @@ augmentation of an image does not depend on where an interrupted epoch continues
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from vix.types import NotNegative, PositiveFloat, UnitInterval
 class Augmentation:
     """Options of the augmentation of training images.
 
-    flip: flip horizontally with probability 1/2.
+    flip: flip horizontally with probability 1/2; ``alternate``: an image at random in the first epoch, then in every second
+        one, so that two epochs show both versions of every image (Jordan, "94% on CIFAR-10 in 3.29 Seconds", 2024).
     crop_padding: pad by this many black pixels and crop at random; 0: off.
     trivial_augment: TrivialAugment (Müller and Hutter, 2021) with at most this magnitude, in (0, 1]; null: off.
     random_erasing: probability of a gray rectangle (Zhong et al., 2020), in (0, 1]; null: off.
@@ -27,7 +29,7 @@ class Augmentation:
     cutmix: α of CutMix's Beta(α, α) distribution (Yun et al., 2019); null: off. With both, each batch gets one of them.
     """
 
-    flip: bool = False
+    flip: bool | Literal["alternate"] = False
     crop_padding: NotNegative = 0
     trivial_augment: UnitInterval | None = None
     random_erasing: UnitInterval | None = None
@@ -108,6 +110,15 @@ class EpochAugmentation:
     def batch(self, number: int) -> slice:
         """Positions of batch ``number``'s images in the epoch."""
         return slice(number * self.batch_size, (number + 1) * self.batch_size)
+
+
+def alternate_flips(count: int, seed: int, epoch: int) -> Tensor:
+    """Which images ``flip=alternate`` flips in an epoch, (count,) in the order of the split: the others of the epoch before.
+
+    seed: seed of the run.   epoch: number of the epoch, from 0.
+    """
+    first = torch.rand(count, generator=torch.Generator().manual_seed(seed % 2**63)) < 0.5
+    return first ^ bool(epoch % 2)
 
 
 def crop(images_BCYX: Tensor, padding: int, top_B: Tensor, left_B: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vix.data.augment import Augmentation, EpochAugmentation
+from vix.data.augment import Augmentation, EpochAugmentation, alternate_flips
 
 
 @dataclass
@@ -56,7 +56,10 @@ class Split:
         random = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         count, device = len(self), self.images.device
         order = torch.randperm(count, generator=random).to(device)
-        augment = EpochAugmentation(augmentation or Augmentation(), self.images.shape, batch_size, self.classes, random, device)
+        options = augmentation or Augmentation()
+        augment = EpochAugmentation(options, self.images.shape, batch_size, self.classes, random, device)
+        if options.flip == "alternate":
+            augment.flips = alternate_flips(count, seed, epoch).to(device)[order]
         for number in range(first_batch, math.ceil(count / batch_size)):
             positions = order[augment.batch(number)]
             images = augment.before_normalization(self.images[positions], number)

@@ -70,9 +70,14 @@ class MultiHeadMixer(nn.Module):
         """Project tokens (B, N, D) to queries, keys and values (B, H, N, E); queries and keys are rotated."""
         return self.rotated(self.to_qkv(x_BND))
 
+    def normalized(self, q_BHNE: Tensor, k_BHNE: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys before their rotation; a subclass may normalize them."""
+        return q_BHNE, k_BHNE
+
     def rotated(self, qkv_BNF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split (B, N, 3·H·E) into queries, keys and values (B, H, N, E); queries and keys are rotated."""
         q_BHNE, k_BHNE, v_BHNE = (split_heads(t, self.heads) for t in qkv_BNF.chunk(3, dim=-1))
+        q_BHNE, k_BHNE = self.normalized(q_BHNE, k_BHNE)
         return self.rotate(q_BHNE), self.rotate(k_BHNE), v_BHNE
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from vix.attention.inspection import class_token_maps, softmax_error
 from vix.data.loader import Split, normalize
 from vix.errors import UserError
-from vix.overrides import override_key
-from vix.reporting import images
+from vix.overrides import settings
 from vix.runs.identity import IGNORED_ON_RESUME
 from vix.runs.results import flatten
 from vix.runs.run import RunDirectory
@@ -186,11 +185,12 @@ class TensorBoard:
 
         loss, predicted: of every test image, (count,) on the CPU.   epoch: step of the events.
         """
+        from vix.reporting import images  # imports matplotlib, which every command would wait for
+
         labels, names = self.test.labels.cpu(), self.class_names
         true, guesses = labels.numpy(), predicted.numpy()
-        worst = loss.argsort(descending=True, stable=True)[
-            :WORST
-        ].numpy()  # an index array keeps its dimension, even with one element
+        # An array of indices keeps its dimension, even with one element.
+        worst = loss.argsort(descending=True, stable=True)[:WORST].numpy()
         drawn = {
             "confusion_matrix": images.confusion_matrix(true, guesses, names),
             "worst_images": images.worst_images(self.pixels(worst), true[worst], guesses[worst], loss.numpy()[worst], names),
@@ -217,7 +217,7 @@ def hyperparameters(run: RunDirectory) -> dict[str, str | int | float]:
     into text.
     """
     columns = {name: run.identity[name] for name in CHOICES if run.identity.get(name)}
-    given = {override_key(override) for override in run.identity.get("overrides", ())}
+    given = settings(run.identity.get("overrides", ())).keys()
     for key, value in flatten(run.config).items():
         if key in IGNORED_ON_RESUME or key.endswith("_target_") or (value is None and key not in given):
             continue

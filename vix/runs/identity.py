@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.errors import ConfigError
-from vix.overrides import canonical, override_key
+from vix.overrides import settings
 
 # Keys that affect where a run takes place or what it logs, but not its results: they may differ on resume.
 IGNORED_ON_RESUME = (
@@ -138,8 +138,8 @@ def run_name_parts(choices: Mapping[str, Any], overrides: Sequence[str], images:
     experiment = choices.get("experiment")
     label = str(experiment or "-".join(str(choices.get(group)) for group in MODEL_GROUPS))
     in_name = {"experiment", "seed", *IGNORED_ON_RESUME, *(() if experiment else MODEL_GROUPS)}
-    last = {override_key(override): canonical(override) for override in overrides}  # the last of several values wins
-    rest = {override for key, override in last.items() if key not in in_name and re.split(r"[./]", key)[0] != "hydra"}
+    given = {key: override for key, override in settings(overrides).items() if re.split(r"[./]", key)[0] != "hydra"}
+    rest = {override for key, override in given.items() if key not in in_name}
     rest |= {f"images={images}"} if images else set()
     return [label, *sorted(rest - {DEFAULT_RECIPE})]
 

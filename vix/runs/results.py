@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.errors import UserError
-from vix.overrides import canonical, override_key
+from vix.overrides import override_key, settings
 from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL
 from vix.system.files import walk
 
@@ -63,10 +63,8 @@ class RunRecord:
     def changes(self) -> list[str]:
         """The overrides that distinguish this run within its experiment; the last of several for one key wins."""
         ignored = {*IGNORED_IN_GROUPS, *(() if self.results.get("experiment") else MODEL_GROUPS)}
-        last = {override_key(override): canonical(override) for override in self.results["overrides"]}
-        changes = {
-            override for key, override in last.items() if key not in ignored and not key.startswith(("hydra.", "hydra/"))
-        }
+        given = settings(self.results["overrides"]).items()
+        changes = {override for key, override in given if key not in ignored and not key.startswith(("hydra.", "hydra/"))}
         return sorted(changes - {DEFAULT_RECIPE})
 
     @property

@@ -31,12 +31,13 @@ class RunDirectory:
     directory: must exist; it may contain the files of an earlier start of the same run.
     identity: fields of results.json that are known before training.
     config: the composed config as plain containers.
+    rerun_token: of the sweep with ``rerun=true`` that this run is a job of; empty for any other run.
 
     Of several processes, only rank 0 writes.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any]) -> None:
-        self.directory, self.config = directory, config
+    def __init__(self, directory: Path, identity: dict[str, Any], config: dict[str, Any], rerun_token: str = "") -> None:
+        self.directory, self.config, self.rerun_token = directory, config, rerun_token
         self.results_path, self.checkpoint_path = directory / "results.json", directory / "checkpoint.pt"
         self.previous_path = directory / "checkpoint.previous.pt"
         self.identity = identity
@@ -79,18 +80,21 @@ class RunDirectory:
     def prepare(self, rerun: bool, resume: str) -> dict[str, Any] | None:
         """Handle an earlier run in the directory, and return its results where this run is already finished, else None.
 
-        rerun: archive the earlier run, unless it is an interrupted rerun of this config, which is resumed. Otherwise a command
-            that a cluster scheduler repeats until it succeeds would never finish.
+        rerun: archive the earlier run, unless it belongs to this rerun: then it is resumed, or already finished. Otherwise a
+            command that a cluster scheduler repeats until it succeeds would never finish.
         resume: ``trainer.resume``.
 
         Raises ConfigError where the earlier run cannot be resumed, and UserError where its files cannot be moved.
         """
         self.undo_archiving()
-        if rerun and not self.is_interrupted_rerun():
+        belongs = rerun and self.belongs_to_rerun()
+        if rerun and not belongs:
             self.archive_previous()
-            self.results["started_by_rerun"] = True
-            return None
         if rerun:
+            self.add_identity(started_by_rerun=self.rerun_token or True)
+        if rerun and not belongs:
+            return None
+        if belongs and self.previous_results["status"] != "finished":
             log.info("Resuming an interrupted rerun; delete its checkpoint*.pt to start over")
         finished_results = self.finished_results(resume)
         if finished_results and finished_results["status"] != read_results(self.results_path).get("status"):
@@ -109,14 +113,17 @@ class RunDirectory:
         changed = self.check_same_run(self.previous_results["config"], self.previous_results.get("image_set"), resume)
         return None if changed else self.previous_results
 
-    def is_interrupted_rerun(self) -> bool:
-        """Whether the directory holds an interrupted run of this config and image set that ``rerun=true`` started."""
+    def belongs_to_rerun(self) -> bool:
+        """Whether ``rerun=true`` started the earlier run, which has this config and image set, and is either interrupted, or
+        finished as a job of the same rerun of a sweep."""
         previous_results = self.previous_results
-        if not previous_results.get("started_by_rerun") or previous_results["status"] == "finished":
+        started_by, finished = previous_results.get("started_by_rerun"), previous_results.get("status") == "finished"
+        if not started_by or (finished and started_by != self.rerun_token):
             return False
         try:
             self.check_same_run(previous_results["config"], previous_results.get("image_set"), "auto")
-            self.load_checkpoint("auto")
+            if not finished:
+                self.load_checkpoint("auto")
         except UserError:  # another run, or damaged
             return False
         return True

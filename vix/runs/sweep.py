@@ -1,5 +1,10 @@
-"""Status of the jobs of a sweep: each job writes a file, so that any launcher, process and machine is supported."""
+"""Status of the jobs of a sweep: each job writes a file, so that any launcher, process and machine is supported.
 
+A sweep with ``rerun=true`` also keeps a token of its rerun in a file until all of its jobs have finished. The same command then
+continues the rerun instead of starting its finished jobs over.
+"""
+
+import hashlib
 import json
 import os
 import shutil
@@ -12,13 +17,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from vix.errors import ConfigError, UserError
-from vix.overrides import quote
+from vix.overrides import quote, settings
 from vix.runs.results import UNFINISHED
 from vix.runs.run import read_results
 from vix.system.distributed import PeerLostError, rank
-from vix.system.files import LockedError, exclusive_lock, write_json
+from vix.system.files import LockedError, atomic_write, exclusive_lock, write_json
 
 FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder of the status files
+RERUN = "VIX_RERUN"  # environment variable of every job of a sweep with rerun=true: the token of the rerun
 
 
 class JobStatus:
@@ -83,13 +89,16 @@ class Sweep:
 
     arguments: of the command line; extended by an override that passes the folder to every job.
     outputs: the directory below which the sweep's runs are, as far as it is known before the jobs start.
+    rerun: the file of the rerun's token; None without ``rerun=true``.
     """
 
-    def __init__(self, arguments: list[str], outputs: Path) -> None:
+    def __init__(self, arguments: list[str], outputs: Path, rerun: Path | None = None) -> None:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
-        self.outputs = [str(outputs)]
+        self.outputs, self.rerun, self.token = [str(outputs)], rerun, read_token(rerun) or name
         self.folder = outputs.resolve() / ".sweeps" / name  # shared by all machines that share ``outputs``
         arguments.append(f"++hydra.job.env_set.{FOLDER}={quote(str(self.folder))}")
+        if rerun:
+            arguments.append(f"++hydra.job.env_set.{RERUN}={quote(self.token)}")
 
     def __enter__(self) -> Self:
         self.made = [path for path in self.folder.parents if not os.path.lexists(path)]
@@ -98,12 +107,21 @@ class Sweep:
         except OSError as error:
             outputs = self.folder.parents[1]
             sys.exit(f"error: {outputs}: {error.strerror}; fix the cause, or choose another directory with hydra.sweep.dir=DIR")
+        if self.rerun and self.rerun.exists():
+            print(f"Continuing the rerun of {self.token[:15]}; to start all of its runs over, delete {self.rerun}")
+        elif self.rerun:
+            atomic_write(self.rerun, self.token.encode())
         return self
+
+    def end_rerun(self) -> None:
+        """All jobs have finished: the same command is then a new rerun."""
+        if self.rerun:
+            self.rerun.unlink(missing_ok=True)
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # not empty: another sweep's folder, or runs
-            for path in self.made:
+            for path in dict.fromkeys([self.folder.parent, *self.made]):
                 path.rmdir()
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -131,6 +149,25 @@ def record_end(folder: Path, number: int, parts: Sequence[str], state: str, erro
         results = read_results(directory / "results.json") or job["results"]
         if results.get("status") in UNFINISHED:
             write_json(directory / "results.json", results | {"status": state, "error": error})
+
+
+def rerun_file(outputs: Path, overrides: Sequence[str], flags: Sequence[str | None]) -> Path | None:
+    """The file of the token of a sweep's rerun, which is that of its command; None without ``rerun=true``.
+
+    outputs: the directory below which the sweep's runs are.   overrides, flags: of the command line.
+    """
+    given = settings(overrides)
+    if given.get("rerun") != "rerun=true":
+        return None
+    digest = hashlib.sha256(json.dumps([sorted(given.values()), *flags]).encode()).hexdigest()[:12]
+    return outputs.resolve() / ".sweeps" / f"rerun-{digest}"
+
+
+def read_token(rerun: Path | None) -> str:
+    """The token of a rerun that has not ended; empty where there is none."""
+    with suppress(OSError):
+        return rerun.read_text() if rerun else ""
+    return ""
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

@@ -84,8 +84,13 @@ def flush_to_disk(descriptor: int) -> None:
 
 
 def expand_home(text: str) -> str:
-    """``text`` with a leading ``~`` or ``~user`` replaced by the home directory."""
-    return os.path.expanduser(text)
+    """``text`` with a leading ``~`` or ``~user`` replaced by the home directory. Raises UserError where there is none."""
+    expanded = os.path.expanduser(text)
+    if not expanded.startswith("~"):
+        return expanded
+    user = text.partition("/")[0][1:]
+    reason = f"there is no user {user}" if user else "the home directory is unknown; set the environment variable HOME"
+    raise UserError(f"{text}: {reason}; a directory of that name is ./{text}")
 
 
 def user_path(text: str) -> Path:

@@ -20,6 +20,14 @@ from vix.system.rng import get_rng_state, set_rng_state
 from vix.training.train_step import TrainStep
 
 FILE = "nonfinite.pt"
+# Its keys, with their types.
+STEP: dict[str, Any] = {
+    **dict.fromkeys(("images", "labels"), Tensor),
+    **dict.fromkeys(("model", "rng", "config"), dict),
+    **dict.fromkeys(("step", "lr", "scale", "label_smoothing"), int | float),
+    "dtype": torch.dtype,
+    "device": str,
+}
 
 
 class NonFiniteError(UserError):

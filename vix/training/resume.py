@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vix.errors import UserError, first_paragraph
 from vix.runs.identity import MODEL_GROUPS, Changes, cannot_resume
+from vix.system.memory import out_of_memory
+from vix.training.state import TrainState
 
 
 def check_state_fits(
@@ -34,9 +37,15 @@ def check_state_fits(
 
 
 def check_weights_fit(changed: Changes, model: nn.Module, saved: Mapping[str, Tensor], directory: Path) -> None:
-    """Raises ConfigError where the names or shapes of the saved weights and buffers are not those of this model."""
+    """Raises ConfigError where the names or shapes of the saved weights and buffers are not those of this model, and UserError
+    where no changed option explains it."""
     here = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if here != {name: tensor.shape for name, tensor in saved.items()}:
+        if not changed:
+            raise UserError(
+                f"the checkpoint in {directory} has the weights of another model, although its config is the same; "
+                "start over with rerun=true"
+            )
         model_keys = {key: values for key, values in changed.items() if key.partition(".")[0] in MODEL_GROUPS}
         raise cannot_resume(directory, model_keys or changed, "its weights do not match this model")
 
@@ -68,6 +77,25 @@ def check_optimizer_state_fits(
         # Changed numbers, such as a learning rate, are blamed only if nothing else changed.
         suspects = {k: v for k, v in optimizer_keys.items() if not all(is_number(x) for x in v)}
         raise cannot_resume(directory, suspects or optimizer_keys, f"its optimizer has no {', '.join(sorted(missing))}")
+
+
+def restore(state: TrainState, saved: Mapping[str, Any], steps_per_epoch: int, directory: Path) -> None:
+    """Restore the state from a checkpoint.
+
+    steps_per_epoch: training steps per epoch.   directory: the run's directory, for the error message.
+
+    Raises UserError where a part of the checkpoint is invalid.
+    """
+    try:
+        state.load_state_dict(saved, steps_per_epoch)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_paragraph(error)}"
+        raise UserError(
+            f"the checkpoint in {directory} is damaged or of another version of this program ({reason}); "
+            "start over with rerun=true"
+        ) from error
 
 
 def is_number(value: Any) -> bool:

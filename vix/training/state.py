@@ -1,6 +1,7 @@
 """State of a training run: everything that changes during training and is saved in a checkpoint."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +130,7 @@ class TrainState:
             state |= {"trained_model": self.model.state_dict(), "ema_updates": self.ema.updates}
         return state
 
-    def load_state_dict(self, state: dict[str, Any], steps_per_epoch: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], steps_per_epoch: int) -> None:
         """Restore the state from a checkpoint. Options, such as the learning rate, stay those of the current config.
 
         state: content of the checkpoint.

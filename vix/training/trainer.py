@@ -32,7 +32,7 @@ from vix.training.evaluate import accuracy, predictions
 from vix.training.lr_schedule import lr_lambda
 from vix.training.micro_batch import largest_micro_batch
 from vix.training.nonfinite import NonFiniteError, locate_step
-from vix.training.resume import check_state_fits
+from vix.training.resume import check_state_fits, restore
 from vix.training.state import TrainState
 from vix.training.train_step import TrainStep
 from vix.types import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
@@ -163,7 +163,7 @@ class Trainer:
         if self.micro_batch == "auto":
             step.micro_batch = largest_micro_batch(step, *session.first_batch(self.batch_size))
         if saved:
-            state.load_state_dict(saved, steps_per_epoch)
+            restore(state, saved, steps_per_epoch, run.directory)
             log.info("Continuing after %d epochs and %d steps", state.progress.epoch, state.progress.batch)
         else:
             self.save_checkpoint(session)

@@ -1,0 +1,96 @@
+"""Optimizers of this program next to independent ones: PyTorch's Muon and AdamW by hand, and timm's Lion."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from common import fit
+from omegaconf import DictConfig
+from torch import nn
+
+from vix import build_model
+from vix.build import parse
+from vix.training.optimizers import Lion, MuonAdamW
+from vix.training.param_groups import param_groups_weight_decay
+
+Compose = Callable[..., DictConfig]
+SMALL = ("data=digits", "embedding=linear", "model.dim=16", "model.depth=1", "attention.heads=2", "attention.landmarks=4")
+
+
+def train(model: nn.Module, *optimizers: Any, steps: int = 5) -> list[torch.Tensor]:
+    """Some steps on fixed images; returns the parameters."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+    for _ in range(steps):
+        nn.functional.cross_entropy(model(images), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("no_decay", [True, False])
+def test_muon_for_hidden_matrices_and_adamw_for_the_rest(compose_config: Compose, no_decay: bool) -> None:
+    model = build_model(compose_config(*SMALL))
+    reference = copy.deepcopy(model)
+    ours = MuonAdamW(MuonAdamW.param_groups_of(model, no_decay), lr=1e-2, weight_decay=0.1)
+    matrices = [m.weight for name, m in reference.blocks.named_modules() if isinstance(m, nn.Linear)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in reference.parameters() if id(p) not in chosen]
+    others = param_groups_weight_decay(reference)[1]
+    if no_decay:
+        undecayed = {id(p) for p in others["params"]}
+        groups: list[Any] = [
+            {"params": [p for p in rest if id(p) not in undecayed]},
+            {"params": [p for p in rest if id(p) in undecayed], "weight_decay": 0.0},
+        ]
+    else:
+        groups = rest
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, eps=1e-8, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+    assert len(matrices) >= 4
+    for own, other in zip(train(model, ours), train(reference, muon, adamw), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_lion_of_timm(compose_config: Compose) -> None:
+    from timm.optim import Lion as Theirs
+
+    model = build_model(compose_config(*SMALL)).double()
+    reference = copy.deepcopy(model)
+    ours = Lion(param_groups_weight_decay(model), lr=1e-3, weight_decay=0.1)
+    theirs = Theirs(param_groups_weight_decay(reference), lr=1e-3, weight_decay=0.1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for own, other in zip(train(model, ours), train(reference, theirs), strict=True):
+            torch.testing.assert_close(own, other, atol=1e-12, rtol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["muon", "lion", "nadam"])
+def test_continues_from_its_state(compose_config: Compose, tmp_path: Any, name: str) -> None:
+    """Bit-identical from a saved state, with the learning rate of the schedule; and a run trains with it."""
+    cfg = compose_config(*SMALL, f"optimizer={name}", "trainer.epochs=1", "data.train_size=128", "data.test_size=64")
+    model = build_model(cfg)
+    optimizer = parse(cfg).build_optimizer(model)
+    train(model, optimizer, steps=3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, optimizer, steps=3)
+    again = build_model(cfg)
+    restored = parse(cfg).build_optimizer(again)
+    again.load_state_dict(saved[0])
+    restored.load_state_dict(saved[1])
+    for own, other in zip(train(again, restored, steps=3), expected, strict=True):
+        assert torch.equal(own, other)
+    assert fit(cfg, tmp_path / "run")[0]["status"] == "finished"
+
+
+def test_the_learning_rate_of_every_part_follows_the_schedule(compose_config: Compose) -> None:
+    model = build_model(compose_config(*SMALL))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = MuonAdamW(MuonAdamW.param_groups_of(model, True), lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(train(model, optimizer, steps=1), before, strict=True))
