@@ -140,7 +140,13 @@ if submitit_launcher:
                 log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
             state = Singleton.get_state()
             count = len(job_overrides)
-            arguments = [list(map(list, job_overrides)), ["hydra.sweep.dir"] * count, numbers, [""] * count, [state] * count]
+            arguments: list[Any] = [
+                list(map(list, job_overrides)),
+                ["hydra.sweep.dir"] * count,
+                numbers,
+                [""] * count,
+                [state] * count,
+            ]
             return executor.map_array(self, *arguments)
 
 

@@ -1,7 +1,10 @@
 """Runs that wait at an epoch (at_start/sitecustomize.py), so that a test kills, signals or moves them there."""
 
+import ctypes
 import json
 import os
+import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,3 +49,19 @@ def go_on(run: Path, epoch: int) -> None:
 
 def results_in(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(directory.glob("outputs/*/*/results.json"))]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for opened in sockets:
+        opened.bind(("127.0.0.1", 0))
+    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def end_with_this_process() -> None:
+    """In a new process: it ends when the tests do, even if they are killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it, and their children
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

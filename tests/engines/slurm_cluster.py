@@ -1,34 +1,32 @@
-"""A real Slurm of two nodes on this machine, without privileges where possible, in a directory of its own."""
+"""A real Slurm of three nodes on this machine, in a directory of its own, run by the user of the tests."""
 
-import ctypes
 import getpass
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import HANGS
-from paused import wait_until
+from paused import end_with_this_process, free_ports, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd")
-NODES = ("127.0.0.1", "127.0.0.2")
+NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
 # The nodes pretend to have four CPUs. A job that exceeds its memory is killed by Slurm's accounting, since control groups need
-# a machine of one's own. cred_expire is also the time before a requeued job may start again.
+# a machine of one's own.
 CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -48,47 +46,35 @@ ReturnToService=2
 MailProg=/bin/true
 NodeName=127.0.0.1 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[1]} CPUs=4 RealMemory=20000
 NodeName=127.0.0.2 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[2]} CPUs=4 RealMemory=20000
+NodeName=127.0.0.3 NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[3]} CPUs=1 RealMemory=20000
 PartitionName=cpu Nodes=127.0.0.1 Default=YES PriorityTier=1
 PartitionName=both Nodes=127.0.0.[1-2] PriorityTier=1
 PartitionName=graced Nodes=127.0.0.1 PriorityTier=1 GraceTime=600
 PartitionName=urgent Nodes=127.0.0.1 PriorityTier=10
+PartitionName=alone Nodes=127.0.0.3 PriorityTier=1
 """
 # The accounting of a cluster, in a database.
 ACCOUNTING = """
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
-AccountingStoragePort={ports[3]}
+AccountingStoragePort={ports[4]}
+AccountingStoragePass={folder}/munge.socket
 """
 DATABASE = """
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 DbdHost=localhost
 DbdAddr=127.0.0.1
-DbdPort={ports[3]}
+DbdPort={ports[4]}
 SlurmUser={user}
 PidFile={folder}/slurmdbd.pid
 LogFile={folder}/slurmdbd.log
 StorageType=accounting_storage/mysql
 StorageHost=127.0.0.1
-StoragePort={ports[4]}
+StoragePort={ports[5]}
 StorageUser=slurm
 StoragePass=slurm
 """
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for opened in sockets:
-        opened.bind(("127.0.0.1", 0))
-    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
-
-
-def end_with_this_process() -> None:
-    """In a new process: it ends when the tests do, even if they are killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Cluster:
@@ -96,8 +82,9 @@ class Cluster:
 
     def __init__(self, folder: Path, accounting: bool = False) -> None:
         self.folder, self.daemons = folder, list[subprocess.Popen[bytes]]()
-        self.values = {"folder": folder, "user": getpass.getuser(), "ports": free_ports(5)}
+        self.values = {"folder": folder, "user": getpass.getuser(), "ports": free_ports(6)}
         self.accounting = accounting
+        self.stops = threading.Event()
         self.env = {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def daemon(self, *command: str) -> None:
@@ -123,7 +110,8 @@ class Cluster:
         self.daemon("slurmctld", "-D")
         for node in NODES:
             self.daemon("slurmd", "-D", "-N", node)
-        self.wait_until_runs(lambda: self.command("sinfo", "-h", "-N", "-p", "both", "-o", "%T").split() == ["idle", "idle"])
+        self.wait_until_runs(lambda: self.command("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * 6)
+        threading.Thread(target=self.hurry, daemon=True).start()
 
     def start_database(self) -> None:
         """MariaDB and slurmdbd."""
@@ -131,7 +119,7 @@ class Cluster:
         user = f"--user={self.values['user']}"
         command = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", user, "--auth-root-authentication-method=normal"]
         subprocess.run([*command, "--skip-test-db"], check=True, capture_output=True, timeout=HANGS)
-        port = f"--port={self.values['ports'][4]}"  # type: ignore[index]
+        port = f"--port={self.values['ports'][5]}"  # type: ignore[index]
         socket_file = f"--socket={self.folder}/mysql.socket"
         options = ("--no-defaults", f"--datadir={data}", user, port, socket_file, "--bind-address=127.0.0.1")
         self.daemon("mariadbd", *options)
@@ -161,15 +149,24 @@ class Cluster:
         """A job that does nothing; its number."""
         return re.findall(r"\d+", self.command("sbatch", *options, "--output=/dev/null", "--wrap=true"))[0]
 
-    def jobs(self, columns: str = "%i") -> list[list[str]]:
+    def jobs(self, columns: str = "%i", partitions: str = "cpu,both,graced") -> list[list[str]]:
         """Columns of squeue, of jobs that have not ended."""
-        return [line.split() for line in self.command("squeue", "-h", "--array", "-o", columns).splitlines()]
+        shown = self.command("squeue", "-h", "--array", "-o", columns, *(("-p", partitions) if partitions else ()))
+        return [line.split() for line in shown.splitlines()]
+
+    def hurry(self) -> None:
+        """Slurm starts a requeued job after two minutes, and no option changes that; an operator can."""
+        while not self.stops.wait(0.5):
+            for job, reason in self.jobs("%i %r", ""):
+                if reason == "BeginTime":
+                    self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def stop(self) -> None:
-        if self.jobs():
+        self.stops.set()
+        if self.jobs("%i", ""):
             self.command("scancel", "--me", "--signal=KILL", "--full")
             self.command("scancel", "--me")
-            wait_until(lambda: not self.jobs())
+            wait_until(lambda: not self.jobs("%i", ""))
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):

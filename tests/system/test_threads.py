@@ -102,7 +102,12 @@ def test_quota_of_a_container(tmp_path: Path, files: dict[str, str], quota: floa
         ({"SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "5"}, 5, "OMP_NUM_THREADS"),
         ({"LOCAL_WORLD_SIZE": "3"}, 5, "divided by 3 processes"),
         ({"LOCAL_WORLD_SIZE": "32"}, 1, "divided by 32 processes"),
-        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "8"}, 4, "SLURM_CPUS_PER_TASK, divided by 2 processes"),
+        (
+            {"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"},
+            4,
+            "SLURM_CPUS_PER_TASK, divided by 2 processes",
+        ),
+        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "6"}, 6, "SLURM_CPUS_PER_TASK"),
     ],
 )
 def test_number_and_reason(tmp_path: Path, variables: dict[str, str], number: int, reason: str) -> None:

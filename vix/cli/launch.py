@@ -89,6 +89,7 @@ def run_job(cfg: DictConfig) -> float:
         status = JobStatus(parts, number, cfg.get("fail_fast") is True, outputs, directory)
         with status as job_status, lock, process_group():
             run = RunDirectory(directory, identity, plain_config(cfg), os.environ.get(RERUN, ""))
+            job_status.update(results=run.results)  # for a job that is killed before it writes them
             results = train(cfg, run)
             job_status.finished(results, before=results is run.previous_results)
             return float(results["top1"])

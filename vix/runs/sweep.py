@@ -53,6 +53,7 @@ class JobStatus:
             "directory": str(directory.absolute()) if directory else None,
             "state": "lost",
             "error": "its process ended without reporting a status",
+            "results": {},
         }
 
     def __enter__(self) -> Self:
@@ -128,6 +129,28 @@ class Sweep:
         return read_jobs(self.folder)
 
 
+def record_end(folder: Path, number: int, parts: Sequence[str], state: str, error: str) -> None:
+    """Record the end of a job whose process could not do so, in the sweep's folder and in the run's results.json.
+
+    folder: of the status files.
+    number, parts: of the job; the latter is used where it ended before its start.
+    state: ``failed`` or ``interrupted``, unless the job itself has recorded its end.
+    error: the reason.
+    """
+    path = folder / f"{number:06d}.json"
+    job: dict[str, Any] = {"parts": list(parts), "outputs": str(folder.parents[1]), "state": "lost", "results": {}}
+    if path.exists():
+        job = json.loads(path.read_text())
+    if job["state"] != "lost":
+        return
+    write_json(path, job | {"state": state, "error": error})
+    directory = Path(job.get("directory") or folder / "none")
+    with suppress(OSError, LockedError), exclusive_lock(directory):
+        results = read_results(directory / "results.json") or job["results"]
+        if results.get("status") in UNFINISHED:
+            write_json(directory / "results.json", results | {"status": state, "error": error})
+
+
 def rerun_file(outputs: Path, overrides: Sequence[str], flags: Sequence[str | None]) -> Path | None:
     """The file of the token of a sweep's rerun, which is that of its command; None without ``rerun=true``.
 
@@ -145,34 +168,6 @@ def read_token(rerun: Path | None) -> str:
     with suppress(OSError):
         return rerun.read_text() if rerun else ""
     return ""
-
-
-def record_end(folder: Path, number: int, parts: Sequence[str], state: str, error: str) -> None:
-    """Record the end of a job whose process could not do so, in the sweep's folder and in the run's results.json.
-
-    folder: of the status files.
-    number, parts: of the job; the latter is used where it ended before its start.
-    state: ``failed`` or ``interrupted``, unless the job itself has recorded its end.
-    error: the reason.
-    """
-    path = folder / f"{number:06d}.json"
-    job: dict[str, Any] = {
-        "parts": list(parts),
-        "outputs": str(folder.parents[1]),
-        "directory": None,
-        "state": "lost",
-        "error": "",
-    }
-    if path.exists():
-        job = json.loads(path.read_text())
-    if job["state"] != "lost":
-        return
-    write_json(path, job | {"state": state, "error": error})
-    directory = Path(job["directory"] or folder / "none")
-    with suppress(OSError, LockedError), exclusive_lock(directory):
-        results = read_results(directory / "results.json")
-        if results.get("status") in UNFINISHED:
-            write_json(directory / "results.json", results | {"status": state, "error": error})
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:

@@ -62,7 +62,9 @@ def peer_lost(error: Exception) -> PeerLostError | None:
     if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
         return None
     reason = str(error).strip().splitlines()[0].partition("] ")[2].partition(". ")[0] or type(error).__name__
-    return PeerLostError(f"a process of this run was lost ({reason}); the same command continues from the last checkpoint")
+    return PeerLostError(
+        f"another process of this run was lost ({reason}); the same command continues from the last checkpoint"
+    )
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:

@@ -55,8 +55,8 @@ def given_threads(
     """The number of threads for this process: OMP_NUM_THREADS where that is set, else the number of CPUs that it may use.
 
     The latter is the minimum of its affinity mask, the CPUs of its Slurm task, and the quota of its control groups (rounded
-    down), divided by the number of processes that torchrun started on this machine; at least 1. joblib and Ray set
-    OMP_NUM_THREADS.
+    down), divided by the number of processes of this run on this machine, unless each is a Slurm task; at least 1. joblib and
+    Ray set OMP_NUM_THREADS.
 
     environment: environment variables.
     root: of the file system that contains /proc and the control groups.
@@ -66,18 +66,22 @@ def given_threads(
     chosen = chosen_threads(environment, root, os.getppid() if parent is None else parent)
     if chosen:
         return Threads(chosen, "OMP_NUM_THREADS")
-    bounds = [Threads(affinity or visible_cpus(), "the CPUs of this process's affinity mask")]
+    processes = 1 if has_own_mask() else positive(environment.get("LOCAL_WORLD_SIZE")) or 1
+    bounds = [divided(Threads(affinity or visible_cpus(), "the CPUs of this process's affinity mask"), processes)]
     slurm = slurm_cpus(environment)
-    if slurm:
-        bounds.append(slurm)
+    if slurm:  # of a task, which is the process itself, or torchrun, which started it
+        bounds.append(divided(slurm, processes if "TORCHELASTIC_RUN_ID" in environment else 1))
     quota = cpu_quota(root)
     if quota:
-        bounds.append(Threads(max(1, math.floor(quota)), f"the control group's quota of {quota:g} CPUs"))
-    number, reason = min(bounds, key=lambda bound: bound.number)
-    processes = positive(environment.get("LOCAL_WORLD_SIZE")) or 1
-    if processes > 1 and not has_own_mask():
-        return Threads(max(1, number // processes), f"{reason}, divided by {processes} processes")
-    return Threads(number, reason)
+        bounds.append(divided(Threads(max(1, math.floor(quota)), f"the control group's quota of {quota:g} CPUs"), processes))
+    return min(bounds, key=lambda bound: bound.number)
+
+
+def divided(threads: Threads, processes: int) -> Threads:
+    """The share of each of several processes."""
+    if processes == 1:
+        return threads
+    return Threads(max(1, threads.number // processes), f"{threads.reason}, divided by {processes} processes")
 
 
 def visible_cpus() -> int:
