@@ -240,21 +240,21 @@ def test_what_force_cannot_change(tmp_path: Path, forked: Forked) -> None:
 
 def test_a_run_that_stops_early(tmp_path: Path, forked: Forked) -> None:
     """Interrupted, it ends at the same epoch; it is finished, also without its results.json; more patience continues it."""
-    still = (*IN_R, "trainer.epochs=30", "optimizer.lr=0.0", "trainer.patience=3")  # the first epoch stays the best
+    still = (*TINY, "hydra.run.dir=outputs/r", "trainer.epochs=30", "optimizer.lr=0.0", "trainer.patience=3")  # the first epoch stays the best
     stop = partial(signal_at_file, signal.SIGTERM, "checkpoint.pt", 4)  # of the start, and of each epoch
     assert forked.wait(forked.start(tmp_path, *still, before=stop)) == 128 + signal.SIGTERM
-    assert read(tmp_path / "r/results.json")["status"] == "interrupted"
+    assert read(tmp_path / "outputs/r/results.json")["status"] == "interrupted"
     status, output = forked.run(tmp_path, *still)
     assert status == 0, output
     assert "Stopped early: top-1 has not increased since epoch 1" in output
-    results = read(tmp_path / "r/results.json")
+    results = read(tmp_path / "outputs/r/results.json")
     assert (results["epochs"], results["stopped_early"], results["best_epoch"]) == (4, True, 1)
-    (tmp_path / "r/results.json").unlink()
+    (tmp_path / "outputs/r/results.json").unlink()
     assert "Already finished" in forked.run(tmp_path, *still)[1]
-    assert read(tmp_path / "r/results.json") == results
+    assert read(tmp_path / "outputs/r/results.json") == results
     status, output = forked.run(tmp_path, *still[:-1], "trainer.patience=4", "trainer.resume=force")
     assert status == 0, output
-    assert read(tmp_path / "r/results.json")["epochs"] == 5
+    assert read(tmp_path / "outputs/r/results.json")["epochs"] == 5
 
 
 def test_a_batch_size_within_an_epoch(tmp_path: Path, forked: Forked) -> None:

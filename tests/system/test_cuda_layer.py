@@ -108,10 +108,11 @@ def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
 def test_a_gpu_without_kernels_is_one_line(tmp_path: Path) -> None:
     done = start(tmp_path, "1", "60", *RUN)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines() == [
+    (line,) = done.stderr.strip().splitlines()
+    assert line.partition(" (set in ")[0] == (
         "error: trainer.device=cuda: this build of PyTorch has no kernels for that GPU, only for compute capability "
         "7.5, 8.0, 8.6, 9.0, 10.0, 12.0 and compatible ones; valid: auto, cpu, cuda:N"
-    ]
+    )
 
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
