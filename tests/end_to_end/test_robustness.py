@@ -62,9 +62,11 @@ def test_killed_at_any_moment(tmp_path: Path, forked: Forked, whole: Path, kills
         for run in directory.glob("outputs/*/*"):
             assert_files_are_whole(run)
         saved = bool(list(directory.glob("outputs/*/*/checkpoint.pt")))
+        finished = any('"status": "finished"' in p.read_text() for p in directory.glob("outputs/*/*/results.json"))
         status, output = forked.run(directory, *SMALL)
         assert status == 0, output
-        assert ("Continuing after" in output) == saved
+        assert ("Continuing after" in output) == (saved and not finished)
+        assert ("Already finished" in output) == finished
         continued += saved
         assert_same(directory, expected)
         assert not list(run_directory(directory).glob(".*.tmp"))

@@ -240,7 +240,13 @@ def test_what_force_cannot_change(tmp_path: Path, forked: Forked) -> None:
 
 def test_a_run_that_stops_early(tmp_path: Path, forked: Forked) -> None:
     """Interrupted, it ends at the same epoch; it is finished, also without its results.json; more patience continues it."""
-    still = (*TINY, "hydra.run.dir=outputs/r", "trainer.epochs=30", "optimizer.lr=0.0", "trainer.patience=3")  # the first epoch stays the best
+    still = (
+        *TINY,
+        "hydra.run.dir=outputs/r",
+        "trainer.epochs=30",
+        "optimizer.lr=0.0",
+        "trainer.patience=3",
+    )  # the first epoch stays the best
     stop = partial(signal_at_file, signal.SIGTERM, "checkpoint.pt", 4)  # of the start, and of each epoch
     assert forked.wait(forked.start(tmp_path, *still, before=stop)) == 128 + signal.SIGTERM
     assert read(tmp_path / "outputs/r/results.json")["status"] == "interrupted"

@@ -125,7 +125,7 @@ def test_whose_run_it_is(tmp_path: Path, forked: Forked, monkeypatch: pytest.Mon
     a run goes on without them; a refused start leaves everything."""
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
-        assert run_train(tmp_path, *TINY, f"seed={seed}").returncode == 0
+        assert run_train(tmp_path, *TINY, "trainer.epochs=40", "optimizer.lr=0.01", f"seed={seed}").returncode == 0
     (zero,) = Path("outputs").glob("quickstart*/seed=0")
     (one,) = Path("outputs").glob("quickstart*/seed=1")
     tuned = (*TINY, "trainer.epochs=3", "optimizer.lr=1e-4")
@@ -140,7 +140,7 @@ def test_whose_run_it_is(tmp_path: Path, forked: Forked, monkeypatch: pytest.Mon
     assert "Continuing after 1 epochs" in output
     results = json.loads((run / "results.json").read_text())
     assert results["init_weights"] == weights_digest("kept")
-    assert results["history"][0]["top1"] > results["config"]["data"]["test_size"] * 0.4  # not from random weights
+    assert results["history"][0]["top1"] > 40  # not from random weights
 
     assert [job.state for job in plan([*tuned, "trainer.init_from=kept"])] == ["finished"]
     assert "Already finished" in run_train(tmp_path, *tuned, "trainer.init_from=kept/checkpoint.pt").stdout
@@ -169,7 +169,8 @@ def test_whose_run_it_is(tmp_path: Path, forked: Forked, monkeypatch: pytest.Mon
             path: content for path, content in before.items() if path.name != ".lock"
         }
     # A sweep over two sources.
-    done = run_train(tmp_path, "-m", *tuned, f"trainer.init_from=kept,{one}")
+    shutil.copytree(one, "other")
+    done = run_train(tmp_path, "-m", *tuned, "trainer.init_from=kept,other")
     assert done.stdout.count("Already finished") == 2
 
 
@@ -186,11 +187,13 @@ def test_trained_weights_learn_in_fewer_epochs(tmp_path: Path) -> None:
             "experiment=quickstart",
             *few,
             f"trainer.init_from={init}",
-            f"hydra.run.dir={init}",
+            f"hydra.run.dir=from_{init}",
             "trainer.batch_size=16",
         )
         assert done.returncode == 0, done.stderr
-        histories.append([row["top1"] for row in json.loads((tmp_path / init / "results.json").read_text())["history"]])
+        histories.append(
+            [row["top1"] for row in json.loads((tmp_path / f"from_{init}" / "results.json").read_text())["history"]]
+        )
         assert ("Interpolated: posenc.table_ND from 65×64 to 145×64" in done.stdout) == (init == "digits")
     scratch, tuned = histories
     reached = max(scratch)
