@@ -361,7 +361,7 @@ def check_overrides(arguments: Command) -> None:
     for key in ("hydra/launcher", "hydra/sweeper"):
         for option in (o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")):
             assert (ROOT / "conf" / key / f"{option}.yaml").exists()
-            if not find_spec("hydra_plugins"):
+            if not find_spec("hydra_plugins.hydra_submitit_launcher"):
                 pytest.skip("plugins are not installed: pip install -r requirements-launchers.txt")
     if not parsed.multirun:
         parse(compose(overrides))

@@ -124,7 +124,9 @@ def test_flops_of_a_fourier_transform(transform, factor):
 SMALLER = {"nystrom": ("attention.landmarks=4",), "neighbourhood": ("attention.kernel=3",)}
 
 
-@pytest.mark.parametrize("model", ["vit", "levit", "cct", "cvt", "pit"])
+@pytest.mark.parametrize(
+    "model", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("levit", "cct", "cvt", "pit"))]
+)
 def test_every_mixer_in_every_family(compose_config, model):
     """Of those that the paper has no size for too."""
     for attention in ATTENTIONS:

@@ -111,6 +111,7 @@ def test_search(tmp_path: Path) -> None:
     assert set(best.best_params) == {"optimizer.lr", "model.dim", "attention.landmarks"}
 
 
+@pytest.mark.slow
 def test_search_for_a_recipe(tmp_path: Path) -> None:
     """Trials differ in rate, decay and augmentation, and none sees the test images."""
     need("hydra_optuna_sweeper")

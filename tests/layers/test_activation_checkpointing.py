@@ -66,6 +66,7 @@ def test_a_step_is_the_same_to_the_bit(compose_config: Compose, experiment: str,
             assert torch.equal(buffer, before), name
 
 
+@pytest.mark.slow
 def test_every_family_has_blocks(compose_config: Compose) -> None:
     """And only those with a BatchNorm are left out."""
     for experiment in EXPERIMENTS:
