@@ -192,9 +192,10 @@ class RunDirectory:
         self.begun = True
         self.results |= fields
         if rank() == 0:
-            write_json(self.results_path, self.results)
+            # results.json last: once it says that the run is finished, everything else is written.
             if history := self.results.get("history"):
                 atomic_write(self.directory / "metrics.csv", metrics_csv(history, self.results.get("class_names", ())))
+            write_json(self.results_path, self.results)
 
     def write_failure(self, **fields: Any) -> None:
         """``write_results`` for a start that failed; the results of a finished run that it did not resume are kept."""
