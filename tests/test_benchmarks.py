@@ -20,7 +20,7 @@ from benchmarks.crossover import crossover
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
 from benchmarks.scaling import MIXERS, expected
-from benchmarks.variants import MODELS
+from benchmarks.variants import MODELS, skeleton
 from benchmarks.waiting import WAYS
 from vix import build_model
 from vix.models.counts import training_flops
@@ -63,21 +63,29 @@ def test_side_by_side(tmp_path: Path) -> None:
     assert "geometric mean" in shown
 
 
+SCALED = ("softmax", "window", "mamba2", "identity")
+
+
 @pytest.mark.slow
 def test_scaling(tmp_path: Path) -> None:
-    """Two sizes of every mixer, a picture, and a sentence about each; a third size, too large for memory, is skipped.
-
-    The attentions of LeViT and CvT, softmax attention in models of their own, are not among the mixers.
-    """
-    shown, record = measured("benchmarks.scaling", tmp_path / "s.json", "--tokens", "64", "256", "16384", "--most-gb", "2")
-    kinds = {*product(MIXERS, ("forward", "training"))}
-    assert {*MIXERS} - {"softmax-explicit"} == {p.stem for p in (ROOT / "conf/attention").glob("*.yaml")} - {"levit", "cvt"}
+    """Two sizes of some mixers, a picture, and a sentence about each; a third size, too large for memory, is skipped."""
+    arguments = ("--tokens", "64", "256", "16384", "--most-gb", "2", "--mixers", *SCALED)
+    shown, record = measured("benchmarks.scaling", tmp_path / "s.json", *arguments)
+    kinds = {*product(SCALED, ("forward", "training"))}
     assert {(p["mixer"], p["pass"], p["tokens"]) for p in record["points"]} == {(*kind, n) for kind in kinds for n in (64, 256)}
     assert {(gap["mixer"], gap["pass"], gap["tokens"]) for gap in record["skipped"]} == {(*kind, 16384) for kind in kinds}
     assert all("more than" in gap["reason"] and gap["reason"] in shown for gap in record["skipped"])
-    assert [sentence.split(",")[0] for sentence in record["sentences"]] == list(MIXERS)[1:]
+    assert [sentence.split(",")[0] for sentence in record["sentences"]] == list(SCALED)[1:]
     assert all(sentence in shown for sentence in record["sentences"])
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_mixer_is_scaled(compose_config: Callable[..., DictConfig]) -> None:
+    """All of conf/attention except the attentions of LeViT and CvT, which are softmax attention; each fits the skeleton."""
+    assert {*MIXERS} - {"softmax-explicit"} == {p.stem for p in (ROOT / "conf/attention").glob("*.yaml")} - {"levit", "cvt"}
+    for overrides in MIXERS.values():
+        with torch.device("meta"):
+            assert build_model(compose_config(*overrides, *skeleton(8)))(torch.empty(1, 3, 8, 8)).shape == (1, 10)
 
 
 @pytest.mark.slow
