@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
 from vix import build_model
-from vix.training.compile import worth_compiling
+from vix.build import parse
+from vix.errors import UserError
+from vix.training.compile import compile_step, worth_compiling
 from vix.training.state import TrainState
 from vix.training.train_step import TrainStep, mean_loss
 
@@ -182,3 +184,28 @@ def test_cuda_graphs_need_a_gpu(tmp_path: Path) -> None:
     done = run_train(tmp_path, *TINY, "trainer.compile=cuda_graphs", "trainer.device=cpu")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=cuda_graphs: needs a CUDA GPU")
+
+
+def test_a_fault_of_the_compiler_is_not_trained_with(
+    compose_config: Compose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiled step that is not finite although the uncompiled one is: refused, and left out under ``auto``."""
+    cfg = compose_config(*TINY)
+    model = build_model(cfg)
+    optimizer = parse(cfg).build_optimizer(model)
+    step = TrainStep(TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), torch.float32))
+    batch = torch.rand(4, 1, 8, 8), torch.arange(4)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *arguments: function(*arguments) * float("nan"))
+    with pytest.raises(
+        UserError, match=r"^trainer\.compile=true: the compiled step is not finite.*use trainer\.compile=false$"
+    ):
+        compile_step(step, True, 1, *batch)
+    monkeypatch.setattr("vix.training.compile.worth_compiling", lambda *_: True)
+    compile_step(step, "auto", 1, *batch)
+    assert step.compiled is None
+    assert "Continuing without compilation" in caplog.text
+    assert step.forward_backward(0, *batch).isfinite()
+    # Where the model itself is not finite, the compiler is not to blame.
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    compile_step(step, True, 1, *batch)
+    assert step.compiled is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vix.build import build_model, parse
+from vix.errors import UserError
 from vix.training.compile import compile_step
 from vix.training.state import TrainState
 from vix.training.train_step import TrainStep
@@ -41,7 +42,12 @@ def gradients(cfg: DictConfig, dtype: torch.dtype, compiled: bool, batch_size: i
     images = torch.rand(batch_size, data.channels, data.image_size, data.image_size) * 2 - 1
     labels = torch.randint(data.classes, (batch_size,))
     if compiled:
-        compile_step(step, True, 1, images, labels)
+        try:
+            compile_step(step, True, 1, images, labels)
+        except UserError as error:  # the program does not train with it either
+            if "a fault of the compiler" in str(error):
+                pytest.skip(str(error))
+            raise
     torch.manual_seed(1)  # of dropout and stochastic depth
     step.forward_backward(0, images, labels)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -64,11 +64,18 @@ def release_compiled() -> None:
         torch.compiler.reset()
 
 
+def is_finite(step: TrainStep, images: Tensor, labels: Tensor) -> bool:
+    """Whether loss and gradients of a batch are finite, in a dry run."""
+    with dry_run(step):
+        step.forward_backward(0, images, labels)
+        return not step.found_nonfinite
+
+
 def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
     """Compile forward and backward of a micro-batch, and return the time that this took, in seconds.
 
     Only micro-batches of the usual size use the compiled code; others, such as the last one of an epoch, run eagerly. If the
-    compiler fails under ``auto``, all run eagerly.
+    compiler fails under ``auto``, or what it compiles is not finite although the uncompiled step is, all run eagerly.
 
     step: the training step.
     how: the option ``trainer.compile``. ``auto`` compiles in long runs; ``cuda_graphs`` also records and replays the kernel
@@ -91,8 +98,11 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     log.info("Compiling the step, which takes 30 to 60 s, or a few seconds with a compiler cache")
     try:
-        with dry_run(step):
-            step.forward_backward(0, images, labels)
+        if not is_finite(step, images, labels):
+            compiled, step.compiled = step.compiled, None
+            if is_finite(step, images, labels):  # seen on a CPU with AMX
+                raise RuntimeError("the compiled step is not finite, but the uncompiled one is: a fault of the compiler")
+            step.compiled = compiled
     except Exception as error:  # compilers raise various exceptions; an error in the model is raised again without the compiler
         step.compiled = None
         if out_of_memory(error):
