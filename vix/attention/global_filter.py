@@ -12,7 +12,7 @@ class GlobalFilter(MapMixer):
     """Multiplies the map's 2-D Fourier transform by a learned filter: a convolution with a kernel as large as the map.
 
     The filter (Y, X // 2 + 1, D) is complex, so the map's size is fixed. The transforms are computed in float32 under any
-    autocast: PyTorch has none in bfloat16, and in float16 only those of powers of two.
+    autocast: PyTorch does not support them in bfloat16, and in float16 only for powers of two.
     """
 
     def __init__(self, dim: int, tokens: TokenGrid) -> None:
