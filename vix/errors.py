@@ -9,6 +9,9 @@ from contextlib import contextmanager
 class UserError(Exception):
     """An error that the user can fix; its message is one line with the cause and the fix."""
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 class ConfigError(UserError, ValueError):
     """An invalid config; the message names the key."""
@@ -16,6 +19,11 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError):
     """Missing or invalid data; the message names the file and the fix."""
+
+
+def one_line(text: str) -> str:
+    """The text with what a terminal cannot print, such as line ends and control characters, as in Python's literals."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 @contextmanager

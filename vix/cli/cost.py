@@ -6,7 +6,6 @@ Measures latency, throughput and peak memory on this machine, compiled and not. 
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import nn
 from vix.analysis.inference import inference_cost
 from vix.analysis.model_summary import summarize
 from vix.build import Experiment, for_inference, load_run, parse
+from vix.cli.errors import one_line_errors
 from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose, format_error, is_hydra_error
+from vix.composition.compose import compose
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
@@ -140,7 +140,7 @@ def main() -> None:
     options = parse_arguments(sys.argv[1:])
     flags, overrides = flags_from(options), [text for text in options.model if "=" in text and not Path(text).is_dir()]
     use_given_cpus()
-    try:
+    with one_line_errors(overrides, flags):
         if overrides and len(overrides) < len(options.model):
             raise UserError("pass either directories of runs or overrides, not both")
         if overrides:
@@ -150,8 +150,3 @@ def main() -> None:
             raise UserError(f"--out {options.out}: the cost of a run is written to its {COST_FILE}")
         for directory in map(user_path, options.model):
             cost_of_run(directory, options)
-    except Exception as error:
-        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-        if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):
-            raise
-        sys.exit(f"error: {format_error(error, overrides, flags)}")

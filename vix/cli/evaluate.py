@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.analysis.trained_run import TRAINER_KEYS, check_keys, evaluate, load_trained_run, separate
-from vix.cli.errors import one_line_errors
+from vix.cli.errors import one_line_errors, without_warnings
 from vix.composition.command import expand_arguments
 from vix.errors import UserError
 from vix.reporting.console import protect_output
@@ -95,7 +95,7 @@ def main() -> None:
     show: Callable[[Sequence[dict[str, Any]]], None] = options.show or print_tables
     use_given_cpus()
     rows, errors = [], []
-    with one_line_errors(overrides):
+    with one_line_errors(overrides), without_warnings():
         check_keys(overrides, ("data", *TRAINER_KEYS))
         if not runs:
             raise UserError("RUN: pass the directory of a run, such as outputs/vin/seed=0")

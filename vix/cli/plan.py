@@ -10,9 +10,7 @@ on a GPU, on a machine without one, too.
 import argparse
 import copy
 import json
-import logging
 import math
-import os
 import statistics
 import sys
 import time
@@ -33,6 +31,7 @@ from torch import nn
 from vix.analysis.cost import Fit, estimate_memory, fit_memory, measure_step
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import Experiment, parse
+from vix.cli.errors import one_line_errors, without_warnings
 from vix.composition.command import Flags, add_flags, expand_arguments, flags_from, typed_overrides
 from vix.composition.compose import (
     compose_with_hydra,
@@ -411,19 +410,13 @@ def main() -> None:
     )
     parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
     overrides, flags = parsed.overrides, flags_from(parsed)
-    logging.getLogger("vix").setLevel(logging.ERROR)  # otherwise every run warns about a missing GPU
     clock = time.perf_counter()
-    try:
+    with one_line_errors(overrides, flags), without_warnings():  # otherwise every run warns about a missing GPU
         if parsed.measure:
             if parsed.device == "cuda" and not torch.cuda.is_available():
                 raise UserError("--measure --device cuda: this machine has no CUDA GPU; leave --measure out for an estimate")
             use_given_cpus()
         jobs = plan(overrides, parsed.measure, flags, parsed.device, parsed.memory_gb)
-    except Exception as error:
-        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-        if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):
-            raise
-        sys.exit(f"error: {format_error(error, overrides, flags)}")
     print_plan(jobs, parsed.memory_gb)
     print(f"planned in {time.perf_counter() - clock:.0f} s")
     sys.exit(any(job.state == "refused" for job in jobs))

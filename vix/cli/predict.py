@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vix.analysis.trained_run import TRAINER_KEYS, check_keys, image_files, load_trained_run, predict, separate
-from vix.cli.errors import one_line_errors
+from vix.cli.errors import one_line_errors, without_warnings
 from vix.composition.command import expand_arguments
 from vix.errors import UserError
 from vix.reporting.console import protect_output
@@ -35,7 +35,8 @@ def main() -> None:
     words, overrides = separate([options.run, *options.words])
     use_given_cpus()
     errors = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
-    with one_line_errors(overrides), Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    progress = Progress(console=errors, transient=True, disable=not errors.is_terminal)
+    with one_line_errors(overrides), without_warnings(), progress as bar:
         check_keys(overrides, TRAINER_KEYS)
         if len(words) < 2:
             raise UserError("PATH: pass the directory of a run, then image files or folders")

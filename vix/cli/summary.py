@@ -4,14 +4,13 @@ Accepts the arguments of ``train.py``. Reads no data: the model runs on PyTorch'
 """
 
 import argparse
-import os
 import sys
 
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import parse
+from vix.cli.errors import one_line_errors
 from vix.composition.command import add_flags, expand_arguments, flags_from
-from vix.composition.compose import compose_with_hydra, format_error, is_hydra_error, left_out_messages, naming_file
-from vix.errors import UserError
+from vix.composition.compose import compose_with_hydra, left_out_messages, naming_file
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 
@@ -51,14 +50,9 @@ def main() -> None:
     add_flags(parser)
     parsed = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
     overrides, flags = parsed.overrides, flags_from(parsed)
-    try:
+    with one_line_errors(overrides, flags):
         cfg = compose_with_hydra(overrides, flags)
         for note in left_out_messages(cfg.hydra):
             print(note)
         with naming_file(overrides, flags):
             print_summary(summarize(parse(cfg)))
-    except Exception as error:
-        wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-        if wants_traceback or not (isinstance(error, UserError) or is_hydra_error(error)):
-            raise
-        sys.exit(f"error: {format_error(error, overrides, flags)}")

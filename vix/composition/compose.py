@@ -34,7 +34,7 @@ from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, fla
 from vix.composition.overlays import OverlayOptions, option_name, typed_keys, unresolved
 from vix.composition.yaml_files import Repository, check_permissions, is_group_file, location
 from vix.config import to_plain
-from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest
+from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest, one_line
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.runs.results import read_run
@@ -298,6 +298,11 @@ def format_error(error: Exception, arguments: Sequence[str], flags: Flags | None
 
     arguments, flags: of the command.
     """
+    return one_line(explain(error, arguments, flags))
+
+
+def explain(error: Exception, arguments: Sequence[str], flags: Flags | None) -> str:
+    """The message of ``format_error``; a word of the command may contain any character."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.filename:
