@@ -186,19 +186,20 @@ def test_cuda_graphs_need_a_gpu(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=cuda_graphs: needs a CUDA GPU")
 
 
+@pytest.mark.parametrize(
+    ("factor", "reason"), [(float("nan"), "the compiled step is not finite"), (0.5, "gradients .* differ by 50%")]
+)
 def test_a_fault_of_the_compiler_is_not_trained_with(
-    compose_config: Compose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    compose_config: Compose, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, factor: float, reason: str
 ) -> None:
-    """A compiled step that is not finite although the uncompiled one is: refused, and left out under ``auto``."""
+    """A compiled step that is not finite, or computes something else: refused, and left out under ``auto``."""
     cfg = compose_config(*TINY)
     model = build_model(cfg)
     optimizer = parse(cfg).build_optimizer(model)
     step = TrainStep(TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), torch.float32))
     batch = torch.rand(4, 1, 8, 8), torch.arange(4)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *arguments: function(*arguments) * float("nan"))
-    with pytest.raises(
-        UserError, match=r"^trainer\.compile=true: the compiled step is not finite.*use trainer\.compile=false$"
-    ):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *arguments: function(*arguments) * factor)
+    with pytest.raises(UserError, match=rf"^trainer\.compile=true: {reason}.*use trainer\.compile=false$"):
         compile_step(step, True, 1, *batch)
     monkeypatch.setattr("vix.training.compile.worth_compiling", lambda *_: True)
     compile_step(step, "auto", 1, *batch)

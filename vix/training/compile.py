@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -24,6 +25,11 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 # 1e14 FLOPs at the 1.5e11 FLOP/s of two cores. On a GPU it saves small models some milliseconds of launch overhead per step.
 MIN_FLOPS_ON_CPU, MIN_STEPS_ON_GPU = 1e14, 10_000
 MIN_IMAGES = 20_000  # in shorter runs the FLOPs are not counted
+
+# Of the norm of a parameter's gradient; between two roundings to bfloat16 it is a few percent
+# (tests/training/test_gradients.py). Gradients of less than the second share of the whole are not compared: some are zero but
+# for rounding.
+MAX_DIFFERENCE, SMALL_GRADIENT = 0.3, 1e-3
 
 Compile = bool | Literal["auto", "cuda_graphs"]
 
@@ -64,18 +70,54 @@ def release_compiled() -> None:
         torch.compiler.reset()
 
 
-def is_finite(step: TrainStep, images: Tensor, labels: Tensor) -> bool:
-    """Whether loss and gradients of a batch are finite, in a dry run."""
+def dry_run_gradients(step: TrainStep, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradients of a batch, in a dry run with the random numbers that the next step will use."""
     with dry_run(step):
         step.forward_backward(0, images, labels)
-        return not step.found_nonfinite
+        return [p.grad for p in step.state.model.parameters() if p.grad is not None]
+
+
+def compiler_fault(step: TrainStep, images: Tensor, labels: Tensor) -> str:
+    """How gradients of the compiled step differ from those of the uncompiled one; empty where only by rounding.
+
+    On other devices than the CPU, whose compiled steps draw other random numbers, only whether they are finite is compared.
+    """
+    gradients = dry_run_gradients(step, images, labels)
+    finite = bool(torch.stack([g.isfinite().all() for g in gradients]).all())
+    if finite and not images.is_cpu:
+        return ""
+    compiled, step.compiled = step.compiled, None
+    expected = dry_run_gradients(step, images, labels)
+    step.compiled = compiled
+    if not all(g.isfinite().all() for g in expected):
+        return ""
+    if not finite:
+        return "the compiled step is not finite, but the uncompiled one is"
+    norms = [g.float().norm() for g in expected]
+    total = torch.stack(norms).norm()
+    for gradient, exact, norm in zip(gradients, expected, norms, strict=True):
+        difference = (gradient.float() - exact.float()).norm()
+        if norm > SMALL_GRADIENT * total and difference > MAX_DIFFERENCE * norm:
+            return f"gradients of the compiled step differ by {difference.item() / norm.item():.0%} from the uncompiled ones"
+    return ""
+
+
+def compiled_losses(device: torch.device, how: Compile) -> Iterator[Callable[..., Tensor]]:
+    """The loss, compiled: first as it is fastest, then, on a CPU, without a fault that is known."""
+    if device.type != "cpu":
+        yield torch.compile(mean_loss, dynamic=False, mode="reduce-overhead" if how == "cuda_graphs" else "default")
+        return
+    # Dropout with the random numbers of the uncompiled step, with which it is compared.
+    yield torch.compile(mean_loss, dynamic=False, options={"fallback_random": True})
+    # g++ 12.2 with -O3 compiles some transpositions of bfloat16 in vectors of 512 bits wrongly.
+    yield torch.compile(mean_loss, dynamic=False, options={"fallback_random": True, "cpp.simdlen": 256})
 
 
 def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
     """Compile forward and backward of a micro-batch, and return the time that this took, in seconds.
 
     Only micro-batches of the usual size use the compiled code; others, such as the last one of an epoch, run eagerly. If the
-    compiler fails under ``auto``, or what it compiles is not finite although the uncompiled step is, all run eagerly.
+    compiler fails under ``auto``, or what it compiles computes something else than the uncompiled step, all run eagerly.
 
     step: the training step.
     how: the option ``trainer.compile``. ``auto`` compiles in long runs; ``cuda_graphs`` also records and replays the kernel
@@ -89,8 +131,6 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
         return 0.0
     release_compiled()
     clock = time.perf_counter()
-    mode = "reduce-overhead" if how == "cuda_graphs" else "default"
-    step.compiled = torch.compile(mean_loss, dynamic=False, mode=mode)
     step.uses_cuda_graphs = how == "cuda_graphs"
     at_once = len(shard_batch(images, labels)[1])
     step.compiled_size = min(step.micro_batch or at_once, at_once)
@@ -98,11 +138,13 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     log.info("Compiling the step, which takes 30 to 60 s, or a few seconds with a compiler cache")
     try:
-        if not is_finite(step, images, labels):
-            compiled, step.compiled = step.compiled, None
-            if is_finite(step, images, labels):  # seen on a CPU with AMX
-                raise RuntimeError("the compiled step is not finite, but the uncompiled one is: a fault of the compiler")
-            step.compiled = compiled
+        for step.compiled in compiled_losses(images.device, how):
+            fault = compiler_fault(step, images, labels)
+            if not fault:
+                break
+            release_compiled()
+        else:
+            raise RuntimeError(f"{fault}: a fault of the compiler")
     except Exception as error:  # compilers raise various exceptions; an error in the model is raised again without the compiler
         step.compiled = None
         if out_of_memory(error):
