@@ -110,6 +110,7 @@ def test_waiting(tmp_path: Path) -> None:
     assert [row["speed_over_spinning"] for row in record["rows"] if row["way"] == next(iter(WAYS))] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
     """Where a package to compare with is not installed, the error says what installs it."""
     (tmp_path / "linformer.py").write_text("raise ImportError('No module named linformer')")

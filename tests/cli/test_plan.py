@@ -91,6 +91,7 @@ def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "optimizer.lr was 0.5 and is 0.001" in only(good).reason
 
 
+@pytest.mark.slow
 def test_each_model_is_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     counted = []
@@ -115,6 +116,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS, ids=" ".join)
 def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...], precision: str) -> None:
@@ -221,6 +223,7 @@ def test_averaged_weights_need_memory(compose_config: Compose) -> None:
     assert averaged.training - plain.training == averaged.evaluation - plain.evaluation == weights
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Planned on a machine without one, with what makes a run fit."""

@@ -124,6 +124,7 @@ def test_flops_of_a_fourier_transform(transform, factor):
 SMALLER = {"nystrom": ("attention.landmarks=4",), "neighbourhood": ("attention.kernel=3",)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("levit", "cct", "cvt", "pit"))]
 )
@@ -151,6 +152,7 @@ def summary_command(*arguments: str, **options) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False, **options)
 
 
+@pytest.mark.slow
 def test_the_command():
     """In little more of the processor's time than importing PyTorch takes; without data and from the checkout alone."""
     used = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime]

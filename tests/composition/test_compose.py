@@ -36,6 +36,7 @@ def results_below(directory: Path) -> list[dict[str, Any]]:
 # The command of a run
 
 
+@pytest.mark.slow
 def test_the_command_repeats_what_chose_the_config(tmp_path: Path, forked: Forked) -> None:
     """Directories of configs, the primary config and search paths are in the kept command, which then trains the same."""
     write_configs(tmp_path / "my configs", {"experiment/tiny": ON_DIGITS, "primary": "defaults: [config, _self_]\nseed: 5\n"})
@@ -65,6 +66,7 @@ def test_the_command_repeats_what_chose_the_config(tmp_path: Path, forked: Forke
     assert (tmp_path / "1" / "here, there" / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_of_a_sweeps_job_is_one_run(tmp_path: Path, forked: Forked) -> None:
     """Its files are found again; that it was in a sweep, and how that was started, is no part of it."""
     write_configs(tmp_path / "mine", {"experiment/tiny": ON_DIGITS})
@@ -340,6 +342,7 @@ def test_no_directory_is_named_tilde(tmp_path: Path) -> None:
 # Modes and names
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_file_is_a_sweep(tmp_path: Path, forked: Forked) -> None:
     """``hydra.mode: MULTIRUN`` and parameters in an experiment: table, fail_fast, exit status and plan as with -m."""
     hydra_keys = "hydra: {mode: MULTIRUN, sweeper: {params: {attention.landmarks: '8,1000,16'}}}"
@@ -357,6 +360,7 @@ def test_a_sweep_in_a_file_is_a_sweep(tmp_path: Path, forked: Forked) -> None:
     assert (status, output.count("finished")) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_list_of_experiments_has_its_own_directory(tmp_path: Path, forked: Forked) -> None:
     write_configs(
         tmp_path / "mine" / "experiment",

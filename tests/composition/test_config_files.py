@@ -63,6 +63,7 @@ FORBIDDEN = {
 }
 
 
+@pytest.mark.slow
 def test_no_shared_file_runs_a_program(tmp_path: Path, forked: Forked) -> None:
     """Every way is refused with file and key before anything of it takes effect, in a sweep in which a good run finishes."""
     program = tmp_path / "program"
@@ -277,6 +278,7 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, content: str | bytes
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_what_is_circular_is_named(tmp_path: Path, forked: Forked) -> None:
     """Files that include one another, and values that refer to one another: in one line with the file, and nothing is made."""
     write_configs(
@@ -353,6 +355,7 @@ def test_files_that_hydra_cannot_combine_are_named(tmp_path: Path) -> None:
         assert message in format_error(refused.value, arguments, flags)
 
 
+@pytest.mark.slow
 def test_the_file_of_a_refused_value_is_named(tmp_path: Path, forked: Forked) -> None:
     """In train.py and the plan; of a value on the command line there is no file."""
     write_configs(tmp_path / "mine", {"experiment/odd": global_file("attention:\n  # of 16\n  heads: 3")})

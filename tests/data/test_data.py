@@ -29,6 +29,7 @@ from vix.errors import DataError
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("cifar10")  # unpacking takes half a minute, once for each process
 def test_real_cifar10(cifar10_root: Path) -> None:
     """The tensors are torchvision's images, all of them, as uint8: 184 MB."""

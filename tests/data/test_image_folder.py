@@ -233,6 +233,7 @@ def test_a_number_of_classes_builds_the_model_without_the_images(compose_config:
         ImageFolder(root="/nonexistent", classes=3).load(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit", "levit", "cct", "cvt", "pit"])
 @pytest.mark.parametrize(
     ("embedding", "patch_size", "channels"), [("linear", 1, 1), ("conv", 2, 3), ("cct", 4, 3), ("linear", 3, 3)]

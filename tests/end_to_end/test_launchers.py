@@ -37,6 +37,7 @@ def all_results(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(directory.glob("outputs/*/*/results.json"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "plugin", "options"), LAUNCHERS)
 def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple[str, ...]) -> None:
     """Every run finishes in a directory of its own; one that is refused says so there, in the end, and by the exit status."""

@@ -74,6 +74,7 @@ def test_killed_at_any_moment(tmp_path: Path, forked: Forked, whole: Path, kills
     assert continued > kills // 2  # most moments are after the first checkpoint
 
 
+@pytest.mark.slow
 def test_stopped_at_an_epochs_end_and_continued(tmp_path: Path, forked: Forked, whole: Path) -> None:
     """Two of three epochs done, and the third from their checkpoint alone: bit-identical to one run of three."""
     # The 7th checkpoint (of the start, of two steps and the end of each epoch) is that of the second epoch's end.
@@ -130,6 +131,7 @@ def stop_in_evaluation(batches: int) -> None:
     trainer.accuracy = stopped
 
 
+@pytest.mark.slow
 def test_stopped_while_testing(tmp_path: Path, forked: Forked) -> None:
     """The evaluation at an epoch's end is not waited for: the run leaves at once, and continues with that evaluation."""
     small = (*SMALL, "trainer.eval_batch_size=1", "trainer.epochs=1")
@@ -144,6 +146,7 @@ def test_stopped_while_testing(tmp_path: Path, forked: Forked) -> None:
     assert_same(directory, outcome(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -233,6 +236,7 @@ def test_a_checkpoint_of_another_version(tmp_path: Path, forked: Forked, whole: 
         run_command()
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, forked: Forked) -> None:
     """One clear error; the checkpoint and results from before are whole; with room again, the same command finishes."""
     arguments = (*SMALL, "model.dim=64")
@@ -365,6 +369,7 @@ assert (folder / "data" / "cifar-10-batches-py").is_dir()
     assert not list((tmp_path / "data").glob(".download-*"))
 
 
+@pytest.mark.slow
 def test_wrong_module_commands_print_one_line(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -375,6 +380,7 @@ def test_wrong_module_commands_print_one_line(tmp_path: Path) -> None:
     assert run_train(tmp_path, "--no-such-flag").returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["data/cifar-10-batches-py/data_batch_3", "data/cifar-10-batches-py", "outputs"])
 def test_no_permission(tmp_path: Path, cifar10_root: Path, closed: str) -> None:
     """One line that names what may not be read or written, and says what to do."""

@@ -45,6 +45,7 @@ def step(model: nn.Module, dtype: torch.dtype | None) -> tuple[Tensor, dict[str,
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, torch.get_rng_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_step_is_the_same_to_the_bit(compose_config: Compose, experiment: str, dtype: torch.dtype) -> None:

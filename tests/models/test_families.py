@@ -216,6 +216,7 @@ class StdPlusEps(reference_cvt.LayerNorm):
         return (x - x.mean(dim=1, keepdim=True)) / (std + self.eps) * self.g + self.b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "stride", "kv_stride"),
     [

@@ -23,6 +23,7 @@ def begin(clock: float | None, shift: float, stop_at: int) -> None:
         signal_at_file(signal.SIGTERM, "checkpoint.pt", stop_at)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("clock", "shifts"),
     [

@@ -49,6 +49,7 @@ def test_the_report_in_any_encoding(runs: Path, encoding: str) -> None:
     assert "Last epoch: percent of the test set" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["| head -1", "| true", ">&-", ">/dev/full", ">&- 2>&-"])
 def test_the_report_writes_its_files_whatever_happens_to_its_output(runs: Path, way: str) -> None:
     done = shell(f"$PYTHON -m vix report {way}", runs)
@@ -59,6 +60,7 @@ def test_the_report_writes_its_files_whatever_happens_to_its_output(runs: Path, 
     assert imread(runs / "outputs" / "learning_curves.png").var() > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_terminal_without_typographic_signs(tmp_path: Path) -> None:
     """A job that finishes, and one that is refused with brackets in its name, in ASCII: both are in the table at the end."""
     done = run_train(tmp_path, "-m", *TINY, "trainer.epochs=1", "model.dim=16,[red]", PYTHONIOENCODING="ascii")
@@ -71,6 +73,7 @@ def test_a_sweep_on_a_terminal_without_typographic_signs(tmp_path: Path) -> None
     assert "- (no GPU)" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [pytest.param("| head -1", id="head"), pytest.param(">/dev/full", marks=pytest.mark.slow)])
 def test_a_run_finishes_without_its_output(tmp_path: Path, way: str) -> None:
     done = shell(f"$PYTHON {ROOT / 'train.py'} {' '.join(TINY)} {way}", tmp_path)

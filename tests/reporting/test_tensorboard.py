@@ -78,6 +78,7 @@ def get(outputs: Path, runs: dict[str, Any]) -> Iterator[Get]:
         server.wait(HANGS)
 
 
+@pytest.mark.slow
 @served
 def test_a_run_for_each_directory(get: Get, runs: dict[str, Any]) -> None:
     assert len(runs) == 4
@@ -104,6 +105,7 @@ def test_scalars_are_the_results(get: Get, runs: dict[str, Any]) -> None:
             assert value == pytest.approx(results[tag.removeprefix("final/")], rel=1e-6)
 
 
+@pytest.mark.slow
 @served
 def test_the_probe_is_of_every_layer_and_epoch(get: Get, runs: dict[str, Any], outputs: Path) -> None:
     """Of the approximate mixer alone; its last value is that of the saved model on the same test images."""

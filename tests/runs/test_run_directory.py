@@ -97,6 +97,7 @@ def test_image_set(tmp_path: Path) -> None:
     assert len({first, renamed, image_set("copy")}) == 3
 
 
+@pytest.mark.slow
 def test_other_images_are_another_run(tmp_path: Path, forked: Forked, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep over data.root gives two runs, in the report two rows; a moved set finds its run; a fixed directory refuses."""
     write_images(tmp_path / "a", 0)
@@ -238,6 +239,7 @@ def test_what_force_cannot_change(tmp_path: Path, forked: Forked) -> None:
         assert snapshot(tmp_path / "r") == before, argument
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early(tmp_path: Path, forked: Forked) -> None:
     """Interrupted, it ends at the same epoch; it is finished, also without its results.json; more patience continues it."""
     still = (
@@ -263,6 +265,7 @@ def test_a_run_that_stops_early(tmp_path: Path, forked: Forked) -> None:
     assert read(tmp_path / "outputs/r/results.json")["epochs"] == 5
 
 
+@pytest.mark.slow
 def test_a_batch_size_within_an_epoch(tmp_path: Path, forked: Forked) -> None:
     """Stopped within an epoch by a checkpoint there, the batch size cannot change; the learning rate can."""
     arguments = (*IN_R, "trainer.epochs=400", "trainer.checkpoint_every=2")
@@ -293,6 +296,7 @@ def test_a_batch_size_within_an_epoch(tmp_path: Path, forked: Forked) -> None:
     assert results["config_changes"][0]["steps_before"] == position["batch"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_rerun_is_continued(tmp_path: Path, forked: Forked) -> None:
     """rerun=true moves a finished run aside once, goes on after SIGTERM and kill -9, and begins a finished one again."""
     long = (*IN_R, "trainer.epochs=60")
@@ -322,6 +326,7 @@ def test_an_interrupted_rerun_is_continued(tmp_path: Path, forked: Forked) -> No
     assert read(tmp_path / "r/previous-3/results.json")["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_rerun_of_an_interrupted_run_begins_anew(tmp_path: Path, forked: Forked) -> None:
     long = (*IN_R, "trainer.epochs=400")
     stop_in_epoch(forked, tmp_path, signal.SIGTERM, *long)
@@ -372,6 +377,7 @@ def snapshot(directory: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [".", "link", "new/nested/r", "there/new", "outputs"])
 def test_a_refused_start_leaves_everything(tmp_path: Path, forked: Forked, where: str) -> None:
     """Files, folders and links that were there stay with their contents; what the start made is gone."""
@@ -393,6 +399,7 @@ def test_a_refused_start_leaves_everything(tmp_path: Path, forked: Forked, where
         assert not list(tmp_path.rglob(".lock"))
 
 
+@pytest.mark.slow
 def test_a_refused_sweep_leaves_everything(tmp_path: Path, forked: Forked) -> None:
     """A job keeps the reason in its directory; files and folders from before stay, empty ones too."""
     (tmp_path / "sweep").mkdir()
@@ -433,6 +440,7 @@ def test_previous_runs_are_never_overwritten(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_moved_stays_finished(tmp_path: Path, forked: Forked) -> None:
     assert forked.run(tmp_path, *IN_R)[0] == 0
     before = (tmp_path / "r/results.json").read_bytes()
@@ -482,6 +490,7 @@ def test_lost_and_damaged_results(tmp_path: Path, forked: Forked) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_lost_results_of_an_interrupted_run(tmp_path: Path, forked: Forked) -> None:
     long = (*IN_R, "trainer.epochs=40")
     assert forked.run(tmp_path / "whole", *long)[0] == 0
@@ -510,6 +519,7 @@ os.fsync = lambda descriptor: refuse() if "{name}" in ("ENOSYS", "EOPNOTSUPP") e
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["ENOSYS", pytest.param("ENOLCK", marks=pytest.mark.slow), pytest.param("EPERM", marks=pytest.mark.slow)]
 )

@@ -67,6 +67,7 @@ def results_of(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path: Path) -> None:
     """Device, limit, peaks, name, checkpoint: written, and read when the same command continues."""
     command = ("2", "80", *RUN, "trainer.memory_limit_gb=4", "trainer.micro_batch=auto")
@@ -105,6 +106,7 @@ def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
         assert {call[-1] for call in calls if call[0] in ("memoryStats", "setMemoryFraction")} == {number}
 
 
+@pytest.mark.slow
 def test_a_gpu_without_kernels_is_one_line(tmp_path: Path) -> None:
     done = start(tmp_path, "1", "60", *RUN)
     assert done.returncode == 1
@@ -358,6 +360,7 @@ def test_a_compiled_float16_run_trains(tmp_path: Path, forked: Forked) -> None:
     assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**16, 10)
 
 
+@pytest.mark.slow
 def test_fused_is_changed_between_starts(tmp_path: Path, forked: Forked) -> None:
     command = (*TINY, "trainer.precision=fp16", "hydra.run.dir=run", "trainer.resume=force")
     for epochs, fused in enumerate(("true", "null", "true", "false"), 1):

@@ -136,6 +136,7 @@ ZOO = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra",
     [
@@ -188,6 +189,7 @@ def test_mixed_images_stay_on_the_gpu(mixup: float | None, cutmix: float | None)
 ALL_AT_ONCE = ("micro_batch=2", "clip_norm=1.0", "ema_decay=0.9", "label_smoothing=0.1", "activation_checkpointing=full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ALL_AT_ONCE], ids=["plain", "all options"])
 @pytest.mark.parametrize("experiment", ["vit", "vip_rope", "hybrid_vil", "vin", "fnet", "mixer", "levit", "cct", "cvt", "pit"])
 def test_a_step_waits_for_no_number(compose_config: Compose, experiment: str, options: tuple[str, ...]) -> None:

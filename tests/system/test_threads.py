@@ -155,6 +155,7 @@ start(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["train.py", "--help"], ["vix", "plan", "--help"], ["vix", "replay", "--help"], ["benchmarks", "--help"]],
@@ -181,6 +182,7 @@ def run(directory: Path, command: list[str], *arguments: str, **variables: str) 
     return [json.loads(path.read_text()) for path in directory.glob("outputs/*/*/results.json")], done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("taskset"), reason="taskset (util-linux) is absent")
 def test_a_run_uses_what_it_was_given(tmp_path: Path) -> None:
     """One CPU of the machine: one thread, in the results and the log."""

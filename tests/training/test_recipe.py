@@ -389,6 +389,7 @@ def test_validation_images_of_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
 # Training with it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
@@ -417,6 +418,7 @@ def test_micro_batches_of_mixed_images(compose_config: Compose, tmp_path: Path) 
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_parts_continues_to_the_bit(tmp_path: Path, forked: Forked) -> None:
     """Killed in the middle of an epoch, and stopped in the next: results, average and weights are the undisturbed run's."""
     arguments = (*TINY, *ALL_PARTS, "trainer.epochs=3", "model.dropout=0.1", "trainer.checkpoint_every=2")

@@ -62,6 +62,7 @@ def test_the_loop_is_plain_training(compose_config: Compose, tmp_path: Path) -> 
     assert results["class_accuracy"] == pytest.approx(of_class)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "micro"), [(20, 20), (20, 7), (20, 1), (30, 64)])
 def test_micro_batches_train_the_same(compose_config: Compose, tmp_path: Path, batch: int, micro: int) -> None:
     """Gradients add up to the whole batch's, also of a short last batch: losses and weights agree to 1e-6 in float32."""
