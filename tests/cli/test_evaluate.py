@@ -41,6 +41,7 @@ def train(directory: Path, *arguments: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
     """For the last and the best weights, to the last digit; the confusion matrix counts what the model predicts."""
     runs = (train(tmp_path, *DIGITS, f"seed={seed}", "rerun=true") for seed in range(5))

@@ -368,6 +368,7 @@ def test_the_file_of_a_refused_value_is_named(tmp_path: Path, forked: Forked) ->
         assert job.reason == message
 
 
+@pytest.mark.slow
 def test_the_good_jobs_of_a_sweep_run(tmp_path: Path, forked: Forked) -> None:
     """Jobs whose files are broken, absent, or lack an option that was set are refused in the sweep's table."""
     broken = {name: MISTAKES[name][0] for name in ("tab", "no_override")}

@@ -454,6 +454,7 @@ def test_a_run_that_cannot_be_moved_stays_finished(tmp_path: Path, forked: Forke
     assert (tmp_path / "r/previous-1/results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_lost_and_damaged_results(tmp_path: Path, forked: Forked) -> None:
     """results.json is restored from the checkpoint, as it was; without a checkpoint finished results stay finished."""
     assert forked.run(tmp_path, *IN_R)[0] == 0

@@ -29,14 +29,13 @@ def results_of(directory: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         (),
-        pytest.param(
-            ("trainer.micro_batch=3", "trainer.clip_norm=0.1", "trainer.activation_checkpointing=full"), marks=pytest.mark.slow
-        ),
-        pytest.param(("attention=performer", "attention.redraw_every=2"), marks=pytest.mark.slow),
+        ("trainer.micro_batch=3", "trainer.clip_norm=0.1", "trainer.activation_checkpointing=full"),
+        ("attention=performer", "attention.redraw_every=2"),
     ],
     ids=["whole", "micro-batches", "performer"],
 )
