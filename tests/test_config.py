@@ -142,6 +142,7 @@ COMMANDS = {
     "attention=null": "group",
     "seed=[1": "[1",
     "foo": "foo",
+    "'fo\no\x1b'": r"fo\no\x1b",  # as in Python's literals
     "~nothing": "nothing",
     "data.root=/nonexistent trainer.epochs=fast": "trainer.epochs=fast",  # before any data is read
     "-m experiment=quickstrt seed=0,1": "quickstart",

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import logging
 import os
 import re
 import subprocess
@@ -228,6 +229,7 @@ def test_averaged_weights_need_memory(compose_config: Compose) -> None:
 def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Planned on a machine without one, with what makes a run fit."""
     monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("vix").level
     small = ("experiment=quickstart", "model.depth=1", "trainer.device=cuda", "trainer.compile=cuda_graphs", "--device=cuda")
     monkeypatch.setattr(
         sys, "argv", ["vix", *small, "trainer.batch_size=2,64", "trainer.eval_batch_size=16", "--memory-gb", "0.015"]
@@ -235,6 +237,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as end:
         planning.main()
     assert end.value.code == 0
+    assert logging.getLogger("vix").level == level  # warnings are off only in the command
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if "/seed=0" in line and " new " in line]
     assert [row[-1] for row in rows] == ["yes", "no"]

@@ -16,7 +16,7 @@ from common import assert_same, fit, outcome, run_directory
 from conftest import ROOT, TINY, run_train
 from forked import Forked, signal_at_file
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
@@ -184,6 +184,23 @@ def test_cuda_graphs_need_a_gpu(tmp_path: Path) -> None:
     done = run_train(tmp_path, *TINY, "trainer.compile=cuda_graphs", "trainer.device=cpu")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: trainer.compile=cuda_graphs: needs a CUDA GPU")
+
+
+def test_a_known_fault_of_the_compiler_is_avoided(compose_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vectors of 512 bits go wrong, the step is compiled again for 256 bits, and trained with."""
+    cfg = compose_config(*TINY)
+    optimizer = parse(cfg).build_optimizer(model := build_model(cfg))
+    step = TrainStep(TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), torch.float32))
+    asked: list[int | None] = []
+
+    def compiled(function: Callable[..., Tensor], options: dict[str, Any], **_: Any) -> Callable[..., Tensor]:
+        asked.append(options.get("cpp.simdlen"))
+        return lambda *arguments: function(*arguments) * (1.0 if asked[-1] == 256 else 0.5)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    compile_step(step, True, 1, torch.rand(4, 1, 8, 8), torch.arange(4))
+    assert asked == [None, 256]
+    assert step.compiled is not None
 
 
 @pytest.mark.parametrize(

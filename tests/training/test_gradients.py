@@ -25,7 +25,7 @@ from vix.training.train_step import TrainStep
 Compose = Callable[..., DictConfig]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # Every mixer of the rows, every family, rotary positions and a convolutional embedding. Compiling one takes half a minute.
-COMPILED = ("vit_rope", "vip_rope", "hybrid_vil_rope", "fnet", "mixer", "ccl", "cvn", "hybrid_pip", "levit", "levin")
+COMPILED = ("vit_rope", "vip_rope", "hybrid_vil_rope", "fnet", "mixer", "ccl", "cvt", "cvn", "hybrid_pip", "levit", "levin")
 BOUND, BOUND_BEHIND_RELU, BOUND_OF_SMALL = 0.03, 0.08, 0.12
 SMALL = 1e-3  # of the norm of the whole gradient
 # Some gradients are zero but for rounding, such as that of a bias which the softmax behind it cancels. Their norms are below

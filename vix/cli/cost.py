@@ -140,7 +140,7 @@ def main() -> None:
     options = parse_arguments(sys.argv[1:])
     flags, overrides = flags_from(options), [text for text in options.model if "=" in text and not Path(text).is_dir()]
     use_given_cpus()
-    with one_line_errors(overrides, flags):
+    with one_line_errors(overrides, flags, batches="--batches"):
         if overrides and len(overrides) < len(options.model):
             raise UserError("pass either directories of runs or overrides, not both")
         if overrides:

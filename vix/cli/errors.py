@@ -13,10 +13,13 @@ from vix.system.memory import out_of_memory
 
 
 @contextmanager
-def one_line_errors(overrides: Sequence[str], flags: Flags | None = None) -> Iterator[None]:
+def one_line_errors(
+    overrides: Sequence[str], flags: Flags | None = None, batches: str = "trainer.batch_size"
+) -> Iterator[None]:
     """Context manager that exits with a one-line message for errors of usage, invalid overrides, and lack of memory.
 
     overrides, flags: of the command line.
+    batches: the option with which less memory is needed.
 
     With HYDRA_FULL_ERROR=1 the errors are raised.
     """
@@ -26,8 +29,7 @@ def one_line_errors(overrides: Sequence[str], flags: Flags | None = None) -> Ite
         if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
         if out_of_memory(error):
-            smaller = "smaller batches (trainer.batch_size, trainer.eval_batch_size)"
-            sys.exit(f"error: out of memory; use {smaller}, or trainer.device=cpu")
+            sys.exit(f"error: out of memory; use a smaller {batches}, or the CPU")
         if not (isinstance(error, UserError) or is_hydra_error(error)):
             raise
         sys.exit(f"error: {format_error(error, overrides, flags)}")

@@ -95,7 +95,7 @@ def main() -> None:
     show: Callable[[Sequence[dict[str, Any]]], None] = options.show or print_tables
     use_given_cpus()
     rows, errors = [], []
-    with one_line_errors(overrides), without_warnings():
+    with one_line_errors(overrides, batches="trainer.eval_batch_size"), without_warnings():
         check_keys(overrides, ("data", *TRAINER_KEYS))
         if not runs:
             raise UserError("RUN: pass the directory of a run, such as outputs/vin/seed=0")

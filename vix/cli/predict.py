@@ -36,7 +36,7 @@ def main() -> None:
     use_given_cpus()
     errors = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
     progress = Progress(console=errors, transient=True, disable=not errors.is_terminal)
-    with one_line_errors(overrides), without_warnings(), progress as bar:
+    with one_line_errors(overrides, batches="trainer.eval_batch_size"), without_warnings(), progress as bar:
         check_keys(overrides, TRAINER_KEYS)
         if len(words) < 2:
             raise UserError("PATH: pass the directory of a run, then image files or folders")
