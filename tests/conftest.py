@@ -6,6 +6,7 @@ import os
 # PyTorch is imported, and inherited by the programs that the tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import copy
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,17 @@ TINY = (
     "trainer.precision=fp32",
 )
 
+# Every mixer of the rows in ViT, every family, rotary positions, a convolutional embedding and a pyramid.
+VARIED = (
+    *("vit_rope", "vip_rope", "hybrid_vil_rope", "hybrid_vin", "fnet", "mixer"),
+    *("ccl", "cvt", "cvn", "cvt_pyramid", "hybrid_pip", "levit", "levin"),
+)
+# All experiments, for tests of each: `pytest` takes the ones above, `pytest -m slow` the others.
+EXPERIMENTS = [
+    pytest.param(path.stem, marks=[] if path.stem in VARIED else pytest.mark.slow)
+    for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests/engines unless VIX_ENGINES is set: they start clusters, and some have not passed yet (docs/sweeps.md)."""
@@ -45,12 +57,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def compose_config() -> Callable[..., DictConfig]:
-    """``compose_config(*overrides)``: the config that ``python train.py OVERRIDES`` would run."""
+    """``compose_config(*overrides)``: the config that ``python train.py OVERRIDES`` would run, a copy for each call.
+
+    Hydra takes a fifth of a second for one, and many tests ask for the same experiment.
+    """
 
     def composed(*overrides: str) -> DictConfig:
-        return compose(overrides)
+        key = (os.getcwd(), *overrides)
+        if key not in COMPOSED:
+            COMPOSED[key] = compose(overrides)
+        return copy.deepcopy(COMPOSED[key])
 
     return composed
+
+
+COMPOSED: dict[tuple[str, ...], DictConfig] = {}
 
 
 # No test waits longer for a process: it hangs. Not a bound on speed, so far beyond what a slow machine takes.

@@ -80,6 +80,7 @@ def test_scaling(tmp_path: Path) -> None:
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_every_mixer_is_scaled(compose_config: Callable[..., DictConfig]) -> None:
     """All of conf/attention except the attentions of LeViT and CvT, which are softmax attention; each fits the skeleton."""
     assert {*MIXERS} - {"softmax-explicit"} == {p.stem for p in (ROOT / "conf/attention").glob("*.yaml")} - {"levit", "cvt"}

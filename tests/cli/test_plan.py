@@ -250,6 +250,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         planning.main()
 
 
+@pytest.mark.slow
 def test_expansion_is_hydras() -> None:
     """Lists, ranges and globs; of two values for a key the last one; and a search has no list of runs."""
     assert expand(["seed=range(3)"]) == [["seed=0"], ["seed=1"], ["seed=2"]]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import HANGS, ROOT, TINY, run_train
 
+pytestmark = pytest.mark.xdist_group("report")  # one real run for all of them
 PICTURES = ["accuracy_parameters.png", "accuracy_time.png", "figure4.png", "learning_curves.png"]
 
 

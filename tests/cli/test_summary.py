@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HANGS, ROOT
+from conftest import EXPERIMENTS, HANGS, ROOT, run_train
 from torch import nn
 
 import vix
@@ -38,7 +38,7 @@ def forward_and_training_flops():
     return count
 
 
-@pytest.mark.parametrize("row", PUBLISHED)
+@pytest.mark.parametrize("row", [case for case in EXPERIMENTS if case.values[0] in PUBLISHED])
 def test_size_is_the_published_one(compose_config, row):
     """The paper prints two decimals; the furthest off, hybrid_vin_rope, is at 0.0067 MB."""
     summary = summarize(parse(compose_config(f"experiment={row}")))
@@ -177,8 +177,8 @@ def test_the_command():
         ("attention.heads=3", "error: attention.heads=3 does not divide the width 128; nearest that do: 2, 4"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(override, message):
-    done = summary_command(override)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, override, message):
+    done = run_train(tmp_path, "summary", override, program=ROOT / "vix" / "__main__.py")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1

@@ -27,6 +27,7 @@ def composed(*overrides: str, directory: Path | None = None) -> tuple[dict[str, 
     return {key: dict(value) for key, value in cfg.items() if key not in ("hydra", "seed", "rerun", "fail_fast")}, notes
 
 
+@pytest.mark.slow
 def test_other_mixers_over_an_experiment(tmp_path: Path, forked: Forked) -> None:
     """A sweep over mixers runs them all: the log, the kept config, the checkpoint's and .hydra/ hold what was trained."""
     status, output = forked.run(

@@ -375,6 +375,7 @@ def test_a_list_of_experiments_has_its_own_directory(tmp_path: Path, forked: For
     assert results["a+c"]["name"].endswith("/seed=3")
 
 
+@pytest.mark.slow
 def test_names_are_short_enough_for_any_file_system(tmp_path: Path, forked: Forked) -> None:
     """Bytes count: wide characters, long experiments, long seeds."""
     wide = "視覚" * 20

@@ -29,8 +29,8 @@ from vix.errors import DataError
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("cifar10")  # unpacking takes half a minute, once for each process
+@pytest.mark.slow  # unpacking takes half a minute
+@pytest.mark.xdist_group("cifar10")  # and is done once for each process
 def test_real_cifar10(cifar10_root: Path) -> None:
     """The tensors are torchvision's images, all of them, as uint8: 184 MB."""
     train, test = Cifar10(root=str(cifar10_root)).load(CPU)
@@ -44,6 +44,7 @@ def test_real_cifar10(cifar10_root: Path) -> None:
     assert labels.tolist() == [reference[i][1] for i in range(8)]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("cifar10")
 def test_subsets_are_balanced_and_the_same_for_every_run(cifar10_root: Path) -> None:
     data = Cifar10(root=str(cifar10_root), train_size=500, test_size=25)

@@ -272,7 +272,10 @@ def test_a_full_disk(tmp_path: Path, forked: Forked) -> None:
         subprocess.run(["umount", str(directory)], check=True)
 
 
-@pytest.mark.parametrize("extra", [("optimizer.lr=1e30",), ("optimizer.lr=1e30", "trainer.precision=bf16")])
+@pytest.mark.parametrize(
+    "extra",
+    [("optimizer.lr=1e30",), pytest.param(("optimizer.lr=1e30", "trainer.precision=bf16"), marks=pytest.mark.slow)],
+)
 def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tuple[str, ...]) -> None:
     """The run stops with step, layer, rate and scale, and saves the batch; one command repeats it."""
     status, output = forked.run(tmp_path, *TINY, *extra)

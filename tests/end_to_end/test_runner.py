@@ -103,8 +103,8 @@ def test_quickstart(tmp_path: Path) -> None:
     assert scores["top1"] == pytest.approx(results["top1"], abs=0.6)  # the run tested in its own precision
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("cifar10")  # unpacking takes half a minute, once for each process
+@pytest.mark.slow  # unpacking takes half a minute
+@pytest.mark.xdist_group("cifar10")  # and is done once for each process
 def test_real_cifar10(tmp_path: Path, cifar10_root: Path) -> None:
     """The main job on real images at full resolution: Hybrid ViN, 500 training images, one epoch, every artefact."""
     done = run_train(
@@ -138,7 +138,7 @@ def test_runs_repeat_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(tensor, runs["again"][1][name])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_is_obeyed_at_once(tmp_path: Path, number: signal.Signals) -> None:
     """Within 10 s, or on a slow machine the time that the run took to begin, everything is saved and the program ends."""
     began = time.monotonic()
@@ -159,7 +159,7 @@ def test_a_signal_is_obeyed_at_once(tmp_path: Path, number: signal.Signals) -> N
     assert 3 <= results["epochs"] == len(results["history"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_interrupted_run_continues_exactly(tmp_path: Path, forked: Forked, number: signal.Signals) -> None:
     """Stopped in the middle of an epoch, twice, and continued: weights and results of a run never stopped, bit-identical."""
     arguments = (*TINY, "trainer.epochs=6", "model.dropout=0.1", "augment.flip=true", "trainer.checkpoint_every=2")

@@ -528,19 +528,21 @@ FOR_A_SMALL_MAP = {
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("posenc", ["learned", "rotary2d", "relative2d"])
 @pytest.mark.parametrize("model", ["levit", "cvt", "pit"])
-def test_every_mixer_in_three_stages_of_other_grids(model_of, model, posenc, attention):
-    overrides = [f"model={model}", f"attention={attention}", f"posenc={posenc}", "embedding=linear", "model.stride=2", SMALL]
+def test_every_mixer_in_three_stages_of_other_grids(compose_config, model, posenc, attention):
+    overrides = [f"model={model}", "embedding=linear", "model.stride=2", SMALL]
     overrides += ["model.dim=[16,32,64]", "model.depth=[1,1,1]", "model.mlp_ratio=1"]
-    overrides += FOR_A_SMALL_MAP.get(attention, [])
     if model == "pit":
         overrides += ["model.pool=mean"]  # mixers of the map alone are refused with a class token
+    cfg = compose_config(*overrides)
+    cfg.attention = compose_config(f"attention={attention}", *FOR_A_SMALL_MAP.get(attention, [])).attention
+    cfg.posenc = compose_config(f"posenc={posenc}").posenc
     with_queries = {"softmax", "performer", "linformer", "nystrom", "linear", "levit", "cvt", "agent"}
     without = {"rotary2d": {*ATTENTIONS} - with_queries, "relative2d": {*ATTENTIONS} - {"softmax", "levit", "cvt"}}
     if attention in without.get(posenc, ()):
         with pytest.raises(ConfigError, match=r"^posenc: "):
-            model_of(*overrides)
+            build_model(cfg)
         return
-    built = model_of(*overrides)
+    built = build_model(cfg)
     built(torch.randn(2, 1, 8, 8)).logsumexp(dim=1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in built.parameters())
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import EXPERIMENTS
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -25,7 +25,6 @@ from vix.data.trivial_augment import TrivialAugment
 from vix.training.state import TrainState
 
 Compose = Callable[..., DictConfig]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 BATCH = 4
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import EXPERIMENTS
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,7 +23,6 @@ from vix.training.state import TrainState
 from vix.training.train_step import TrainStep
 
 Compose = Callable[..., DictConfig]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 # Every mixer of the rows, every family, rotary positions and a convolutional embedding. Compiling one takes half a minute.
 COMPILED = ("vit_rope", "vip_rope", "hybrid_vil_rope", "fnet", "mixer", "ccl", "cvt", "cvn", "hybrid_pip", "levit", "levin")
 BOUND, BOUND_BEHIND_RELU, BOUND_OF_SMALL = 0.03, 0.08, 0.12
