@@ -39,7 +39,7 @@ VARIED = (
     *("vit_rope", "vip_rope", "hybrid_vil_rope", "hybrid_vin", "fnet", "mixer"),
     *("ccl", "cvt", "cvn", "cvt_pyramid", "hybrid_pip", "levit", "levin"),
 )
-# All experiments, for tests of each: `pytest` takes the ones above, `pytest -m slow` the others.
+# All experiments: `pytest` takes the ones above, `pytest -m slow` the others. (Every row trains a step in test_gradients.py.)
 EXPERIMENTS = [
     pytest.param(path.stem, marks=[] if path.stem in VARIED else pytest.mark.slow)
     for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))

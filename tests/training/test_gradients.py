@@ -74,7 +74,7 @@ def assert_bf16_is_close(cfg: DictConfig, compiled: bool = False, batch_size: in
     assert not errors
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [case.values[0] for case in EXPERIMENTS])
 def test_bf16_gradients(compose_config: Compose, experiment: str) -> None:
     assert_bf16_is_close(compose_config(f"experiment={experiment}"))
 
