@@ -60,6 +60,24 @@ def summarize(name: str, batch_size: int, rounds: list[dict[str, Any]], top: dic
     return row
 
 
+def summarize_all(results: dict[tuple[str, int], list[dict[str, Any]]], tops: list[dict[str, float]]) -> dict[str, Any]:
+    """Median peak rates, a row per model and batch size, and the geometric means of the rows' ratios.
+
+    results: (model, batch size) → the measurements of each round.   tops: the peak rates in each round.
+    """
+    top = {key: statistics.median(t[key] for t in tops) for key in tops[0]}
+    rows = [summarize(*key, measured_rounds, top) for key, measured_rounds in results.items()]
+    means = [
+        {
+            "model": "geometric mean",
+            "batch": b,
+            **{key: geometric_mean([r[key] for r in rows if r["batch"] == b]) for key in rows[0] if "_over_" in key},
+        }
+        for b in dict.fromkeys(batch_size for _, batch_size in results)
+    ]
+    return {"ceilings": top, "rows": rows, "means": means}
+
+
 def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -> None:
     """Print the table of ratios, and the table of measurements."""
 
@@ -132,33 +150,26 @@ def main() -> None:
         top = isolated(context, chosen.threads, ceilings, device, resolve_precision("auto", device), chosen.quick, limit=LIMIT)
         tops.append(top._asdict())
         order = [(*key, kind) for key in results for kind in kinds]
-        measured: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in results}
         for name, batch_size, kind in order if number % 2 == 0 else reversed(order):
+            if len(results[name, batch_size]) == number:
+                results[name, batch_size].append({})
             print(f"round {number + 1} of {rounds}: {name}, batch {batch_size}, {kind}", file=sys.stderr)
             try:
                 cost = isolated(context, chosen.threads, step_cost, kind, name, device, batch_size, chosen.quick, limit=LIMIT)
-                measured[name, batch_size][kind] = cost
-            except Refused as reason:
+                results[name, batch_size][number][kind] = cost
+            except (Refused, RuntimeError) as reason:  # an error in one variant does not lose the others
                 refused.append({"model": name, "batch": batch_size, "kind": kind, "round": number, "reason": str(reason)})
                 print(f"  not measured: {reason}", file=sys.stderr)
-        for key, costs in measured.items():
-            results[key].append(costs)
+            record = summarize_all(results, tops)
+            path = write("side-by-side", device, chosen, {**record, "refused": refused})  # after each, so that none is lost
 
-    top = {key: statistics.median(t[key] for t in tops) for key in tops[0]}
-    rows = [summarize(*key, measured_rounds, top) for key, measured_rounds in results.items()]
-    ratios = [key for key in rows[0] if "_over_" in key]
-    means = [
-        {
-            "model": "geometric mean",
-            "batch": b,
-            **{key: geometric_mean([r[key] for r in rows if r["batch"] == b]) for key in ratios},
-        }
-        for b in batches
-    ]
-    path = write("side-by-side", device, chosen, {"ceilings": top, "rows": rows, "means": means, "refused": refused})
+    top, rows, means = record["ceilings"], record["rows"], record["means"]
     print_table(rows, means, str(device))
     print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s for a matrix product, {top['copy'] / 1e9:.1f} GB/s for a copy")
     print(f"Written: {path}")
+    if refused:
+        missing = ", ".join(f"{gap['model']} ({gap['kind']})" for gap in refused)
+        sys.exit(f"error: not measured: {missing}; the reasons are in the file")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ AGENTS, WINDOW = 49, 8
 class OnGrid(nn.Module):
     """A package's mixer in a model of tokens: (B, N, D) → (B, N, D), N = side².
 
-    call: applies the module to maps (B, Y, X, D), or whatever ``call`` makes of them.
+    call: applies the module to maps (B, Y, X, D), or whatever ``call`` makes of them; its result is such maps or tokens.
     """
 
     def __init__(self, module: nn.Module, side: int, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
@@ -39,7 +39,7 @@ class OnGrid(nn.Module):
         self.module, self.side, self.call = module, side, call
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.call(self.module, x_BND.unflatten(1, (self.side, self.side))).flatten(1, 2)
+        return self.call(self.module, x_BND.unflatten(1, (self.side, self.side))).reshape(x_BND.shape)
 
 
 def channels_first(module: nn.Module, side: int) -> nn.Module:

@@ -163,9 +163,11 @@ def copy_weights(ours: Any, theirs: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_skeletons_have_the_same_parameters(compose_config: Callable[..., DictConfig], name: str) -> None:
-    """A package's model has as many parameters as ours, at the paper's size."""
+    """A package's model has as many parameters as ours, at the paper's size, and computes logits."""
     ours, theirs = build_model(compose_config(*MODELS[name])), package_model(name, 32, 1)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    with torch.no_grad():
+        assert theirs.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("name", ["vip", "vil"])
