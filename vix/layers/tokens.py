@@ -38,7 +38,17 @@ class TokenGrid:
         return x_BND[:, : self.prefix], x_BND[:, self.prefix :].mT.unflatten(2, (self.height, self.width))
 
 
+def to_tokens(map_BDYX: Tensor) -> Tensor:
+    """The map's tokens in raster order: (B, D, Y, X) → (B, N, D).
+
+    They are copied, so that the channels of a token are next to each other in memory: sums and residual connections keep the
+    order of their inputs, and norms over channels that lie far apart take several times as long.
+    """
+    return map_BDYX.flatten(2).mT.contiguous()
+
+
 def join(prefix_BPD: Tensor, map_BDYX: Tensor) -> Tensor:
     """Inverse of :meth:`TokenGrid.split`, for a map of any size: (B, P, D) and (B, D, Y, X) → (B, N, D)."""
-    x_BND = map_BDYX.flatten(2).mT
-    return torch.cat([prefix_BPD, x_BND], dim=1) if prefix_BPD.shape[1] else x_BND
+    if not prefix_BPD.shape[1]:
+        return to_tokens(map_BDYX)
+    return torch.cat([prefix_BPD, map_BDYX.flatten(2).mT], dim=1)

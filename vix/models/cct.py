@@ -8,7 +8,7 @@ from vix.layers.blocks import MLP, StochasticDepth, drop_rates
 from vix.layers.checkpointing import Block
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
-from vix.layers.tokens import TokenGrid
+from vix.layers.tokens import TokenGrid, to_tokens
 from vix.types import Fraction, Positive, PositiveFloat
 
 
@@ -62,7 +62,7 @@ class CCT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = self.embedding(images_BCYX).flatten(2).mT
+        x_BND = to_tokens(self.embedding(images_BCYX))
         x_BND = self.norm(self.blocks(self.posenc(x_BND)))
         # Sequence pooling: a weighted mean over the tokens with learned weights.
         share_BN1 = self.attention_pool(x_BND).softmax(dim=1)

@@ -8,7 +8,7 @@ from vix.layers.blocks import MLP, Depths, PreNormBlock, drop_rates, per_stage
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
 from vix.layers.precision import upcast_fp32
-from vix.layers.tokens import TokenGrid, join
+from vix.layers.tokens import TokenGrid, join, to_tokens
 from vix.types import Fraction, Positive, PositiveFloat
 
 
@@ -70,7 +70,7 @@ class LeViT(nn.Module):
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = self.embedding(images_BCYX).flatten(2).mT
+        x_BND = to_tokens(self.embedding(images_BCYX))
         return self.head(self.blocks(self.posenc(x_BND)).mean(dim=1))
 
 

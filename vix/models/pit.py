@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vix.layers.blocks import MLP, Depths, PreNormBlock, drop_rates, per_stage
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
-from vix.layers.tokens import TokenGrid, join
+from vix.layers.tokens import TokenGrid, join, to_tokens
 from vix.types import Fraction, Positive, PositiveFloat
 
 
@@ -86,7 +86,7 @@ class PiT(nn.Module):
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = self.embedding(images_BCYX).flatten(2).mT
+        x_BND = to_tokens(self.embedding(images_BCYX))
         if self.class_token is not None:
             x_BND = torch.cat([self.class_token.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
         x_BND = self.blocks(self.posenc(x_BND))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vix.layers.blocks import MLP, PreNormBlock, drop_rates
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
-from vix.layers.tokens import TokenGrid
+from vix.layers.tokens import TokenGrid, to_tokens
 from vix.types import Fraction, Positive, PositiveFloat
 
 
@@ -63,7 +63,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = self.embedding(images_BCYX).flatten(2).mT
+        x_BND = to_tokens(self.embedding(images_BCYX))
         if self.class_token is not None:
             x_BND = torch.cat([self.class_token.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
         x_BND = self.blocks(self.posenc(x_BND))
