@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_config import GROUPS, OWN_MIXER
 
+from benchmarks.variants import MODELS
 from vix.__main__ import COMMANDS
 from vix.__main__ import main as vix_main
 from vix.analysis.model_summary import summarize
@@ -41,8 +42,8 @@ def table(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in lines]
 
 
-def measurement(name: str) -> dict:
-    return json.loads((ROOT / f"benchmarks/results/{name}-amd-epyc-2-threads.json").read_text())
+def measurement(name: str, machine: str = "amd-epyc") -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}-{machine}-2-threads.json").read_text())
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -117,6 +118,30 @@ def test_speed_and_memory() -> None:
     ]
     assert [row[2:] for row in table("docs/performance.md", "images/s, memory")] == measured
     assert all(row["ours_speed_over_package"] > 1 > row["ours_memory_over_package"] for row in record["rows"])
+
+
+def test_all_mixers_next_to_packages() -> None:
+    """The table of all models agrees with the kept measurement, and the text below it names what is slower or larger."""
+    record = measurement("side-by-side", "intel-xeon-processor")
+    ratios = ("ours_speed_over_package", "ours_memory_over_package")
+    measured = [
+        [
+            row["model"],
+            f"{row['ours']['images_per_second']:.0f}",
+            f"{row['package']['images_per_second']:.0f}",
+            *(f"{row[key]:.2f}" for key in ratios),
+        ]
+        for row in record["rows"]
+    ]
+    (mean,) = record["means"]
+    measured.append(["geometric mean", "", "", *(f"{mean[key]:.2f}" for key in ratios)])
+    assert [[row[0], *row[2:]] for row in table("docs/performance.md", "model")] == measured
+    assert {row["model"] for row in record["rows"]} == {*MODELS}
+    assert not record["refused"]
+    text = PAGES["docs/performance.md"].split("### Every mixer that a package has")[1].split("\n#")[0].rpartition("|\n")[2]
+    behind = {row["model"] for row in record["rows"] if row[ratios[0]] < 1 or row[ratios[1]] > 1}
+    assert set(re.findall(r"`(\w+)`", text)) & {*MODELS} == behind
+    assert mean[ratios[0]] > 1.3
 
 
 def test_scaling() -> None:
