@@ -49,6 +49,5 @@ def to_tokens(map_BDYX: Tensor) -> Tensor:
 
 def join(prefix_BPD: Tensor, map_BDYX: Tensor) -> Tensor:
     """Inverse of :meth:`TokenGrid.split`, for a map of any size: (B, P, D) and (B, D, Y, X) → (B, N, D)."""
-    if not prefix_BPD.shape[1]:
-        return to_tokens(map_BDYX)
-    return torch.cat([prefix_BPD, map_BDYX.flatten(2).mT], dim=1)
+    x_BND = map_BDYX.flatten(2).mT
+    return torch.cat([prefix_BPD, x_BND], dim=1) if prefix_BPD.shape[1] else x_BND
