@@ -34,11 +34,8 @@ TINY = (
     "trainer.precision=fp32",
 )
 
-# Every mixer of the rows in ViT, every family, rotary positions, a convolutional embedding and a pyramid.
-VARIED = (
-    *("vit_rope", "vip_rope", "hybrid_vil_rope", "hybrid_vin", "fnet", "mixer"),
-    *("ccl", "cvt", "cvn", "cvt_pyramid", "hybrid_pip", "levit", "levin"),
-)
+# Every mixer of the rows, every family, rotary positions and a convolutional embedding.
+VARIED = ("vit_rope", "vip_rope", "hybrid_vil_rope", "fnet", "mixer", "ccl", "cvt", "cvn", "hybrid_pip", "levit", "levin")
 # All experiments: `pytest` takes the ones above, `pytest -m slow` the others. (Every row trains a step in test_gradients.py.)
 EXPERIMENTS = [
     pytest.param(path.stem, marks=[] if path.stem in VARIED else pytest.mark.slow)

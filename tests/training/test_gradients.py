@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXPERIMENTS
+from conftest import EXPERIMENTS, VARIED
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,8 +23,6 @@ from vix.training.state import TrainState
 from vix.training.train_step import TrainStep
 
 Compose = Callable[..., DictConfig]
-# Every mixer of the rows, every family, rotary positions and a convolutional embedding. Compiling one takes half a minute.
-COMPILED = ("vit_rope", "vip_rope", "hybrid_vil_rope", "fnet", "mixer", "ccl", "cvt", "cvn", "hybrid_pip", "levit", "levin")
 BOUND, BOUND_BEHIND_RELU, BOUND_OF_SMALL = 0.03, 0.08, 0.12
 SMALL = 1e-3  # of the norm of the whole gradient
 # Some gradients are zero but for rounding, such as that of a bias which the softmax behind it cancels. Their norms are below
@@ -80,7 +78,7 @@ def test_bf16_gradients(compose_config: Compose, experiment: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", COMPILED)
+@pytest.mark.parametrize("experiment", VARIED)  # compiling one takes half a minute
 def test_bf16_gradients_compiled(compose_config: Compose, experiment: str) -> None:
     """With one block in each stage: compiling all of them takes several times as long and computes the same."""
     cfg = compose_config(f"experiment={experiment}")

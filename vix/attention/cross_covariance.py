@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vix.layers.heads import MultiHeadMixer
+from vix.layers.maps import MapBatchNorm
 from vix.layers.precision import no_autocast, upcast_fp32
 from vix.layers.tokens import TokenGrid, join
 from vix.types import Positive
@@ -61,4 +62,4 @@ class LocalInteraction(nn.Sequential):
 
     def __init__(self, dim: int) -> None:
         convolutions = [nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2)]
-        super().__init__(convolutions[0], nn.GELU(), nn.BatchNorm2d(dim), convolutions[1])
+        super().__init__(convolutions[0], nn.GELU(), MapBatchNorm(dim), convolutions[1])

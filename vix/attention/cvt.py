@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vix.layers.attend import ScaledDotProduct
 from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.maps import MapBatchNorm
 from vix.layers.precision import upcast_fp32
 from vix.layers.tokens import TokenGrid, join
 from vix.types import Fraction, Positive
@@ -74,7 +75,7 @@ class ConvProjection(nn.Module):
         super().__init__()
         self.tokens = tokens
         self.conv = nn.Conv2d(dim, dim, kernel, stride, padding=kernel // 2, groups=dim, bias=False)
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm = MapBatchNorm(dim)
         self.project = nn.Linear(dim, width, bias=False)
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from typing import ClassVar
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -32,6 +33,17 @@ class MapMixer(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BYXD = x_BND.unflatten(1, (self.tokens.height, self.tokens.width))
         return self.forward_map(x_BYXD).flatten(1, 2)
+
+
+class MapBatchNorm(nn.BatchNorm2d):
+    """BatchNorm of maps (B, D, Y, X), computed with the channels last in memory.
+
+    PyTorch 2.14 on a CPU returns a wrong gradient for a single image in the usual layout if the gradient of the output comes
+    from tokens (B, Y·X, D): with one image, the strides of both layouts are the same but for that of the images.
+    """
+
+    def forward(self, map_BDYX: Tensor) -> Tensor:
+        return super().forward(map_BDYX.contiguous(memory_format=torch.channels_last))
 
 
 def channels_first(x_BYXD: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ def to_tokens(map_BDYX: Tensor) -> Tensor:
 
 
 def join(prefix_BPD: Tensor, map_BDYX: Tensor) -> Tensor:
-    """Inverse of :meth:`TokenGrid.split`, for a map of any size: (B, P, D) and (B, D, Y, X) → (B, N, D)."""
-    x_BND = map_BDYX.flatten(2).mT
-    return torch.cat([prefix_BPD, x_BND], dim=1) if prefix_BPD.shape[1] else x_BND
+    """Inverse of :meth:`TokenGrid.split`, for a map of any size: (B, P, D) and (B, D, Y, X) → (B, N, D).
+
+    The channels of a token are next to each other in the result, as in :func:`to_tokens`.
+    """
+    return torch.cat([prefix_BPD, map_BDYX.flatten(2).mT], dim=1) if prefix_BPD.shape[1] else to_tokens(map_BDYX)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vix.layers.blocks import MLP, ChannelNorm, Depths, PreNormBlock, drop_rates, per_stage
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
-from vix.layers.tokens import TokenGrid, join
+from vix.layers.tokens import TokenGrid, join, to_tokens
 from vix.types import Fraction, Positive, PositiveFloat
 
 
@@ -67,7 +67,7 @@ class CvT(nn.Module):
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = self.norm(self.embedding(images_BCYX).flatten(2).mT)
+        x_BND = self.norm(to_tokens(self.embedding(images_BCYX)))
         return self.head(self.blocks(self.posenc(x_BND)).mean(dim=1))
 
 

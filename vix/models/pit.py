@@ -86,9 +86,11 @@ class PiT(nn.Module):
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = to_tokens(self.embedding(images_BCYX))
-        if self.class_token is not None:
-            x_BND = torch.cat([self.class_token.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
+        map_BDYX = self.embedding(images_BCYX)
+        if self.class_token is None:
+            x_BND = to_tokens(map_BDYX)
+        else:
+            x_BND = join(self.class_token.expand(map_BDYX.shape[0], 1, -1), map_BDYX)
         x_BND = self.blocks(self.posenc(x_BND))
         # LayerNorm works on each token separately, so where one token is read only that one needs it.
         pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vix.layers.blocks import MLP, PreNormBlock, drop_rates
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
-from vix.layers.tokens import TokenGrid, to_tokens
+from vix.layers.tokens import TokenGrid, join, to_tokens
 from vix.types import Fraction, Positive, PositiveFloat
 
 
@@ -63,9 +63,11 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
-        x_BND = to_tokens(self.embedding(images_BCYX))
-        if self.class_token is not None:
-            x_BND = torch.cat([self.class_token.expand(x_BND.shape[0], 1, -1), x_BND], dim=1)
+        map_BDYX = self.embedding(images_BCYX)
+        if self.class_token is None:
+            x_BND = to_tokens(map_BDYX)
+        else:
+            x_BND = join(self.class_token.expand(map_BDYX.shape[0], 1, -1), map_BDYX)
         x_BND = self.blocks(self.posenc(x_BND))
         # LayerNorm acts on each token separately, so only the class token needs it.
         pooled_BD = self.norm(x_BND).mean(dim=1) if self.class_token is None else self.norm(x_BND[:, 0])
