@@ -4,8 +4,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 # 1e14 FLOPs at the 1.5e11 FLOP/s of two cores. On a GPU it saves small models some milliseconds of launch overhead per step.
 MIN_FLOPS_ON_CPU, MIN_STEPS_ON_GPU = 1e14, 10_000
 MIN_IMAGES = 20_000  # in shorter runs the FLOPs are not counted
+
+# Dropout draws the random numbers of the uncompiled step, with which the compiled one is compared. g++ 12.2 compiles some
+# transpositions of bfloat16 in vectors of 512 bits wrongly, by the pass that is switched off; steps were not slower without it.
+# PyTorch has no option for the compiler's flags, but passes on this one's value as it is.
+OPTIONS_ON_CPU: dict[str, Any] = {
+    "fallback_random": True,
+    "cpp.enable_floating_point_contract_flag": "off -fno-tree-slp-vectorize",
+}
 
 # Of the norm of a parameter's gradient; between two roundings to bfloat16 it is a few percent
 # (tests/training/test_gradients.py). Gradients of less than the second share of the whole are not compared: some are zero but
@@ -104,15 +112,11 @@ def compiler_fault(step: TrainStep, images: Tensor, labels: Tensor) -> str:
     return ""
 
 
-def compiled_losses(device: torch.device, how: Compile) -> Iterator[Callable[..., Tensor]]:
-    """The loss, compiled: first as it is fastest, then, on a CPU, without a fault that is known."""
+def compile_loss(device: torch.device, how: Compile) -> Callable[..., Tensor]:
+    """The compiled loss of a micro-batch; nothing is compiled before its first call."""
     if device.type != "cpu":
-        yield torch.compile(mean_loss, dynamic=False, mode="reduce-overhead" if how == "cuda_graphs" else "default")
-        return
-    # Dropout with the random numbers of the uncompiled step, with which it is compared.
-    yield torch.compile(mean_loss, dynamic=False, options={"fallback_random": True})
-    # g++ 12.2 with -O3 compiles some transpositions of bfloat16 in vectors of 512 bits wrongly.
-    yield torch.compile(mean_loss, dynamic=False, options={"fallback_random": True, "cpp.simdlen": 256})
+        return torch.compile(mean_loss, dynamic=False, mode="reduce-overhead" if how == "cuda_graphs" else "default")
+    return torch.compile(mean_loss, dynamic=False, options=OPTIONS_ON_CPU)
 
 
 def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
@@ -140,13 +144,8 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     log.info("Compiling the step, which takes 30 to 60 s, or a few seconds with a compiler cache")
     try:
-        for compiled in compiled_losses(images.device, how):
-            step.compiled = compiled
-            fault = compiler_fault(step, images, labels)
-            if not fault:
-                break
-            release_compiled()
-        else:
+        step.compiled = compile_loss(images.device, how)
+        if fault := compiler_fault(step, images, labels):
             raise RuntimeError(f"{fault}: a fault of the compiler")
     except Exception as error:  # compilers raise various exceptions; an error in the model is raised again without the compiler
         step.compiled = None
