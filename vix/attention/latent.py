@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.precision import cast_to_autocast
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -32,6 +33,7 @@ class LatentAttention(nn.Module):
         self.write = CrossAttention(dim, heads, dim_head)
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = cast_to_autocast(x_BND)
         return self.write(self.read(x_BND), x_BND)
 
 

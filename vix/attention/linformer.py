@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.precision import cast_to_autocast
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -58,6 +59,7 @@ class Linformer(nn.Module):
 
         Without rotation, shared values are the same tensor object as the keys.
         """
+        x_BND = cast_to_autocast(x_BND)
         q_BHNE = self.rotate(split_heads(self.to_q(x_BND), self.heads))
         k_BHNE = split_heads(self.to_k(x_BND), self.kv_heads)
         v_BHNE = k_BHNE if self.to_v is None else split_heads(self.to_v(x_BND), self.kv_heads)

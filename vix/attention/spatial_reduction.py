@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width, merge_heads, split_heads
+from vix.layers.precision import cast_to_autocast
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -52,6 +53,7 @@ class SpatialReduction(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = cast_to_autocast(x_BND)
         _, map_BDYX = self.tokens.split(x_BND)
         if self.size is not None:
             map_BDYX = F.adaptive_avg_pool2d(map_BDYX, self.size)

@@ -15,3 +15,13 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Context that disables autocast on the device of ``x``: operations keep the dtype of their inputs."""
     # The meta device has no autocast.
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def cast_to_autocast(x: Tensor) -> Tensor:
+    """Convert ``x`` to the dtype of the surrounding autocast, if there is one.
+
+    For an input of several layers: each would convert it and keep a copy of its own for the backward pass.
+    """
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
