@@ -5,6 +5,7 @@ ViN have a class token as well. Every measurement runs in a new process. Rounds 
 is the median over the rounds of the ratios within a round, so that other load on the machine affects both sides equally.
 """
 
+import json
 import statistics
 import sys
 from itertools import product
@@ -78,15 +79,16 @@ def summarize_all(results: dict[tuple[str, int], list[dict[str, Any]]], tops: li
     return {"ceilings": top, "rows": rows, "means": means}
 
 
-def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device: str) -> None:
-    """Print the table of ratios, and the table of measurements."""
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The table of ratios, and the table of measurements."""
+    rows, means = record["rows"], record["means"]
 
     def times(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}"
 
     ratios = ("speed_over_package", "memory_over_package", "speed_over_settings", "speed_over_paper", "memory_over_paper")
-    Table(
-        f"Ours over theirs, on {device}",
+    over = Table(
+        f"Ours over theirs, on {record['device']['name']}",
         (
             *("model", "variant", "batch", "images/s, package", "memory, package", "images/s, package with our settings"),
             *("images/s, paper's procedure", "memory, paper's procedure"),
@@ -98,8 +100,8 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
             if any(r[f"{own}_{key}"] for key in ratios)
         ],
         2,
-    ).print()
-    Table(
+    )
+    steps = Table(
         "Training steps",
         ("model", "variant", "batch", "images/s", "ms", "peak GB", "reserved GB", "of matmul, %", "of copy, %"),
         [
@@ -117,11 +119,17 @@ def print_table(rows: list[dict[str, Any]], means: list[dict[str, Any]], device:
             if kind in row
         ],
         2,
-    ).print()
+    )
+    return [over, steps]
 
 
 def main() -> None:
     """The command."""
+    if sys.argv[1:2] == ["everything"]:
+        from benchmarks.everything import main as everything
+
+        everything(sys.argv[2:])
+        return
     options = parser("python -m benchmarks", "Training steps: ours, other packages', and the paper's training procedure.")
     options.add_argument("--batch", type=int, nargs="+", help="images per step (default: 8 on a CPU, 64 and 256 on a GPU)")
     options.add_argument("--rounds", type=int, default=3, help="measurements of every variant (default: 3)")
@@ -163,8 +171,9 @@ def main() -> None:
             record = summarize_all(results, tops)
             path = write("side-by-side", device, chosen, {**record, "refused": refused})  # after each, so that none is lost
 
-    top, rows, means = record["ceilings"], record["rows"], record["means"]
-    print_table(rows, means, str(device))
+    for table in tables(json.loads(path.read_text(encoding="utf-8"))):
+        table.print()
+    top = record["ceilings"]
     print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s for a matrix product, {top['copy'] / 1e9:.1f} GB/s for a copy")
     print(f"Written: {path}")
     if refused:

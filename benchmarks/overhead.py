@@ -5,6 +5,7 @@ epoch's wall time to that of its steps alone, which is the overhead of data, log
 sequentially in one process and in several concurrent processes.
 """
 
+import json
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,24 @@ def epoch_step(job: TimedProcess, batch_size: int) -> float:
 def shares(jobs: int, at_once: int) -> list[str]:
     """The seeds of a sweep, distributed over ``at_once`` processes: ``seed=0,2``, ``seed=1,3``."""
     return ["seed=" + ",".join(map(str, range(first, jobs, at_once))) for first in range(min(jobs, at_once))]
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The table of a record."""
+    setting = record["setting"]
+    rows = [
+        ("from the command to the first step", f"{record['seconds_to_first_step']:.1f} s"),
+        ("compiling the step (trainer.compile=true)", f"{record['compile_seconds']:.1f} s"),
+        ("compiling it with a warm cache", f"{record['compile_seconds_again']:.1f} s"),
+        (
+            f"an epoch of {setting['steps_per_epoch']} steps relative to its steps alone",
+            f"{record['epoch_over_bare_steps']:.3f}",
+        ),
+        (f"jobs per hour, {setting['jobs']} in one process", f"{record['jobs_per_hour_alone']:.0f}"),
+        (f"jobs per hour, {setting['at_once']} concurrent processes", f"{record['jobs_per_hour_packed']:.0f}"),
+    ]
+    title = f"Overhead: {setting['experiment']}, batch {setting['batch']}, on {record['device']['name']}"
+    return [Table(title, ("measurement", "median"), rows, 1)]
 
 
 def main() -> None:
@@ -107,19 +126,8 @@ def main() -> None:
         "at_once": at_once,
     }
     path = write("overhead", device, chosen, {"setting": setting, **medians, "rounds": rounds})
-    Table(
-        f"Overhead: {experiment}, batch {batch_size}, on {device}",
-        ("measurement", "median"),
-        [
-            ("from the command to the first step", f"{medians['seconds_to_first_step']:.1f} s"),
-            ("compiling the step (trainer.compile=true)", f"{medians['compile_seconds']:.1f} s"),
-            ("compiling it with a warm cache", f"{medians['compile_seconds_again']:.1f} s"),
-            (f"an epoch of {steps} steps relative to its steps alone", f"{medians['epoch_over_bare_steps']:.3f}"),
-            (f"jobs per hour, {jobs} in one process", f"{medians['jobs_per_hour_alone']:.0f}"),
-            (f"jobs per hour, {at_once} concurrent processes", f"{medians['jobs_per_hour_packed']:.0f}"),
-        ],
-        1,
-    ).print()
+    for table in tables(json.loads(path.read_text(encoding="utf-8"))):
+        table.print()
     print(f"Written: {path}")
 
 

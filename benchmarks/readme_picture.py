@@ -14,7 +14,7 @@ from benchmarks.crossover import curve
 from vix.reporting.plots import COLORS
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks/results/scaling-amd-epyc-2-threads.json"
+RECORD = ROOT / "benchmarks/results/scaling-intel-xeon-processor-2-threads.json"
 LABELS = {
     "softmax": "softmax",
     "softmax-explicit": "softmax, N×N matrix stored",

@@ -71,15 +71,19 @@ def hardware(device: torch.device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def machine(device: torch.device, threads: int) -> str:
+    """The machine in the name of a file: hardware and, on a CPU, the number of threads."""
+    slug = re.sub(r"[^a-z0-9]+", "-", hardware(device).lower().replace("(r)", "")).strip("-")
+    return slug if device.type == "cuda" else f"{slug}-{threads}-threads"
+
+
 def write(benchmark: str, device: torch.device, options: argparse.Namespace, measured: dict[str, Any]) -> Path:
     """Write the measurements with hardware, versions, commit and options, and return the path.
 
     benchmark: its name, which begins the file name.   measured: the measurements.
     """
     name = hardware(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
-    threads = "" if device.type == "cuda" else f"-{options.threads}-threads"
-    path: Path = options.out or RESULTS / f"{benchmark}-{slug}{threads}.json"
+    path: Path = options.out or RESULTS / f"{benchmark}-{machine(device, options.threads)}.json"
     record = {
         "benchmark": benchmark,
         "device": {"type": device.type, "name": name, "threads": options.threads, "cores": os.cpu_count()},

@@ -5,6 +5,7 @@ Measurements whose time or memory, extrapolated from smaller sizes, would exceed
 the reason.
 """
 
+import json
 import math
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.crossover import growth, sentence
+from benchmarks.crossover import curve, growth, sentence
 from benchmarks.isolated import Refused, isolated, processes
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.scaling_plot import draw
@@ -67,19 +68,28 @@ def too_much(smaller: list[dict[str, Any]], tokens: int, seconds: float, gigabyt
     return None
 
 
-def print_table(points: list[dict[str, Any]], sizes: list[int], device: str) -> None:
-    """Print a table per pass and quantity: a row per mixer, a column per size, and the growth to the largest size."""
+def tables(record: dict[str, Any]) -> list[Table]:
+    """A table per pass and quantity: a row per mixer, a column per size, and the growth to the largest size."""
+    points = record["points"]
+    sizes, mixers = sorted({p["tokens"] for p in points}), dict.fromkeys(p["mixer"] for p in points)
+    found = []
     for name in PASSES:
         for quantity, unit, scale in (("seconds", "ms", 1e3), ("bytes", "peak MB", 1e-6)):
             lines = []
-            for mixer in MIXERS:
-                mine = {p["tokens"]: p for p in points if p["mixer"] == mixer and p["pass"] == name}
-                cells = [f"{mine[n][quantity] * scale:,.1f}" if n in mine and mine[n][quantity] else "–" for n in sizes]
+            for mixer in mixers:
+                mine = curve(points, mixer, name, quantity)
+                cells = [f"{mine[n] * scale:,.1f}" if n in mine else "–" for n in sizes]
                 grows = growth(points, mixer, name, quantity)
-                if mine:
-                    lines.append((mixer, *cells, "–" if grows is None else f"{grows:.1f}"))
+                lines.append((mixer, *cells, "–" if grows is None else f"{grows:.1f}"))
             heads = ("mixer", *(f"{n:,} tokens" for n in sizes), "growth")
-            Table(f"{name}, {unit}, on {device}", heads, lines, 1).print()
+            found.append(Table(f"{name}, {unit}, on {record['device']['name']}", heads, lines, 1))
+    return found
+
+
+def sentences(points: list[dict[str, Any]]) -> list[str]:
+    """From how many tokens each mixer costs less than softmax attention."""
+    mixers = dict.fromkeys(p["mixer"] for p in points)
+    return [sentence(points, mixer, "softmax") for mixer in mixers if mixer != "softmax"]
 
 
 def main() -> None:
@@ -132,11 +142,13 @@ def main() -> None:
                         reason = str(refusal)
                 if reason is not None:
                     skipped.append({**key, "reason": reason})
-    sentences = [sentence(points, mixer, "softmax") for mixer in chosen.mixers if mixer != "softmax"]
-    path = write("scaling", device, chosen, {"batch": batch_size, "points": points, "skipped": skipped, "sentences": sentences})
+    compared = sentences(points)
+    record = {"batch": batch_size, "points": points, "skipped": skipped, "sentences": compared}
+    path = write("scaling", device, chosen, record)
     draw(path)
-    print_table(points, sizes, str(device))
-    print("\n".join(sentences))
+    for table in tables(json.loads(path.read_text(encoding="utf-8"))):
+        table.print()
+    print("\n".join(compared))
     for gap in skipped:
         print(f"Not measured: {gap['mixer']}, {gap['pass']}, {gap['tokens']:,} tokens: {gap['reason']}")
     print(f"Written: {path} and {path.with_suffix('.png').name}")

@@ -34,10 +34,10 @@ def draw(record: Path, path: Path | None = None) -> None:
         f"ViT with 4 blocks, width 128, batch size {measured['batch']}, {device['name']}{threads}",
         fontsize=11,
     )
-    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
     for axes, mixer in zip(panels, mixers, strict=False):
         panel(axes, points, mixer, reference)
-    for axes in list(panels)[len(mixers) :]:
+    for axes in panels[len(mixers) :]:
         axes.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

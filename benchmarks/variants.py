@@ -124,3 +124,15 @@ def bare_step(overrides: tuple[str, ...], device: torch.device, batch_size: int,
     seconds, fewest = (0.02, 2) if quick else (4.0, 5)
     training = ours((*overrides, "trainer.compile=false"), device, batch_size)
     return measure(training.step, device, seconds, None, fewest)._asdict()
+
+
+def compact_step(mixer: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Cost of a training step of the compact benchmark with one mixer, compiled where a whole run would be."""
+    overrides = ("experiment=compact", f"attention={mixer}")
+    small = ("trainer.compile=false", "model.depth=1") if quick else ()
+    batch_size = 4 if quick else composed(*overrides).trainer.batch_size
+    baseline = resident_without_model(device, compiled=not quick)
+    training = ours((*overrides, *small), device, batch_size)
+    cost = measure(training.step, device, 0.05 if quick else 4.0, baseline, fewest=2 if quick else 5)
+    parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    return {**cost._asdict(), "images_per_second": batch_size / cost.seconds, "parameters": parameters}

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from benchmarks.crossover import crossover
+from benchmarks.everything import KINDS
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
 from benchmarks.scaling import MIXERS, expected
@@ -100,6 +101,40 @@ def test_overhead(tmp_path: Path) -> None:
     # The second run finds what the first one compiled.
     assert 0 < record["compile_seconds_again"] < record["compile_seconds"]
     assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 3600 / everything  # several jobs were done
+
+
+@pytest.mark.slow
+def test_everything_in_pieces(tmp_path: Path) -> None:
+    """A call that has too little time leaves pieces to the next one, which ends with one page of all tables."""
+    arguments = ("--only", "vil", "identity", "softmax")
+    command = [sys.executable, "-m", "benchmarks", "everything", "--quick", "--device", "cpu", "--threads", "1", *arguments]
+    command += ["--out", str(tmp_path / "machine")]
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False)
+
+    done = call("--minutes", "0.001")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "error: side-by-side, vil: takes more than 0.001 minutes; use more"
+    done = call()
+    assert done.returncode == 0, done.stderr
+    assert "6 of 6 pieces are measured" in done.stdout
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "machine/pieces").iterdir()}
+    (tmp_path / "machine/pieces/compact-identity.json").unlink()
+    done = call("--minutes", "60")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1: compact, identity" in done.stderr
+    again = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
+    assert again == {tmp_path / "machine/pieces/compact-identity.json"}
+    page = (tmp_path / "machine/README.md").read_text()
+    records = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in KINDS}
+    assert [row["mixer"] for row in records["compact"]["rows"]] == ["softmax", "identity"]
+    assert f"| {records['compact']['rows'][0]['parameters']:,} |" in page
+    assert [row["model"] for row in records["side-by-side"]["rows"]] == ["vil"]
+    assert all(line in page for line in records["scaling"]["sentences"])
+    assert len(records["scaling"]["sentences"]) == 1
+    assert "Not measured yet" not in page
+    assert (tmp_path / "machine/scaling.png").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""``python -m benchmarks.compact``: training steps of the compact benchmark (conf/experiment/compact.yaml) with every mixer."""
+
+import sys
+from typing import Any
+
+from benchmarks.isolated import Refused, isolated, processes
+from benchmarks.record import chosen_device, errors_in_one_line, parser, write
+from benchmarks.scaling import MIXERS
+from benchmarks.variants import compact_step
+from vix.reporting.table import Table
+
+NAMES = [name for name in MIXERS if name != "softmax-explicit"]
+IMAGES = 50_000  # of CIFAR-10, for the seconds per epoch
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The table of a record."""
+    rows = [
+        (
+            row["mixer"],
+            f"{row['images_per_second']:.0f}",
+            f"{IMAGES / row['images_per_second']:.0f}",
+            f"{row['bytes'] / 1e6:,.0f}",
+            f"{row['parameters']:,}",
+        )
+        for row in record["rows"]
+    ]
+    heads = ("mixer", "images/s", "seconds per epoch of steps", "peak MB of a step", "trainable")
+    return [Table("Training steps of the compact benchmark", heads, rows, 1)]
+
+
+def main() -> None:
+    """The command."""
+    options = parser("python -m benchmarks.compact", "Training steps of the compact benchmark with every mixer.")
+    options.add_argument("--mixers", nargs="+", choices=NAMES, default=NAMES, metavar="MIXER", help="mixers (default: all)")
+    chosen = options.parse_args()
+    device = chosen_device(chosen.device)
+    context = processes("benchmarks.variants")
+    record: dict[str, Any] = {"rows": [], "refused": []}
+    for mixer in chosen.mixers:
+        print(f"compact: {mixer}", file=sys.stderr)
+        try:
+            cost = isolated(context, chosen.threads, compact_step, mixer, device, chosen.quick, limit=900)
+            record["rows"].append({"mixer": mixer, "bytes": cost["allocated"], **cost})
+        except Refused as reason:
+            record["refused"].append({"mixer": mixer, "reason": str(reason)})
+        path = write("compact", device, chosen, record)
+    for table in tables(record):
+        table.print()
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    errors_in_one_line(main)

@@ -1,0 +1,196 @@
+"""``python -m benchmarks everything``: all figures of a machine, in pieces that a later call continues.
+
+A piece is one model of ``python -m benchmarks``, one mixer of ``benchmarks.scaling`` or ``benchmarks.compact``, or
+``benchmarks.overhead``. Each is kept when it is done, in the folder ``pieces`` below the results, and the same command measures
+those that are missing. After each piece the JSON files, the picture and the page (README.md) with all tables are written anew.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import __main__ as side_by_side
+from benchmarks import compact, overhead, scaling
+from benchmarks.record import RESULTS, chosen_device, machine, parser
+from benchmarks.scaling_plot import draw
+from benchmarks.variants import MODELS
+from vix.errors import UserError
+from vix.reporting.table import Table
+
+UNFINISHED = 75  # exit status of a call that left pieces for the next one (EX_TEMPFAIL)
+
+
+class Piece(NamedTuple):
+    """A command whose results are kept in one file: ``python -m MODULE ARGUMENTS``, of the benchmark ``kind``."""
+
+    kind: str
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+
+
+def join_side_by_side(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of all models, and their means."""
+    rounds = {(row["model"], row["batch"]): row["rounds"] for record in records for row in record["rows"]}
+    joined = side_by_side.summarize_all(rounds, [record["ceilings"] for record in records])
+    return {**joined, "refused": [gap for record in records for gap in record["refused"]]}
+
+
+def join_scaling(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points of all mixers. The growth of every mixer's costs is that between the largest sizes of all."""
+    points = [point for record in records for point in record["points"]]
+    skipped = [gap for record in records for gap in record["skipped"]]
+    return {"batch": records[0]["batch"], "points": points, "skipped": skipped, "sentences": scaling.sentences(points)}
+
+
+def join_compact(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of all mixers."""
+    return {key: [row for record in records for row in record[key]] for key in ("rows", "refused")}
+
+
+def join_overhead(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one record."""
+    return records[0]
+
+
+# Kind → how its records are joined, and the tables of the joined record.
+KINDS: dict[str, tuple[Callable[[list[dict[str, Any]]], dict[str, Any]], Callable[[dict[str, Any]], list[Table]]]] = {
+    "side-by-side": (join_side_by_side, side_by_side.tables),
+    "scaling": (join_scaling, scaling.tables),
+    "compact": (join_compact, compact.tables),
+    "overhead": (join_overhead, overhead.tables),
+}
+
+
+def pieces(options: Namespace) -> list[Piece]:
+    """All pieces, the reference of each comparison first."""
+    common = ("--device", options.device, "--threads", str(options.threads), *(("--quick",) if options.quick else ()))
+    found = [
+        *(
+            Piece("side-by-side", name, "benchmarks", ("--models", name, "--rounds", str(options.rounds)))
+            for name in MODELS
+            if options.only is None or name in options.only
+        ),
+        *(
+            Piece("scaling", name, "benchmarks.scaling", ("--mixers", name))
+            for name in scaling.MIXERS
+            if options.only is None or name in options.only
+        ),
+        *(
+            Piece("compact", name, "benchmarks.compact", ("--mixers", name))
+            for name in compact.NAMES
+            if options.only is None or name in options.only
+        ),
+        Piece("overhead", "overhead", "benchmarks.overhead", ()),
+    ]
+    return [piece._replace(arguments=(*piece.arguments, *common)) for piece in found]
+
+
+def kept(folder: Path, piece: Piece) -> Path:
+    """The file of a piece that was measured."""
+    return folder / "pieces" / f"{piece.kind}-{piece.name}.json"
+
+
+def measure(piece: Piece, folder: Path, timeout: float | None) -> str | None:
+    """Measure a piece in a process of its own, and keep its record; the reason where that failed.
+
+    Raises subprocess.TimeoutExpired after ``timeout`` seconds.
+    """
+    path = kept(folder, piece)
+    new = path.with_suffix(".new")
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.unlink(missing_ok=True)
+    command = [sys.executable, "-m", piece.module, *piece.arguments, "--out", str(new)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its measuring processes as well
+    if process.returncode and not (new.exists() and json.loads(new.read_text(encoding="utf-8")).get("refused")):
+        return (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    new.rename(path)
+    return None
+
+
+def write_page(folder: Path, every: list[Piece]) -> None:
+    """Write the joined records, the pictures and the page from the pieces that are kept."""
+    page = []
+    device = ""
+    for kind, (join, tables) in KINDS.items():
+        mine = [piece for piece in every if piece.kind == kind]
+        records = [json.loads(kept(folder, p).read_text(encoding="utf-8")) for p in mine if kept(folder, p).exists()]
+        if not records:
+            continue
+        record = {**records[0], **join(records)}
+        device = record["device"]["name"]
+        path = folder / f"{kind}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        parts = [table.markdown() for table in tables(record)]
+        if kind == "scaling":
+            if len({point["mixer"] for point in record["points"]}) > 1:
+                draw(path)
+                parts.append(f"![Time and memory over the number of tokens]({path.with_suffix('.png').name})\n")
+            parts.append("\n".join(f"- {line}" for line in record["sentences"]) + "\n")
+        missing = [piece.name for piece in mine if not kept(folder, piece).exists()]
+        if missing:
+            parts.append(f"Not measured yet: {', '.join(missing)}.\n")
+        page.append("\n".join(parts))
+    command = "python -m benchmarks everything"
+    heading = f"# Benchmarks on {device}\n\nWritten by `{command}` from the JSON files in this folder.\n\n"
+    (folder / "README.md").write_text(heading + "\n".join(page), encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    """The command."""
+    options = parser("python -m benchmarks everything", "All figures of a machine; the same command continues.")
+    options.add_argument(
+        "--minutes", type=float, help="end within so many minutes; the same command continues (default: no limit)"
+    )
+    options.add_argument("--rounds", type=int, default=1, help="measurements of every variant side by side (default: 1)")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="models and mixers (default: all)")
+    chosen = options.parse_args(arguments)
+    valid = dict.fromkeys((*MODELS, *scaling.MIXERS, *compact.NAMES))
+    if wrong := [name for name in chosen.only or () if name not in valid]:
+        raise UserError(f"--only {wrong[0]}: no such model or mixer; valid: {', '.join(valid)}")
+    device = chosen_device(chosen.device)
+    folder: Path = chosen.out or RESULTS / (machine(device, chosen.threads) + "-quick" * chosen.quick)
+    every = pieces(chosen)
+    missing = [piece for piece in every if not kept(folder, piece).exists()]
+    end = None if chosen.minutes is None else time.monotonic() + 60 * chosen.minutes
+    durations: list[float] = []
+    failed: list[str] = []
+    for number, piece in enumerate(missing, 1):
+        left = None if end is None else end - time.monotonic()
+        if left is not None and durations and left < 1.5 * statistics.median(durations):
+            break
+        print(f"{number} of {len(missing)}: {piece.kind}, {piece.name}", file=sys.stderr)
+        began = time.monotonic()
+        try:
+            reason = measure(piece, folder, left)
+        except subprocess.TimeoutExpired:
+            if durations:
+                break
+            raise UserError(f"{piece.kind}, {piece.name}: takes more than {chosen.minutes:g} minutes; use more") from None
+        durations.append(time.monotonic() - began)
+        if reason is not None:
+            failed.append(f"{piece.kind}, {piece.name}: {reason}")
+            print(f"  failed: {reason}", file=sys.stderr)
+        write_page(folder, every)
+    left_over = [piece for piece in every if not kept(folder, piece).exists()]
+    print(f"{len(every) - len(left_over)} of {len(every)} pieces are measured; the tables are in {folder / 'README.md'}")
+    if failed:
+        raise UserError(f"{len(failed)} failed, the first: {failed[0]}")
+    if left_over:
+        print("The same command continues.")
+        sys.exit(UNFINISHED)
