@@ -90,7 +90,11 @@ def pieces(options: Namespace) -> list[Piece]:
             for name in compact.NAMES
             if options.only is None or name in options.only
         ),
-        Piece("overhead", "overhead", "benchmarks.overhead", ()),
+        *(
+            Piece("overhead", name, "benchmarks.overhead", ())
+            for name in ("overhead",)
+            if options.only is None or name in options.only
+        ),
     ]
     return [piece._replace(arguments=(*piece.arguments, *common)) for piece in found]
 
@@ -158,11 +162,11 @@ def main(arguments: list[str]) -> None:
         "--minutes", type=float, help="end within so many minutes; the same command continues (default: no limit)"
     )
     options.add_argument("--rounds", type=int, default=1, help="measurements of every variant side by side (default: 1)")
-    options.add_argument("--only", nargs="+", metavar="NAME", help="models and mixers (default: all)")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="models, mixers, overhead (default: all)")
     chosen = options.parse_args(arguments)
-    valid = dict.fromkeys((*MODELS, *scaling.MIXERS, *compact.NAMES))
+    valid = dict.fromkeys((*MODELS, *scaling.MIXERS, *compact.NAMES, "overhead"))
     if wrong := [name for name in chosen.only or () if name not in valid]:
-        raise UserError(f"--only {wrong[0]}: no such model or mixer; valid: {', '.join(valid)}")
+        raise UserError(f"--only {wrong[0]}: unknown; valid: {', '.join(valid)}")
     device = chosen_device(chosen.device)
     folder: Path = chosen.out or RESULTS / (machine(device, chosen.threads) + "-quick" * chosen.quick)
     every = pieces(chosen)

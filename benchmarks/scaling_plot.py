@@ -25,7 +25,7 @@ def draw(record: Path, path: Path | None = None) -> None:
     measured = json.loads(record.read_text(encoding="utf-8"))
     points, device = measured["points"], measured["device"]
     reference, *mixers = dict.fromkeys(point["mixer"] for point in points)
-    rows = math.ceil(len(mixers) / COLUMNS)
+    rows = max(1, math.ceil(len(mixers) / COLUMNS))
     figure = Figure(figsize=(12, 0.9 + 1.75 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     threads = "" if device["type"] == "cuda" else f", {device['threads']} threads"

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from benchmarks.crossover import crossover
-from benchmarks.everything import KINDS
+from benchmarks.everything import KINDS, join_side_by_side
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
 from benchmarks.scaling import MIXERS, expected
@@ -106,7 +106,7 @@ def test_overhead(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_everything_in_pieces(tmp_path: Path) -> None:
     """A call that has too little time leaves pieces to the next one, which ends with one page of all tables."""
-    arguments = ("--only", "vil", "identity", "softmax")
+    arguments = ("--only", "identity", "softmax")
     command = [sys.executable, "-m", "benchmarks", "everything", "--quick", "--device", "cpu", "--threads", "1", *arguments]
     command += ["--out", str(tmp_path / "machine")]
 
@@ -115,10 +115,10 @@ def test_everything_in_pieces(tmp_path: Path) -> None:
 
     done = call("--minutes", "0.001")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == "error: side-by-side, vil: takes more than 0.001 minutes; use more"
+    assert done.stderr.strip().splitlines()[-1] == "error: scaling, softmax: takes more than 0.001 minutes; use more"
     done = call()
     assert done.returncode == 0, done.stderr
-    assert "6 of 6 pieces are measured" in done.stdout
+    assert "4 of 4 pieces are measured" in done.stdout
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "machine/pieces").iterdir()}
     (tmp_path / "machine/pieces/compact-identity.json").unlink()
     done = call("--minutes", "60")
@@ -127,14 +127,22 @@ def test_everything_in_pieces(tmp_path: Path) -> None:
     again = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
     assert again == {tmp_path / "machine/pieces/compact-identity.json"}
     page = (tmp_path / "machine/README.md").read_text()
-    records = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in KINDS}
+    records = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in ("scaling", "compact")}
     assert [row["mixer"] for row in records["compact"]["rows"]] == ["softmax", "identity"]
     assert f"| {records['compact']['rows'][0]['parameters']:,} |" in page
-    assert [row["model"] for row in records["side-by-side"]["rows"]] == ["vil"]
     assert all(line in page for line in records["scaling"]["sentences"])
     assert len(records["scaling"]["sentences"]) == 1
     assert "Not measured yet" not in page
     assert (tmp_path / "machine/scaling.png").exists()
+
+
+def test_pieces_side_by_side_are_joined() -> None:
+    """Models that were measured one by one give the rows and means of all together, and every benchmark has its tables."""
+    kept = json.loads((ROOT / "benchmarks/results/side-by-side-intel-xeon-processor-2-threads.json").read_text())
+    pieces = [{**kept, "rows": [row], "means": []} for row in kept["rows"]]
+    joined = {**pieces[0], **join_side_by_side(pieces)}
+    assert (joined["rows"], joined["means"]) == (kept["rows"], kept["means"])
+    assert len(KINDS["side-by-side"][1](joined)[0].lines) == len(MODELS) + 1
 
 
 @pytest.mark.slow
