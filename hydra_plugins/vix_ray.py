@@ -6,6 +6,8 @@ run in the directory in which the sweep was started.
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,11 @@ if ray_launcher:
         def submit(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
             """Start a task per job."""
             import ray
-            from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
 
             setup_globals()
             assert self.config is not None
             assert self.hydra_context is not None
-            start_ray(self.ray_cfg.init)
+            self.connect()
             options: Any = OmegaConf.to_container(self.ray_cfg.remote, resolve=True)
             run = ray.remote(**options)(run_job)
             tasks = []
@@ -64,6 +65,23 @@ if ray_launcher:
                     cfg.hydra.job.id, cfg.hydra.job.num = f"job_id_for_{number}", number
                 tasks.append(run.remote(os.getcwd(), self.hydra_context, cfg, self.task_function, Singleton.get_state()))
             return tasks
+
+        def connect(self) -> None:
+            """Start Ray, or connect to the cluster of the config. Raises UserError where none answers."""
+            import ray
+            from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
+
+            address = str(self.ray_cfg.init.get("address"))
+            host, _, port = address.rpartition(":")
+            try:
+                if re.fullmatch(r"[\w.-]+", host) and port.isdecimal():  # Ray itself tries for minutes
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                start_ray(self.ray_cfg.init)
+            except (OSError, ray.exceptions.AuthenticationError) as error:
+                raise UserError(
+                    f"hydra.launcher.ray.init.address={address}: no Ray cluster answers there ({first_paragraph(error)}); "
+                    "start one with `ray start --head`, or set RAY_AUTH_MODE=token where it asks for a token"
+                ) from error
 
         def job_return(self, task: Any, overrides: Sequence[str], number: int) -> JobReturn:
             """What a task returned; where it was lost, a failure with the reason, recorded for the sweep and the run."""

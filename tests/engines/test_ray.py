@@ -14,6 +14,8 @@ from common import table_after
 from conftest import HANGS, ROOT, run_train
 from paused import SMALL, end_with_this_process, free_ports, go_on, paused, pausing, results_in, wait_until
 
+# Whether a new cluster asks for a token depends on the home directory; these do not.
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
@@ -27,7 +29,7 @@ class RayCluster:
     def start_node(self, name: str, *options: str) -> None:
         """A node with two CPUs, and the resource NAME."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2", "--num-gpus=0", *options]
-        environment = pausing(1, RAY_USAGE_STATS_ENABLED="0", RAY_RESOURCE_NAME=name)
+        environment = pausing(1, **RAY)
         del environment["OMP_NUM_THREADS"]  # Ray says how many CPUs a job has
         with open(f"{self.folder}/{name}.out", "wb") as output:
             self.nodes.append(
@@ -43,7 +45,8 @@ class RayCluster:
     def alive(self) -> int:
         """The number of nodes that the cluster knows."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "status", f"--address=127.0.0.1:{self.port}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
+        environment = os.environ | RAY
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False, env=environment)
         return done.stdout.count("1 node_")
 
     def processes(self, number: int) -> list[int]:
@@ -66,12 +69,16 @@ class RayCluster:
             self.kill(number)
 
 
-@pytest.fixture
-def ray() -> Iterator[RayCluster]:
-    """A head and a second node; the programs of a sweep run on both."""
+def need_the_launcher() -> None:
     for plugin in ("ray", "hydra_plugins.hydra_ray_launcher"):
         if not find_spec(plugin.partition(".")[0]) or not find_spec(plugin):
             pytest.skip("hydra-ray-launcher is not installed: pip install -r requirements-launchers.txt")
+
+
+@pytest.fixture
+def ray() -> Iterator[RayCluster]:
+    """A head and a second node; the programs of a sweep run on both."""
+    need_the_launcher()
     with tempfile.TemporaryDirectory(prefix="vix-ray-") as folder:  # the path of a socket must be short
         cluster = RayCluster(folder)
         try:
@@ -89,7 +96,7 @@ def start_sweep(cluster: RayCluster, directory: Path) -> subprocess.Popen[str]:
     launcher = ("hydra/launcher=ray_gpus", f"hydra.launcher.ray.init.address=127.0.0.1:{cluster.port}")
     remote = ("hydra.launcher.ray.remote.num_gpus=0", "hydra.launcher.ray.remote.num_cpus=2")
     command = [sys.executable, str(ROOT / "train.py"), "-m", *launcher, *remote, *SMALL, "seed=0,1"]
-    environment = pausing(1, COLUMNS="400", RAY_USAGE_STATS_ENABLED="0")
+    environment = pausing(1, COLUMNS="400", **RAY)
     del environment["OMP_NUM_THREADS"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -124,3 +131,15 @@ def test_ctrl_c_saves_first(tmp_path: Path, ray: RayCluster) -> None:
     output, errors = sweep.communicate(timeout=HANGS)
     assert sweep.returncode == 130, output + errors
     assert [r["status"] for r in results_in(tmp_path)] == ["interrupted", "interrupted"]
+
+
+def test_no_cluster_at_the_address(tmp_path: Path) -> None:
+    """One line says what is missing."""
+    need_the_launcher()
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    overrides = ("-m", "hydra/launcher=ray_gpus", f"hydra.launcher.ray.init.address={address}", *SMALL, "seed=0,1")
+    done = run_train(tmp_path, *overrides, **RAY)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: hydra.launcher.ray.init.address={address}: no Ray cluster answers there")
+    assert "ray start --head" in last
