@@ -44,7 +44,7 @@ EXPERIMENTS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests/engines unless VIX_ENGINES is set: they start clusters, and some have not passed yet (docs/sweeps.md)."""
+    """Skip tests/engines unless VIX_ENGINES is set: they start clusters (docs/sweeps.md)."""
     if not os.environ.get("VIX_ENGINES"):
         skip = pytest.mark.skip(reason="starts Slurm, Ray or network namespaces on this machine: set VIX_ENGINES=1")
         for item in items:

@@ -191,7 +191,8 @@ def test_with_accounting(tmp_path: Path) -> None:
     with cluster(accounting=True) as slurm:
         status, output, errors = Sweep(slurm, tmp_path, "seed=0").wait()
         assert status == 0, output + errors
-        assert "COMPLETED" in slurm.command("sacct", "-n", "-o", "state")
+        # The records arrive a little later than the job's end.
+        wait_until(lambda: "COMPLETED" in slurm.command("sacct", "-n", "-o", "state"))
 
 
 def test_a_job_that_reaches_its_time_limit_gets_further_each_time(limited: tuple[Path, Sweep]) -> None:

@@ -78,7 +78,8 @@ def gradients(loss: Tensor) -> dict[Tensor, Tensor]:
         if hasattr(node, "variable"):
             leaves[node.variable] = into[0]
             continue
-        out = node(*(into.get(i) for i in range(len(node._input_metadata))))
+        backward = getattr(node, "apply", node)  # that of a torch.autograd.Function, or PyTorch's own
+        out = backward(*(into.get(i) for i in range(len(node._input_metadata))))
         for (following, i), gradient in zip(node.next_functions, out if isinstance(out, tuple) else (out,), strict=False):
             if following is None:
                 continue
