@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,10 +156,16 @@ class Cluster:
         return [line.split() for line in shown.splitlines()]
 
     def hurry(self) -> None:
-        """Slurm starts a requeued job after two minutes, and no option changes that; an operator can."""
+        """Slurm starts a requeued job after two minutes, and no option changes that; an operator can.
+
+        Not within a second or two: its credential would count as that of the requeued job, which has been revoked.
+        """
+        since: dict[str, float] = {}
         while not self.stops.wait(0.5):
-            for job, reason in self.jobs("%i %r", ""):
-                if reason == "BeginTime":
+            waiting = [job for job, reason in self.jobs("%i %r", "") if reason == "BeginTime"]
+            since = {job: since.get(job, time.monotonic()) for job in waiting}
+            for job, first in since.items():
+                if time.monotonic() - first > 4:
                     self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def stop(self) -> None:
