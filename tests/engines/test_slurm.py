@@ -196,10 +196,10 @@ def test_with_accounting(tmp_path: Path) -> None:
 
 
 def test_a_job_that_reaches_its_time_limit_gets_further_each_time(limited: tuple[Path, Sweep]) -> None:
-    """It is queued again twice, and ends as if it had never been stopped."""
+    """It is queued again twice, on a slow machine more often, and ends as if it had never been stopped."""
     directory, sweep = limited
     status, output, errors = sweep.wait()
     assert status == 0, output + errors
     (log,) = directory.glob("outputs/*/*/train.log")
-    assert log.read_text().count("Stopped by signal 12") == 2
+    assert log.read_text().count("Stopped by signal 12") >= 2
     assert comparable(directory) == comparable(undisturbed(directory, "seed=7"))
