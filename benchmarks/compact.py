@@ -20,7 +20,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
             row["mixer"],
             f"{row['images_per_second']:.0f}",
             f"{IMAGES / row['images_per_second']:.0f}",
-            f"{row['bytes'] / 1e6:,.0f}",
+            f"{row['allocated'] / 1e6:,.0f}",
             f"{row['parameters']:,}",
         )
         for row in record["rows"]
@@ -41,7 +41,7 @@ def main() -> None:
         print(f"compact: {mixer}", file=sys.stderr)
         try:
             cost = isolated(context, chosen.threads, compact_step, mixer, device, chosen.quick, limit=900)
-            record["rows"].append({"mixer": mixer, "bytes": cost["allocated"], **cost})
+            record["rows"].append({"mixer": mixer, **cost})
         except Refused as reason:
             record["refused"].append({"mixer": mixer, "reason": str(reason)})
         path = write("compact", device, chosen, record)

@@ -71,32 +71,30 @@ KINDS: dict[str, tuple[Callable[[list[dict[str, Any]]], dict[str, Any]], Callabl
 }
 
 
+# Kind, module, option that selects what a piece measures, and all names that the option takes.
+PARTS: tuple[tuple[str, str, str | None, tuple[str, ...]], ...] = (
+    ("side-by-side", "benchmarks", "--models", tuple(MODELS)),
+    ("scaling", "benchmarks.scaling", "--mixers", tuple(scaling.MIXERS)),
+    ("compact", "benchmarks.compact", "--mixers", tuple(compact.NAMES)),
+    ("overhead", "benchmarks.overhead", None, ("overhead",)),
+)
+
+
 def pieces(options: Namespace) -> list[Piece]:
     """All pieces, the reference of each comparison first."""
     common = ("--device", options.device, "--threads", str(options.threads), *(("--quick",) if options.quick else ()))
-    found = [
-        *(
-            Piece("side-by-side", name, "benchmarks", ("--models", name, "--rounds", str(options.rounds)))
-            for name in MODELS
-            if options.only is None or name in options.only
-        ),
-        *(
-            Piece("scaling", name, "benchmarks.scaling", ("--mixers", name))
-            for name in scaling.MIXERS
-            if options.only is None or name in options.only
-        ),
-        *(
-            Piece("compact", name, "benchmarks.compact", ("--mixers", name))
-            for name in compact.NAMES
-            if options.only is None or name in options.only
-        ),
-        *(
-            Piece("overhead", name, "benchmarks.overhead", ())
-            for name in ("overhead",)
-            if options.only is None or name in options.only
-        ),
+    rounds = ("--rounds", str(options.rounds))
+    return [
+        Piece(
+            kind,
+            name,
+            module,
+            (*((select, name) if select else ()), *(rounds if kind == "side-by-side" else ()), *common),
+        )
+        for kind, module, select, names in PARTS
+        for name in names
+        if options.only is None or name in options.only
     ]
-    return [piece._replace(arguments=(*piece.arguments, *common)) for piece in found]
 
 
 def kept(folder: Path, piece: Piece) -> Path:
@@ -158,13 +156,11 @@ def write_page(folder: Path, every: list[Piece]) -> None:
 def main(arguments: list[str]) -> None:
     """The command."""
     options = parser("python -m benchmarks everything", "All figures of a machine; the same command continues.")
-    options.add_argument(
-        "--minutes", type=float, help="end within so many minutes; the same command continues (default: no limit)"
-    )
+    options.add_argument("--minutes", type=float, help="time limit in minutes; rerun to continue (default: no limit)")
     options.add_argument("--rounds", type=int, default=1, help="measurements of every variant side by side (default: 1)")
     options.add_argument("--only", nargs="+", metavar="NAME", help="models, mixers, overhead (default: all)")
     chosen = options.parse_args(arguments)
-    valid = dict.fromkeys((*MODELS, *scaling.MIXERS, *compact.NAMES, "overhead"))
+    valid = dict.fromkeys(name for *_, names in PARTS for name in names)
     if wrong := [name for name in chosen.only or () if name not in valid]:
         raise UserError(f"--only {wrong[0]}: unknown; valid: {', '.join(valid)}")
     device = chosen_device(chosen.device)
