@@ -16,9 +16,10 @@ from common import digit_folder
 from conftest import ROOT, TINY, run_train
 from PIL import Image
 from sklearn.metrics import confusion_matrix
+from torch import nn
 
 import vix
-from vix.analysis.trained_run import evaluate, load_trained_run
+from vix.analysis.trained_run import evaluate, load_trained_run, predict
 from vix.data.digits import Digits
 from vix.data.image_folder import ImageFolder
 from vix.errors import UserError
@@ -61,6 +62,34 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path) -> None:
         predicted = torch.cat([model(images).argmax(dim=1) for images, _ in test.eval_batches(7)])
     assert last["confusion_matrix"] == confusion_matrix(test.labels, predicted).tolist()
     assert last["class_names"] == list(data.class_names)
+
+
+def test_mirror_images_are_evaluated_too(tmp_path: Path) -> None:
+    """With ``trainer.mirror_eval`` the run's own figures, and those of evaluate and predict, are of the mean of both logits."""
+    results = train(tmp_path, *TINY, "trainer.mirror_eval=true", "trainer.precision=fp32", "trainer.epochs=2")
+    _, test = Digits(train_size=100, test_size=50).load(torch.device("cpu"))
+    model = vix.load_model(tmp_path / "run")
+    with torch.no_grad():
+        plain_BK, mirrored_BK = (
+            torch.cat([model(change(images)) for images, _ in test.eval_batches(256)])
+            for change in (lambda images: images, lambda images: images.flip(3))
+        )
+    mean_BK = (plain_BK + mirrored_BK) / 2
+    assert not torch.allclose(plain_BK, mirrored_BK)
+    assert results["test_loss"] == pytest.approx(nn.functional.cross_entropy(mean_BK, test.labels).item(), rel=1e-5)
+    assert results["top1"] == pytest.approx(100 * (mean_BK.argmax(dim=1) == test.labels).float().mean().item())
+    own, without = (
+        evaluate(load_trained_run(tmp_path / "run", "last", overrides)) for overrides in ((), ["trainer.mirror_eval=false"])
+    )
+    assert own["test_loss"] == results["test_loss"]
+    assert without["test_loss"] == pytest.approx(nn.functional.cross_entropy(plain_BK, test.labels).item(), rel=1e-5)
+
+    Image.fromarray(test.images[0, 0].numpy()).save(tmp_path / "digit.png")
+    (prediction,) = predict(load_trained_run(tmp_path / "run", "last"), [str(tmp_path / "digit.png")])
+    values = dict(prediction.classes)
+    softmax = dict(zip(Digits().class_names, mean_BK[0].softmax(dim=0).tolist(), strict=True))
+    assert values == {name: pytest.approx(softmax[name], rel=1e-4) for name in values}
+    assert len(values) == 5
 
 
 # Three classes of digits as image files, center-cropped; half of the training images are held out.

@@ -198,6 +198,32 @@ def test_the_map_mixer_of_the_docs(small_config, monkeypatch):
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
+def test_layer_scale_in_every_family(small_config, model):
+    """Each branch is multiplied by its gains, which are trained; gains of one change nothing."""
+    cfg = small_config(model=model, attention="softmax", embedding="linear", posenc="learned")
+    images = torch.randn(8, 1, 8, 8)
+
+    def build(initial):
+        cfg.model.layer_scale = initial
+        torch.manual_seed(0)
+        return build_model(cfg)
+
+    plain, ones, quarter = build(None), build(1.0), build(0.25)
+    torch.testing.assert_close(ones.eval()(images), plain.eval()(images))
+    gains = {name: p for name, p in quarter.named_parameters() if name not in dict(plain.named_parameters())}
+    assert {name.split(".")[-2] for name in gains} == {"scale1", "scale2"}
+    assert all((p == 0.25).all() for p in gains.values())
+    quarter.train()(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in gains.values())
+    # The same as a quarter of what each branch computes.
+    for module in plain.modules():
+        if hasattr(module, "scale1"):
+            for branch in (module.mixer, module.mlp):
+                branch.register_forward_hook(lambda module, inputs, output: output / 4)
+    torch.testing.assert_close(quarter.eval()(images), plain(images))
+
+
+@pytest.mark.parametrize("model", OPTIONS["model"])
 def test_stochastic_depth_in_every_family(small_config, model):
     """In training images lose branches of all blocks but the first; in evaluation nothing changes."""
     cfg = small_config(model=model, attention="softmax", embedding="linear", posenc="learned")

@@ -24,6 +24,7 @@ from vix.analysis.measure import measure
 from vix.build import Experiment
 from vix.layers.checkpointing import ActivationCheckpointing, set_activation_checkpointing
 from vix.system.device import resolve_precision
+from vix.training.evaluate import evaluated_logits
 from vix.training.state import TrainState
 
 MEASURED_SECONDS = 1.0  # of the repeated steps, at least five
@@ -154,8 +155,10 @@ def evaluation_memory(experiment: Experiment, device: torch.device | None = None
     experiment, device: as for :func:`pretended_run`.
     eval_batch_size: instead of the trainer's; None: the trainer's.
     """
-    with pretended_run(experiment, device) as (model, batch, autocast, allocations), autocast, torch.no_grad():
-        model.eval()(batch(min(eval_batch_size or experiment.trainer.eval_batch_size, experiment.data.eval_images))[0])
+    trainer = experiment.trainer
+    with pretended_run(experiment, device) as (model, batch, autocast, allocations), torch.no_grad():
+        images, _ = batch(min(eval_batch_size or trainer.eval_batch_size, experiment.data.eval_images))
+        evaluated_logits(model.eval(), images, autocast, trainer.mirror_eval)
     return allocations.peak
 
 

@@ -22,10 +22,11 @@ from vix.errors import ConfigError, DataError, UserError, nearest
 from vix.overrides import override_key, parse_override
 from vix.system.device import resolve_precision
 from vix.system.files import expand_home
-from vix.training.evaluate import TOP, predictions, scores
+from vix.training.evaluate import TOP, evaluated_logits, predictions, scores
 
 Weights = Literal["last", "best"]
-TRAINER_KEYS = ("trainer.device", "trainer.precision", "trainer.eval_batch_size")  # that do not change the model
+# Of the trainer, what does not change the model.
+TRAINER_KEYS = ("trainer.device", "trainer.precision", "trainer.eval_batch_size", "trainer.mirror_eval")
 IMAGE_FOLDER, EVALUATED_FOLDER = (f"{kind.__module__}.{kind.__name__}" for kind in (ImageFolder, EvaluatedFolder))
 
 
@@ -42,6 +43,7 @@ class TrainedRun:
     overridden: keys of these options.
     checkpoint: of the run.
     device, autocast, batch_size: where, in which precision, and how many images at a time the model computes.
+    mirror: whether the logits of each image and its mirror image are averaged.
     """
 
     directory: Path
@@ -55,6 +57,7 @@ class TrainedRun:
     device: torch.device
     autocast: torch.autocast
     batch_size: int
+    mirror: bool
 
 
 def separate(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -93,6 +96,7 @@ def load_trained_run(directory: Path, weights: Weights, overrides: Sequence[str]
         device,
         torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32),
         trainer.eval_batch_size,
+        trainer.mirror_eval,
     )
 
 
@@ -138,7 +142,7 @@ def evaluate(run: TrainedRun, split: Literal["test", "validation"] | None = None
     images = data.load_evaluated(run.device)
     names = run.class_names or data.class_names
     images.labels = class_indices(run, data).to(run.device)[images.labels]
-    predicted = predictions(run.model, images.eval_batches(run.batch_size), run.autocast)
+    predicted = predictions(run.model, images.eval_batches(run.batch_size), run.autocast, run.mirror)
     count = len(names)
     pairs = predicted.labels * count + predicted.top[:, 0]
     progress = run.checkpoint["progress"]
@@ -270,8 +274,7 @@ def predict(run: TrainedRun, files: Sequence[str]) -> Iterator[FilePrediction]:
 def probabilities(run: TrainedRun, images_BYXC: np.ndarray, names: Sequence[str]) -> list[tuple[tuple[str, float], ...]]:
     """For each image (uint8), the most probable classes with their probabilities."""
     images_BCYX = torch.from_numpy(images_BYXC).permute(0, 3, 1, 2).to(run.device)
-    with run.autocast:
-        logits_BK = run.model(normalize(images_BCYX))
-    values, classes = logits_BK.float().softmax(dim=1).topk(min(TOP, logits_BK.shape[1]))
+    logits_BK = evaluated_logits(run.model, normalize(images_BCYX), run.autocast, run.mirror)
+    values, classes = logits_BK.softmax(dim=1).topk(min(TOP, logits_BK.shape[1]))
     rows = zip(values.tolist(), classes.tolist(), strict=True)
     return [tuple((names[k], value) for value, k in zip(*row, strict=True)) for row in rows]

@@ -81,7 +81,7 @@ def main() -> None:
         metavar="RUN",
         nargs="+",
         help="a run's directory, such as outputs/vin/seed=0; or key=value: data=NAME, data.*, trainer.device, "
-        "trainer.precision, trainer.eval_batch_size",
+        "trainer.precision, trainer.eval_batch_size, trainer.mirror_eval",
     )
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="of which epoch (default: last)")
     parser.add_argument(

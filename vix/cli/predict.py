@@ -28,7 +28,7 @@ def main() -> None:
         metavar="PATH",
         nargs="+",
         help="an image file, or a folder whose images are predicted; or key=value: trainer.device, trainer.precision, "
-        "trainer.eval_batch_size",
+        "trainer.eval_batch_size, trainer.mirror_eval",
     )
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="of which epoch (default: last)")
     options = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Building blocks that the model families share: MLP, pre-norm block, norms and stochastic depth."""
+"""Building blocks that the model families share: MLP, pre-norm block, norms, layer scale and stochastic depth."""
 
 from collections.abc import Callable
 from typing import Annotated, TypeVar
@@ -60,6 +60,7 @@ class PreNormBlock(Block):
     dropout: dropout probability of both branches' outputs.
     norm: constructor of the norms, called with ``dim``.
     stochastic_depth: probability of dropping each branch for an image in training.
+    layer_scale: initial value of the gains of :class:`LayerScale` on both branches' outputs; None: no gains.
     """
 
     def __init__(
@@ -70,15 +71,17 @@ class PreNormBlock(Block):
         dropout: float = 0.0,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
         stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1, self.mixer = norm(dim), mixer
         self.norm2, self.mlp = norm(dim), mlp
+        self.scale1, self.scale2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
         self.dropout, self.drop_path = nn.Dropout(dropout), StochasticDepth(stochastic_depth)
 
     def forward_once(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.drop_path(self.dropout(self.mixer(self.norm1(x_BND))))
-        return x_BND + self.drop_path(self.dropout(self.mlp(self.norm2(x_BND))))
+        x_BND = x_BND + self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x_BND)))))
+        return x_BND + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x_BND)))))
 
 
 class ChannelNorm(nn.Module):
@@ -100,6 +103,20 @@ class ChannelNorm(nn.Module):
         # vector_norm has a finite gradient where all channels are equal; the square root of the variance does not.
         std_BN1 = torch.linalg.vector_norm(centered_BND, dim=-1, keepdim=True) / x_BND.shape[-1] ** 0.5
         return centered_BND / (std_BN1 + 1e-5) * self.gain_D + self.offset_D
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel (Touvron et al., "Going deeper with Image Transformers", 2021): (B, N, D) → (B, N, D).
+
+    dim: width D of the tokens.   initial: initial value of the gains.
+    """
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gain_D = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND * self.gain_D
 
 
 class StochasticDepth(nn.Module):

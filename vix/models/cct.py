@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.layers.blocks import MLP, StochasticDepth, drop_rates
+from vix.layers.blocks import MLP, LayerScale, StochasticDepth, drop_rates
 from vix.layers.checkpointing import Block
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
@@ -22,6 +22,7 @@ class CCT(nn.Module):
     depth: number of blocks.
     mlp_ratio: hidden width of the MLPs divided by ``dim``.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
+    layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
     dropout: dropout probability of the mixers' and MLPs' outputs.
     """
 
@@ -38,6 +39,7 @@ class CCT(nn.Module):
         depth: Positive = 4,
         mlp_ratio: PositiveFloat = 4.0,
         stochastic_depth: Fraction = 0.1,
+        layer_scale: PositiveFloat | None = None,
         dropout: Fraction = 0.0,
     ) -> None:
         super().__init__()
@@ -52,6 +54,7 @@ class CCT(nn.Module):
                     MLP(dim, mlp_ratio, dropout),
                     rate,
                     dropout,
+                    layer_scale,
                 )
                 for i, rate in enumerate(drop_rates(stochastic_depth, depth))
             )
@@ -72,15 +75,24 @@ class CCT(nn.Module):
 class CCTBlock(Block):
     """CCT's block, x += mixer(LN(x)); x = LN(x); x += mlp(x): the second norm is applied to the residual stream itself."""
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, stochastic_depth: float, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        stochastic_depth: float,
+        dropout: float,
+        layer_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.norm1, self.mixer = nn.LayerNorm(dim), mixer
         self.norm2, self.mlp = nn.LayerNorm(dim), mlp
+        self.scale1, self.scale2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
         self.drop = nn.Sequential(nn.Dropout(dropout), StochasticDepth(stochastic_depth))
 
     def forward_once(self, x_BND: Tensor) -> Tensor:
-        x_BND = self.norm2(x_BND + self.drop(self.mixer(self.norm1(x_BND))))
-        return x_BND + self.drop(self.mlp(x_BND))
+        x_BND = self.norm2(x_BND + self.drop(self.scale1(self.mixer(self.norm1(x_BND)))))
+        return x_BND + self.drop(self.scale2(self.mlp(x_BND)))
 
 
 def init_weights(module: nn.Module) -> None:

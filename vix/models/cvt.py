@@ -25,6 +25,7 @@ class CvT(nn.Module):
     stride: stride of the 3×3 convolutions before the second and later stages, one value per convolution.
     dropout: dropout probability of the mixers' and MLPs' outputs.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
+    layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
 
     Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
     """
@@ -45,6 +46,7 @@ class CvT(nn.Module):
         stride: Positive | tuple[Positive, ...] = 1,
         dropout: Fraction = 0.0,
         stochastic_depth: Fraction = 0.0,
+        layer_scale: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         stages = len(depth)
@@ -63,7 +65,8 @@ class CvT(nn.Module):
             for i in range(sum(depth[:stage]), sum(depth[: stage + 1])):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, layer=i, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
-                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=ChannelNorm, stochastic_depth=rates[i]))
+                block = PreNormBlock(dims[stage], mixer, mlp, dropout, ChannelNorm, rates[i], layer_scale)
+                self.blocks.append(block)
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class LeViT(nn.Module):
     stride: subsampling of rows and columns between stages, one value per transition.
     dropout: dropout probability of the mixers' and MLPs' outputs.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
+    layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
 
     Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
     """
@@ -45,6 +46,7 @@ class LeViT(nn.Module):
         stride: Positive | tuple[Positive, ...] = 2,
         dropout: Fraction = 0.0,
         stochastic_depth: Fraction = 0.0,
+        layer_scale: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         stages = len(depth)
@@ -66,7 +68,7 @@ class LeViT(nn.Module):
             for i in range(sum(depth[:stage]), sum(depth[: stage + 1])):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, layer=i, heads=all_heads[stage])
                 mlp = MLP(dims[stage], ratios[stage], dropout)
-                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, norm=nn.Identity, stochastic_depth=rates[i]))
+                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, nn.Identity, rates[i], layer_scale))
         self.head = nn.Linear(dims[-1], classes)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:

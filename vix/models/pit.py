@@ -29,6 +29,7 @@ class PiT(nn.Module):
     pool: what the head reads: ``class_token``, a learned token before the others, as in PiT; or the ``mean`` of all tokens.
     dropout: dropout probability of the mixers' and MLPs' outputs.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
+    layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
 
     Raises ValueError where a list's length does not match the number of stages, a width is not a multiple of the previous one,
     or a stride exceeds the rows of tokens.
@@ -51,6 +52,7 @@ class PiT(nn.Module):
         pool: Literal["class_token", "mean"] = "class_token",
         dropout: Fraction = 0.0,
         stochastic_depth: Fraction = 0.0,
+        layer_scale: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         stages = len(depth)
@@ -81,7 +83,8 @@ class PiT(nn.Module):
                     inner=dims[0] * (all_heads[stage] or 1) // (all_heads[0] or 1),
                 )
                 mlp = MLP(dims[stage], ratios[stage], dropout)
-                self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, stochastic_depth=rates[i]))
+                block = PreNormBlock(dims[stage], mixer, mlp, dropout, stochastic_depth=rates[i], layer_scale=layer_scale)
+                self.blocks.append(block)
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], classes)
 

@@ -24,6 +24,7 @@ class ViT(nn.Module):
     pool: ``class_token`` prepends a learned token and classifies from it (ViT); ``mean`` averages all tokens (MLP-Mixer).
     dropout: dropout probability of the mixers' and MLPs' outputs.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
+    layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ViT(nn.Module):
         pool: Literal["class_token", "mean"] = "class_token",
         dropout: Fraction = 0.0,
         stochastic_depth: Fraction = 0.0,
+        layer_scale: PositiveFloat | None = None,
     ) -> None:
         super().__init__()
         self.embedding = embedding(image_size=image_size, channels=channels, dim=dim)
@@ -55,6 +57,7 @@ class ViT(nn.Module):
                     MLP(dim, mlp_ratio, dropout),
                     dropout,
                     stochastic_depth=rate,
+                    layer_scale=layer_scale,
                 )
                 for i, rate in enumerate(drop_rates(stochastic_depth, depth))
             )

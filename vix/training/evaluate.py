@@ -25,21 +25,36 @@ class Predictions(NamedTuple):
     labels: Tensor
 
 
+def evaluated_logits(model: nn.Module, images_BCYX: Tensor, autocast: torch.autocast, mirror: bool = False) -> Tensor:
+    """Logits (B, K) in float32.
+
+    model: the model.
+    images_BCYX: normalized images.
+    autocast: autocast context of the run.
+    mirror: average the logits of each image and its mirror image (``trainer.mirror_eval``).
+    """
+    with autocast:
+        logits_BK = model(images_BCYX)
+        mirrored_BK = model(images_BCYX.flip(-1)) if mirror else logits_BK
+    return (logits_BK.float() + mirrored_BK.float()) / 2 if mirror else logits_BK.float()
+
+
 @torch.no_grad()
-def predictions(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast) -> Predictions:
+def predictions(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast, mirror: bool = False
+) -> Predictions:
     """The predictions for every image.
 
     model: the model, which is set to eval mode.
     batches: batches of images (B, C, Y, X) and labels (B,).
-    autocast: autocast context of the run.
+    autocast, mirror: as in :func:`evaluated_logits`.
     """
     model.eval()
     parts = []
     for images, labels in batches:
-        with autocast:
-            logits_BK = model(images)
-        loss = F.nll_loss(logits_BK.float().log_softmax(dim=1), labels, reduction="none")
-        parts.append((loss, logits_BK.float().topk(min(TOP, logits_BK.shape[1])).indices, labels))
+        logits_BK = evaluated_logits(model, images, autocast, mirror)
+        loss = F.nll_loss(logits_BK.log_softmax(dim=1), labels, reduction="none")
+        parts.append((loss, logits_BK.topk(min(TOP, logits_BK.shape[1])).indices, labels))
     if not parts:  # a process whose shards are all empty
         none = torch.empty(0, dtype=torch.int64)
         return Predictions(torch.empty(0), none[:, None], none)
@@ -69,13 +84,17 @@ def scores(predicted: Predictions, classes: int) -> dict[str, Any]:
 
 
 def accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], autocast: torch.autocast, classes: int
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    autocast: torch.autocast,
+    classes: int,
+    mirror: bool = False,
 ) -> dict[str, Any]:
     """The :func:`scores` of a model.
 
     model: the model, which is set to eval mode.
     batches: batches of images (B, C, Y, X) and labels (B,); each process evaluates its share of every batch.
-    autocast: autocast context of the run.
+    autocast, mirror: as in :func:`evaluated_logits`.
     classes: number K of classes.
     """
 
@@ -84,4 +103,4 @@ def accuracy(
             if len(shard(labels)):
                 yield shard(images), shard(labels)
 
-    return scores(predictions(model, shards(), autocast), classes)
+    return scores(predictions(model, shards(), autocast, mirror), classes)

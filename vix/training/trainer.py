@@ -49,6 +49,7 @@ class Trainer:
     epochs, batch_size, eval_batch_size: passes over the training images; images per training step and per evaluation step.
     patience: stop after this many epochs without a higher top-1 accuracy on the evaluated split; null: never.
     init_from: directory of a run, or file, whose weights a new run starts from (vix/training/init_from.py); null: random ones.
+    mirror_eval: evaluate the mean of the logits of each image and its mirror image.
     micro_batch: images per forward and backward pass, whose gradients are accumulated; null: the whole batch; auto: the most
         that fit the memory.
     activation_checkpointing: recompute activations in the backward pass instead of storing them (vix/layers/checkpointing.py).
@@ -75,6 +76,7 @@ class Trainer:
     init_from: str | None = None
     batch_size: Positive = 64
     eval_batch_size: Positive = 256
+    mirror_eval: bool = False
     micro_batch: Positive | Literal["auto"] | None = None
     activation_checkpointing: ActivationCheckpointing = None
     memory_limit_gb: PositiveFloat | None = None
@@ -136,7 +138,7 @@ class Trainer:
                 raise self.locate_nonfinite(session) from None
             limit_memory(self.torch_device, None)
             if board:
-                predicted = predictions(state.eval_model, self.eval_batches(session), session.step.autocast)
+                predicted = predictions(state.eval_model, self.eval_batches(session), session.step.autocast, self.mirror_eval)
                 board.finish(run.results, predicted.loss, predicted.top[:, 0])
         stopped_early = state.progress.epoch < self.epochs
         if stopped_early:
@@ -252,7 +254,8 @@ class Trainer:
     def evaluate(self, session: "Session") -> dict[str, Any]:
         """Accuracy and loss on the evaluated split (:func:`vix.training.evaluate.scores`), and ``eval_seconds``."""
         clock = time.perf_counter()
-        scores = accuracy(session.state.eval_model, self.eval_batches(session), session.step.autocast, session.test.classes)
+        model, autocast = session.state.eval_model, session.step.autocast
+        scores = accuracy(model, self.eval_batches(session), autocast, session.test.classes, self.mirror_eval)
         return {**scores, "eval_seconds": time.perf_counter() - clock}
 
     def eval_batches(self, session: "Session") -> Iterator[tuple[Tensor, Tensor]]:
