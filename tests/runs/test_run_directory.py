@@ -26,7 +26,7 @@ from vix.data.image_folder import ImageFolder
 from vix.errors import DataError, UserError
 from vix.reporting.logger import hyperparameters
 from vix.runs.checkpoint import read_checkpoint
-from vix.runs.results import find_runs, group_seeds
+from vix.runs.results import RunRecord, find_runs, group_seeds
 from vix.runs.run import RunDirectory
 
 FOLDER = (
@@ -570,3 +570,21 @@ Cifar10(root={str(tmp_path / "data")!r}).download(Reader, Path("no-archive"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data/cifar-10-batches-py/data_batch_1").read_text() == "from the other"
+
+
+def test_an_option_that_is_newer_than_the_run(tmp_path: Path) -> None:
+    """A run whose config lacks it is the same run while the option is off, also in a report's groups."""
+    assert run_train(tmp_path, *IN_R).returncode == 0
+    results = read(tmp_path / "r/results.json")
+    group = RunRecord(Path(), "finished", "", results).group_key
+    for section, key in (("trainer", "mirror_eval"), ("model", "layer_scale"), ("model", "stochastic_depth")):
+        assert not results["config"][section].pop(key)
+    assert RunRecord(Path(), "finished", "", results).group_key == group
+    (tmp_path / "r/results.json").write_text(json.dumps(results))
+    before = (tmp_path / "r/checkpoint.pt").read_bytes()
+    again = run_train(tmp_path, *IN_R)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "r/checkpoint.pt").read_bytes() == before
+    on = run_train(tmp_path, *IN_R, "trainer.mirror_eval=true")
+    assert on.returncode
+    assert "trainer.mirror_eval was None and is True" in last_error(on.stderr)

@@ -173,23 +173,49 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
     None where no group has this cost.
     """
     word, axis, unit = COSTS[cost]
-    measured = [entry for entry in entries if entry.row[cost]]
+    measured = [
+        Cost(row[cost] / unit, row["top1"], row["top1_std"], label, str(group.best.get("attention")))
+        for group, row, label in entries
+        if row[cost]
+    ]
     if not measured:
         return None
     figure, axes = new_figure(f"Accuracy against {word}", note)
-    front = pareto_front((row[cost] / unit, row["top1"]) for _, row, _ in measured)
+    kinds = pareto_panel(figure, axes, measured, axis)
+    handles = [dot(kind, COLORS.get(kind, OTHER)) for kind in kinds]
+    legend(figure, [*handles, Line2D([], [], color="black", alpha=0.6, label="Pareto front")])
+    return figure
+
+
+class Cost(NamedTuple):
+    """A point of :func:`pareto_panel`: cost, accuracy in percent and its standard deviation, label, and token mixer."""
+
+    cost: float
+    top1: float
+    std: float | None
+    label: str
+    mixer: str
+
+
+def pareto_panel(figure: Figure, axes: Axes, measured: Sequence[Cost], axis: str) -> list[str]:
+    """Draw accuracy (mean ± standard deviation) against cost, with labels and the Pareto front.
+
+    measured: at least one point.   axis: label of the x axis.
+
+    Returns the mixers whose colors occur, with ``other`` for all that have none of their own.
+    """
+    front = pareto_front((cost, top1) for cost, top1, *_ in measured)
     points: list[Point] = []
     lines: list[Line] = []
     bars: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)  # keyed by the color's meaning
-    for group, row, label in measured:
-        kind = KINDS.get(attention := str(group.best.get("attention")), attention)
-        x, y, std = row[cost] / unit, row["top1"], row["top1_std"]
+    for x, y, std, label, mixer in measured:
+        kind = KINDS.get(mixer, mixer)
         bars[kind if kind in COLORS else "other"].append((x, y, math.nan if std is None else std))
         lines.append(((x, y - (std or 0.0)), (x, y + (std or 0.0))))
         points.append(Point(x, y, label, COLORS.get(kind, OTHER), first=(x, y) in front))
     for kind, bar in bars.items():
-        x, y, std = zip(*bar, strict=True)
-        axes.errorbar(x, y, std, fmt="o", color=COLORS.get(kind, OTHER), ms=6, capsize=3, lw=1, zorder=3)
+        x_values, y_values, stds = zip(*bar, strict=True)
+        axes.errorbar(x_values, y_values, stds, fmt="o", color=COLORS.get(kind, OTHER), ms=6, capsize=3, lw=1, zorder=3)
     axes.margins(0.12)
     logarithmic(axes)
     # The front is extended to the right edge at its best accuracy.
@@ -202,10 +228,8 @@ def pareto(entries: Iterable[Entry], note: str, cost: str) -> Figure | None:
     axes.set_xlim(left, right)
     axes.set_xlabel(axis)
     axes.set_ylabel("top-1 accuracy of the last epoch, %")
-    handles = [dot(kind, COLORS.get(kind, OTHER)) for kind in bars]
-    legend(figure, [*handles, Line2D([], [], color="black", alpha=0.6, label="Pareto front")])
     put_labels(figure, axes, points, lines)
-    return figure
+    return [*bars]
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -122,12 +122,19 @@ def changes_row(changed: Changes, epoch: int, batch: int) -> dict[str, Any]:
     return {"epochs_before": epoch, "steps_before": batch, "changed": {key: list(values) for key, values in changed.items()}}
 
 
+def is_off(value: Any) -> bool:
+    """Whether the value of an option is null, false or 0: a run may predate such an option, without another result."""
+    return value is None or value is False or (isinstance(value, int | float) and value == 0)
+
+
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """Keys of two flat configs whose values differ, sorted, with both values (None where a config lacks the key).
 
+    An option that is off and that the earlier config lacks is no difference: it is newer than the run.
+
     then, now: configs with dotted keys.   ignored: keys that are not compared.
     """
-    keys = sorted(key for key in {*then, *now} - {*ignored} if is_of_the_run(key))
+    keys = sorted(key for key in {*then, *now} - {*ignored} if is_of_the_run(key) and (key in then or not is_off(now[key])))
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from vix.errors import UserError
 from vix.overrides import override_key, settings
-from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, is_of_the_run
+from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, is_of_the_run, is_off
 from vix.system.files import walk
 
 Row = dict[str, Any]
@@ -84,11 +84,11 @@ class RunRecord:
     def group_key(self) -> tuple[str, ...]:
         """Equal for runs that differ only in the seed or the fold.
 
-        It contains the whole config, because config files may have changed. Options that are null are omitted: a run may
+        It contains the whole config, because config files may have changed. Options that are off are omitted: a run may
         predate such an option.
         """
         items = flatten(self.results["config"]).items()
-        config = {k: v for k, v in items if v is not None and k not in IGNORED_IN_GROUPS and is_of_the_run(k)}
+        config = {k: v for k, v in items if not is_off(v) and k not in IGNORED_IN_GROUPS and is_of_the_run(k)}
         place = tuple(str(self.results.get(key)) for key in ("device", "precision", "init_weights"))
         # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
