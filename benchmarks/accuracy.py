@@ -1,0 +1,110 @@
+"""``python -m benchmarks.accuracy``: accuracy of the compact benchmark's runs against their time and memory.
+
+Reads the finished runs of ``./sweep.sh compact hydra.sweep.dir=results/compact``, and the memory of a training step that
+``python -m benchmarks.compact --memory`` has counted; prints the table of docs/compact.md, and draws docs/accuracy.png.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from benchmarks.compact import NAMES
+from vix.reporting.plots import DPI, Cost, pareto_front, pareto_panel, png
+from vix.reporting.table import Table
+from vix.runs.results import find_runs, group_seeds
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "results/compact"
+RECORD = ROOT / "benchmarks/results/compact-memory-intel-xeon-processor-2-threads.json"
+HEADS = ("mixer", "top-1 %, last epoch", "seeds", "seconds per epoch", "peak MB", "parameters", "Pareto front of")
+
+
+class Trained(NamedTuple):
+    """A mixer: accuracy in percent after the last epoch (mean and standard deviation over the seeds), and its costs.
+
+    seconds: of training, without the evaluation, in the fastest epoch of all seeds: the least disturbed one.
+    megabytes: peak memory of a training step in addition to weights and optimizer state, in 10⁶ bytes.
+    """
+
+    mixer: str
+    top1: float
+    std: float | None
+    seeds: int
+    seconds: float
+    megabytes: float
+    parameters: int
+
+
+def trained(directory: Path, record: Mapping[str, Any]) -> list[Trained]:
+    """The mixers that were trained with the unchanged protocol and measured, by accuracy.
+
+    directory: of the runs.   record: of ``python -m benchmarks.compact --memory``.
+    """
+    costs = {row["mixer"]: row for row in record["rows"]}
+    rows = []
+    for group in group_seeds(find_runs([directory]))[0]:
+        run = group.runs[0]
+        mixer, top1 = str(run.results["attention"]), group.mean("top1")
+        other = set(run.changes) - {f"attention={mixer}"}
+        if run.experiment != "compact" or other or mixer not in costs or top1 is None:
+            continue
+        cost = costs[mixer]
+        fastest = max(epoch["images_per_second"] for run in group.runs for epoch in run.results["history"])
+        seconds, megabytes = run.results["train_images"] / fastest, cost["allocated"] / 1e6
+        rows.append(Trained(mixer, top1, group.std("top1"), len(group.runs), seconds, megabytes, cost["parameters"]))
+    return sorted(rows, key=lambda row: -row.top1)
+
+
+def table(rows: Sequence[Trained]) -> Table:
+    """The table of docs/compact.md, by accuracy."""
+    fast = pareto_front((row.seconds, row.top1) for row in rows)
+    small = pareto_front((row.megabytes, row.top1) for row in rows)
+    lines = [
+        (
+            row.mixer,
+            f"{row.top1:.2f}" if row.std is None else f"{row.top1:.2f} ± {row.std:.2f}",
+            str(row.seeds),
+            f"{row.seconds:.0f}",
+            f"{row.megabytes:,.0f}",
+            f"{row.parameters:,}",
+            ", ".join(
+                word
+                for word, cost, front in (("time", row.seconds, fast), ("memory", row.megabytes, small))
+                if (cost, row.top1) in front
+            )
+            or "–",
+        )
+        for row in rows
+    ]
+    return Table("The compact benchmark", HEADS, lines, 1)
+
+
+def picture(rows: Sequence[Trained]) -> bytes:
+    """PNG of accuracy against seconds per epoch, and against peak memory."""
+    with rc_context({"font.size": 9}):
+        figure = Figure((11, 4.8), DPI)
+        panels = figure.subplots(1, 2)
+        figure.subplots_adjust(left=0.06, right=0.99, top=0.96, bottom=0.11, wspace=0.14)
+        quantities = (("seconds", "seconds per epoch of 50,000 images"), ("megabytes", "peak memory of a training step, MB"))
+        for axes, (quantity, label) in zip(panels, quantities, strict=True):
+            axes.grid(alpha=0.25)
+            costs = [Cost(getattr(row, quantity), row.top1, row.std, row.mixer, row.mixer) for row in rows]
+            pareto_panel(figure, axes, costs, label)
+        return png(figure)
+
+
+def main() -> None:
+    """The command."""
+    rows = trained(RUNS, json.loads(RECORD.read_text(encoding="utf-8")))
+    print(table(rows).markdown())
+    (ROOT / "docs/accuracy.png").write_bytes(picture(rows))
+    if missing := [name for name in NAMES if name not in {row.mixer for row in rows}]:
+        print(f"Not trained or not measured: {', '.join(missing)}.")
+
+
+if __name__ == "__main__":
+    main()
