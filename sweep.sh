@@ -8,6 +8,7 @@ Train all models of a table of the paper, or any sweep, and print the report of 
 
   ./sweep.sh TABLE [override …]      TABLE: table1 … table5, or all (38 rows)
   ./sweep.sh compact [override …]    the compact benchmark: every token mixer in the same small ViT
+  ./sweep.sh compact-families …      the same in CCT, CvT, PiT and LeViT, with four attentions
   ./sweep.sh override …              same as: python train.py -m override …
   ./sweep.sh --plan …                only list the runs and their cost (same as: python -m vix plan)
 
@@ -83,6 +84,10 @@ case "$1" in
         mixers=$(basename -s .yaml conf/attention/*.yaml | grep -vx -e levit -e cvt)
         shift
         set -- experiment=compact "attention=${mixers//$'\n'/,}" "$@"
+        ;;
+    compact-families)
+        shift
+        set -- experiment=compact_cct,compact_cvt,compact_pit,compact_levit attention=softmax,performer,linformer,nystrom "$@"
         ;;
 esac
 

@@ -94,6 +94,8 @@ class OverlayOptions:
                 intended = self.base.get(group)  # setting a class counts as choosing an option
             if intended is not None and [intended] != self.chosen.get(group):
                 foreign.append(group)
+                if any(group in self.choices_of(parent, override=True) for parent in self.parents[path]):
+                    continue  # the file that includes this one chooses another option itself
                 shown = ", ".join(f"{key}={value}" for key, value in plain_items(options))
                 self.left_out.append(
                     f"{group}={option_name(self.chosen.get(group))}: "
