@@ -1,5 +1,6 @@
 """Time and peak memory of a repeated step; CUDA events measure the time on a GPU."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -101,6 +102,7 @@ def peak_allocated(step: Callable[[], object], device: torch.device) -> int:
 
 def most_allocated(step: Callable[[], object]) -> int:
     """Peak bytes on the CPU that a step allocates, measured with PyTorch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without a GPU, PyTorch for CUDA would report that on standard error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     assert profile.profiler is not None
