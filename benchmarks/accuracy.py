@@ -4,6 +4,7 @@ Reads the finished runs of ``./sweep.sh compact hydra.sweep.dir=results/compact`
 ``python -m benchmarks.compact --memory`` has counted; prints the table of docs/compact.md, and draws docs/accuracy.png.
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.compact import NAMES
+from benchmarks.record import errors_in_one_line
+from vix.errors import UserError
 from vix.reporting.plots import DPI, Cost, pareto_front, pareto_panel, png
 from vix.reporting.table import Table
 from vix.runs.results import find_runs, group_seeds
+from vix.system.files import user_path
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "results/compact"
@@ -99,12 +103,21 @@ def picture(rows: Sequence[Trained]) -> bytes:
 
 def main() -> None:
     """The command."""
-    rows = trained(RUNS, json.loads(RECORD.read_text(encoding="utf-8")))
+    options = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description="Accuracy against time and memory.")
+    options.add_argument("--runs", type=user_path, default=RUNS, help="directory of the runs (default: results/compact)")
+    options.add_argument("--memory", type=user_path, default=RECORD, help="record of python -m benchmarks.compact --memory")
+    options.add_argument("--picture", type=user_path, default=ROOT / "docs/accuracy.png", help="PNG file to write")
+    chosen = options.parse_args()
+    if not chosen.memory.exists():
+        raise UserError(f"{chosen.memory}: no such file; python -m benchmarks.compact --memory writes it")
+    rows = trained(chosen.runs, json.loads(chosen.memory.read_text(encoding="utf-8")))
+    if not rows:
+        raise UserError(f"{chosen.runs}: no finished run of ./sweep.sh compact whose memory is in {chosen.memory}")
     print(table(rows).markdown())
-    (ROOT / "docs/accuracy.png").write_bytes(picture(rows))
+    chosen.picture.write_bytes(picture(rows))
     if missing := [name for name in NAMES if name not in {row.mixer for row in rows}]:
-        print(f"Not trained or not measured: {', '.join(missing)}.")
+        print(f"Not trained yet: {', '.join(missing)}.")
 
 
 if __name__ == "__main__":
-    main()
+    errors_in_one_line(main)

@@ -104,6 +104,37 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_accuracy_against_time_and_memory(tmp_path: Path) -> None:
+    """Table and picture of kept runs, with the memory that another command counts; without runs or memory, one line."""
+    memory, picture = tmp_path / "memory.json", tmp_path / "accuracy.png"
+    arguments = ("--runs", str(ROOT / "results/recipe"), "--memory", str(memory), "--picture", str(picture))
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.accuracy", *arguments, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False)
+
+    done = call()
+    assert done.returncode == 1
+    assert done.stderr == f"error: {memory}: no such file; python -m benchmarks.compact --memory writes it\n"
+    _, record = measured("benchmarks.compact", memory, "--memory", "--mixers", "softmax", "identity")
+    done = call()
+    assert done.returncode == 0, done.stderr
+    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.stdout.splitlines() if "|" in line]
+    rows = {cells[0]: cells for cells in lines[2:]}
+    assert set(rows) == {"softmax", "identity"}
+    for row in record["rows"]:
+        (path,) = (ROOT / "results/recipe").glob(f"*attention={row['mixer']},*/seed=0/results.json")
+        run = json.loads(path.read_text())
+        seconds = min(50_000 / epoch["images_per_second"] for epoch in run["history"])
+        expected = [f"{run['top1']:.2f}", "1", f"{seconds:.0f}", f"{row['allocated'] / 1e6:,.0f}"]
+        assert rows[row["mixer"]][1:5] == expected
+    assert rows["identity"][6] == "time, memory"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "Not trained yet: performer, " in done.stdout
+    assert call("--runs", str(tmp_path)).stderr.startswith(f"error: {tmp_path}: no finished run of ./sweep.sh compact")
+
+
+@pytest.mark.slow
 def test_everything_in_pieces(tmp_path: Path) -> None:
     """A call that has too little time leaves pieces to the next one, which ends with one page of all tables."""
     arguments = ("--only", "identity", "softmax")

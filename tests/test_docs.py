@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_config import GROUPS, OWN_MIXER
 
+from benchmarks import accuracy
 from benchmarks.crossover import crossover, curve
 from benchmarks.scaling import MIXERS
 from benchmarks.variants import MODELS
@@ -144,6 +145,21 @@ def test_all_mixers_next_to_packages() -> None:
     behind = {row["model"] for row in record["rows"] if row[ratios[0]] < 1 or row[ratios[1]] > 1}
     assert set(re.findall(r"`(\w+)`", text)) & {*MODELS} == behind
     assert mean[ratios[0]] > 1.3
+
+
+def test_compact_benchmark() -> None:
+    """The tables agree with the kept runs, and with the counted memory where a page shows it."""
+    for mixer, top1 in table("docs/compact.md", "first version"):
+        (run,) = (ROOT / "results/recipe").glob(f"compact,attention={mixer},optimizer=adamw/seed=0/results.json")
+        results = json.loads(run.read_text())
+        assert (results["status"], results["epochs"], results["test_images"]) == ("finished", 8, 10_000)
+        assert results["config"]["optimizer"]["_target_"] == "torch.optim.AdamW"
+        assert f"{results['top1']:.2f}" == top1
+    kept = accuracy.RUNS.exists()
+    assert kept == ("No runs are kept yet." not in PAGES["docs/compact.md"])
+    if kept:
+        rows = accuracy.trained(accuracy.RUNS, json.loads(accuracy.RECORD.read_text()))
+        assert table("docs/compact.md", "mixer") == [list(line) for line in accuracy.table(rows).lines]
 
 
 def from_tokens(points: list[dict], mixer: str, quantity: str) -> str:
@@ -328,6 +344,10 @@ def arguments_of_train(words: Command) -> Command | None:
             rows = [row["experiment"] for row in PUBLISHED if rest[0] in ("all", f"table{row['table']}")]
             assert rows, rest[0]
             rest[0] = f"experiment={','.join(rows)}"
+        elif rest[0] == "compact":
+            rest[0] = "experiment=compact"
+        elif rest[0] == "compact-families":
+            rest[0] = "experiment=compact_cct,compact_cvt,compact_levit,compact_pit"
         return ["-m", *rest]
     name = words[1] if words[0] == "vix" else words[3] if words[:3] == ["python", "-m", "vix"] else ""
     rest = [word for word in words[words.index(name) + 1 :] if not word.startswith("-")] if name else []

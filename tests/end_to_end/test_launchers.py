@@ -114,7 +114,7 @@ def test_search(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_search_for_a_recipe(tmp_path: Path) -> None:
-    """Trials differ in rate, decay and augmentation, and none sees the test images."""
+    """Trials differ in optimizer, rate, decay, regularization and augmentation, and none sees the test images."""
     need("hydra_optuna_sweeper")
     search = ("-m", "hydra/sweeper=optuna_recipe", "hydra.sweeper.n_trials=3", *TINY, "recipe=modern")
     done = run_train(tmp_path, *search, "trainer.warmup_epochs=1.0", "data.validation_size=100")
@@ -126,7 +126,8 @@ def test_search_for_a_recipe(tmp_path: Path) -> None:
         assert len({trial["config"]["optimizer"][key] for trial in trials}) == 3
     best: Any = OmegaConf.load(tmp_path / "outputs" / "optimization_results.yaml")
     assert best.best_value == max(trial["top1"] for trial in trials)
-    assert {"optimizer.lr", "augment.trivial_augment", "augment.cutmix"} <= set(best.best_params)
+    searched = {"optimizer", "optimizer.lr", "augment.flip", "augment.cutmix", "model.layer_scale", "model.stochastic_depth"}
+    assert searched <= set(best.best_params)
 
 
 def test_a_thread_may_ask_for_stops() -> None:
