@@ -1,7 +1,8 @@
 """``python -m benchmarks.accuracy``: accuracy of the compact benchmark's runs against their time and memory.
 
 Reads the finished runs of ``./sweep.sh compact hydra.sweep.dir=results/compact``, and the memory of a training step that
-``python -m benchmarks.compact --memory`` has counted; prints the table of docs/compact.md, and draws docs/accuracy.png.
+``python -m benchmarks.compact --memory`` has counted; prints the table of docs/compact.md, and draws the
+picture docs/accuracy.png.
 """
 
 import argparse
@@ -105,11 +106,13 @@ def main() -> None:
     """The command."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description="Accuracy against time and memory.")
     options.add_argument("--runs", type=user_path, default=RUNS, help="directory of the runs (default: results/compact)")
-    options.add_argument("--memory", type=user_path, default=RECORD, help="record of python -m benchmarks.compact --memory")
+    options.add_argument(
+        "--memory", type=user_path, default=RECORD, help="file of python -m benchmarks.compact --memory (default: the kept one)"
+    )
     options.add_argument("--picture", type=user_path, default=ROOT / "docs/accuracy.png", help="PNG file to write")
     chosen = options.parse_args()
     if not chosen.memory.exists():
-        raise UserError(f"{chosen.memory}: no such file; python -m benchmarks.compact --memory writes it")
+        raise UserError(f"{chosen.memory}: no such file; pass the one that python -m benchmarks.compact --memory writes")
     rows = trained(chosen.runs, json.loads(chosen.memory.read_text(encoding="utf-8")))
     if not rows:
         raise UserError(f"{chosen.runs}: no finished run of ./sweep.sh compact whose memory is in {chosen.memory}")

@@ -115,7 +115,7 @@ def test_accuracy_against_time_and_memory(tmp_path: Path) -> None:
 
     done = call()
     assert done.returncode == 1
-    assert done.stderr == f"error: {memory}: no such file; python -m benchmarks.compact --memory writes it\n"
+    assert done.stderr == f"error: {memory}: no such file; pass the one that python -m benchmarks.compact --memory writes\n"
     _, record = measured("benchmarks.compact", memory, "--memory", "--mixers", "softmax", "identity")
     done = call()
     assert done.returncode == 0, done.stderr

@@ -148,7 +148,7 @@ def test_later_overlays_and_included_ones(tmp_path: Path) -> None:
     cfg, notes = composed("experiment=child", directory=tmp_path)
     assert cfg["attention"]["features"] == 8
     assert "landmarks" not in cfg["attention"]
-    assert notes == []  # the file chooses this itself; only a choice on the command line is told
+    assert notes == []  # the file itself replaces that choice; a message is logged only for a choice on the command line
     cfg, notes = composed("experiment=child", "attention=linear", directory=tmp_path)
     assert notes == ["attention=linear: ignoring the options of experiment/child for attention=performer: features=8"]
     cfg, notes = composed("experiment=[base,late]", directory=tmp_path)

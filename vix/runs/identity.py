@@ -123,8 +123,8 @@ def changes_row(changed: Changes, epoch: int, batch: int) -> dict[str, Any]:
 
 
 def is_off(value: Any) -> bool:
-    """Whether the value of an option is null, false or 0: a run may predate such an option, without another result."""
-    return value is None or value is False or (isinstance(value, int | float) and value == 0)
+    """Whether the value of an option is null, false or 0. A run that predates such an option computed the same."""
+    return value is None or value == 0
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, tuple[Any, Any]]:

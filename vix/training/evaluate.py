@@ -34,9 +34,10 @@ def evaluated_logits(model: nn.Module, images_BCYX: Tensor, autocast: torch.auto
     mirror: average the logits of each image and its mirror image (``trainer.mirror_eval``).
     """
     with autocast:
-        logits_BK = model(images_BCYX)
-        mirrored_BK = model(images_BCYX.flip(-1)) if mirror else logits_BK
-    return (logits_BK.float() + mirrored_BK.float()) / 2 if mirror else logits_BK.float()
+        logits_BK = model(images_BCYX).float()
+        if mirror:
+            logits_BK = (logits_BK + model(images_BCYX.flip(-1)).float()) / 2
+    return logits_BK
 
 
 @torch.no_grad()
