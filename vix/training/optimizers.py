@@ -1,6 +1,7 @@
 """Optimizers that PyTorch lacks: Lion, and Muon combined with AdamW."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class MuonAdamW(Optimizer):
-    """Muon (Jordan et al., 2024) for the matrices of hidden linear layers, AdamW for all other parameters.
+    """Muon (Jordan et al., 2024) for the matrices of hidden layers, AdamW for all other parameters.
 
     Muon's update has orthogonal rows or columns; it is scaled to the root mean square of AdamW's (Liu et al., "Muon is Scalable
-    for LLM Training", 2025), so both have one learning rate and one weight decay. ``torch.optim`` computes both updates.
+    for LLM Training", 2025), so both have one learning rate and one weight decay. ``torch.optim`` computes both updates. The
+    filters of a convolution are one matrix with a row per output channel, unless the convolution is grouped.
 
-    params: groups of :meth:`param_groups_of`; those with ``muon=True`` contain matrices only.
+    params: groups of :meth:`param_groups_of`; those with ``muon=True`` contain weights of linear layers and convolutions only.
     lr: learning rate.   weight_decay: decoupled weight decay.
     momentum, nesterov, ns_steps: Muon's momentum, and number of its Newton–Schulz iterations.
     betas, eps: AdamW's.
@@ -44,16 +46,20 @@ class MuonAdamW(Optimizer):
 
     @staticmethod
     def param_groups_of(model: nn.Module, no_decay: bool) -> list[dict[str, Any]]:
-        """The parameters of a model in groups: the weights of its linear layers except the head, then the others.
+        """The parameters of a model in groups: the weights of its hidden linear layers and convolutions, then the others.
+
+        Not hidden are the first convolution, whose input are images, and the head; grouped convolutions have no matrix.
 
         no_decay: exclude norms, biases and position tables from weight decay.
         """
-        linear = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"}
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and name != "head"]
+        matrices = {id(m.weight) for m in layers if m is not first and getattr(m, "groups", 1) == 1}
         groups = param_groups_weight_decay(model)
         if not no_decay:
             groups = [{"params": [p for group in groups for p in group["params"]]}]
-        hidden = [p for group in groups for p in group["params"] if id(p) in linear]
-        others = [{**group, "params": [p for p in group["params"] if id(p) not in linear]} for group in groups]
+        hidden = [p for group in groups for p in group["params"] if id(p) in matrices]
+        others = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
         return [{"params": hidden, "muon": True}, *others]
 
     def link(self) -> None:
@@ -62,9 +68,26 @@ class MuonAdamW(Optimizer):
         for kind, is_muon in ((Muon, True), (AdamW, False)):
             groups = [group for group in self.param_groups if group["muon"] == is_muon and group["params"]]
             if groups:
-                part = kind(groups)  # adds its defaults for the options that the groups lack
+                with self.filters_as_matrices():
+                    part = kind(groups)  # adds its defaults for the options that the groups lack
                 part.state = self.state
                 self.parts.append(part)
+
+    @contextmanager
+    def filters_as_matrices(self) -> Iterator[None]:
+        """Give Muon's weights of convolutions two dimensions, in the same memory: it takes nothing else."""
+        filters = [p for group in self.param_groups if group["muon"] for p in group["params"] if p.ndim > 2]
+        before = [(p.data, p.grad) for p in filters]
+        for p, (data, grad) in zip(filters, before, strict=True):
+            p.grad = None
+            p.data = data.view(len(data), -1)
+            p.grad = None if grad is None else grad.reshape(len(grad), -1)
+        try:
+            yield
+        finally:
+            for p, (data, grad) in zip(filters, before, strict=True):
+                p.grad = None
+                p.data, p.grad = data, grad
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # also by load_state_dict, which replaces groups and state
         super().__setstate__(state)
@@ -74,8 +97,9 @@ class MuonAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all parameters."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for part in self.parts:
-            part.step()
+        with self.filters_as_matrices():
+            for part in self.parts:
+                part.step()
         return loss
 
 
