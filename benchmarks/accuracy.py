@@ -1,8 +1,8 @@
 """``python -m benchmarks.accuracy``: accuracy of the compact benchmark's runs against their time and memory.
 
-Reads the finished runs of ``./sweep.sh compact hydra.sweep.dir=results/compact``, and the memory of a training step that
-``python -m benchmarks.compact --memory`` has counted; prints the table of docs/compact.md, and draws the
-picture docs/accuracy.png.
+Reads the finished runs of ``./sweep.sh compact hydra.sweep.dir=results/compact``, and the time and memory of a training step
+that ``python -m benchmarks.compact --threads 1`` has measured; prints the table of docs/compact.md, and draws the picture
+docs/accuracy.png.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from vix.system.files import user_path
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "results/compact"
-RECORD = ROOT / "benchmarks/results/compact-memory-intel-xeon-processor-1-threads.json"
+RECORD = ROOT / "benchmarks/results/compact-intel-xeon-processor-1-threads.json"
 HEADS = ("mixer", "top-1 %, last epoch", "seeds", "seconds per epoch", "peak MB", "parameters", "Pareto front of")
 
 
 class Trained(NamedTuple):
     """A mixer: accuracy in percent after the last epoch (mean and standard deviation over the seeds), and its costs.
 
-    seconds: of training, without the evaluation, in the fastest epoch of all seeds: the least disturbed one.
+    seconds: of the training steps of one epoch.
     megabytes: peak memory of a training step in addition to weights and optimizer state, in 10⁶ bytes.
     """
 
@@ -47,7 +47,7 @@ class Trained(NamedTuple):
 def trained(directory: Path, record: Mapping[str, Any]) -> list[Trained]:
     """The mixers that were trained with the unchanged protocol and measured, by accuracy.
 
-    directory: of the runs.   record: of ``python -m benchmarks.compact --memory``.
+    directory: of the runs.   record: of ``python -m benchmarks.compact``.
     """
     costs = {row["mixer"]: row for row in record["rows"]}
     rows = []
@@ -58,8 +58,7 @@ def trained(directory: Path, record: Mapping[str, Any]) -> list[Trained]:
         if run.experiment != "compact" or other or mixer not in costs or top1 is None:
             continue
         cost = costs[mixer]
-        fastest = max(epoch["images_per_second"] for run in group.runs for epoch in run.results["history"])
-        seconds, megabytes = run.results["train_images"] / fastest, cost["allocated"] / 1e6
+        seconds, megabytes = run.results["train_images"] / cost["images_per_second"], cost["allocated"] / 1e6
         rows.append(Trained(mixer, top1, group.std("top1"), len(group.runs), seconds, megabytes, cost["parameters"]))
     return sorted(rows, key=lambda row: -row.top1)
 
@@ -107,15 +106,15 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description="Accuracy against time and memory.")
     options.add_argument("--runs", type=user_path, default=RUNS, help="directory of the runs (default: results/compact)")
     options.add_argument(
-        "--memory", type=user_path, default=RECORD, help="file of python -m benchmarks.compact --memory (default: the kept one)"
+        "--costs", type=user_path, default=RECORD, help="file of python -m benchmarks.compact (default: the kept one)"
     )
     options.add_argument("--picture", type=user_path, default=ROOT / "docs/accuracy.png", help="PNG file to write")
     chosen = options.parse_args()
-    if not chosen.memory.exists():
-        raise UserError(f"{chosen.memory}: no such file; pass the one that python -m benchmarks.compact --memory writes")
-    rows = trained(chosen.runs, json.loads(chosen.memory.read_text(encoding="utf-8")))
+    if not chosen.costs.exists():
+        raise UserError(f"{chosen.costs}: no such file; pass the one that python -m benchmarks.compact writes")
+    rows = trained(chosen.runs, json.loads(chosen.costs.read_text(encoding="utf-8")))
     if not rows:
-        raise UserError(f"{chosen.runs}: no finished run of ./sweep.sh compact whose memory is in {chosen.memory}")
+        raise UserError(f"{chosen.runs}: no finished run of ./sweep.sh compact that is measured in {chosen.costs}")
     print(table(rows).markdown())
     chosen.picture.write_bytes(picture(rows))
     if missing := [name for name in NAMES if name not in {row.mixer for row in rows}]:

@@ -1,7 +1,4 @@
-"""``python -m benchmarks.compact``: training steps of the compact benchmark (conf/experiment/compact.yaml) with every mixer.
-
-With ``--memory`` only the memory of a step is counted, which may be done while other programs run.
-"""
+"""``python -m benchmarks.compact``: training steps of the compact benchmark (conf/experiment/compact.yaml) with every mixer."""
 
 import sys
 from typing import Any
@@ -18,18 +15,17 @@ IMAGES = 50_000  # of CIFAR-10, for the seconds per epoch
 
 def tables(record: dict[str, Any]) -> list[Table]:
     """The table of a record."""
-    timed = not record.get("options", {}).get("memory")
     rows = [
         (
             row["mixer"],
-            *((f"{row['images_per_second']:.0f}", f"{IMAGES / row['images_per_second']:.0f}") if timed else ()),
+            f"{row['images_per_second']:.0f}",
+            f"{IMAGES / row['images_per_second']:.0f}",
             f"{row['allocated'] / 1e6:,.0f}",
             f"{row['parameters']:,}",
         )
         for row in record["rows"]
     ]
-    times = ("images/s", "seconds per epoch of steps") if timed else ()
-    heads = ("mixer", *times, "peak MB of a step", "trainable")
+    heads = ("mixer", "images/s", "seconds per epoch of steps", "peak MB of a step", "trainable")
     return [Table("Training steps of the compact benchmark", heads, rows, 1)]
 
 
@@ -37,7 +33,6 @@ def main() -> None:
     """The command."""
     options = parser("python -m benchmarks.compact", "Training steps of the compact benchmark with every mixer.")
     options.add_argument("--mixers", nargs="+", choices=NAMES, default=NAMES, metavar="MIXER", help="mixers (default: all)")
-    options.add_argument("--memory", action="store_true", help="count only the memory of a step, and measure no times")
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
     context = processes("benchmarks.variants")
@@ -45,12 +40,12 @@ def main() -> None:
     for mixer in chosen.mixers:
         print(f"compact: {mixer}", file=sys.stderr)
         try:
-            cost = isolated(context, chosen.threads, compact_step, mixer, device, chosen.quick, chosen.memory, limit=1800)
+            cost = isolated(context, chosen.threads, compact_step, mixer, device, chosen.quick, limit=1800)
             record["rows"].append({"mixer": mixer, **cost})
         except Refused as reason:
             record["refused"].append({"mixer": mixer, "reason": str(reason)})
-        path = write("compact-memory" if chosen.memory else "compact", device, chosen, record)
-    for table in tables({**record, "options": vars(chosen)}):
+        path = write("compact", device, chosen, record)
+    for table in tables(record):
         table.print()
     print(f"Written: {path}")
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.measure import traffic
 from benchmarks.steps import composed, ours, package, papers_way, random_batch
-from vix.analysis.measure import measure, peak_allocated, resident
+from vix.analysis.measure import measure, resident
 from vix.build import build_model
 from vix.models.counts import training_flops
 from vix.system.device import resolve_device, resolve_precision
@@ -126,18 +126,13 @@ def bare_step(overrides: tuple[str, ...], device: torch.device, batch_size: int,
     return measure(training.step, device, seconds, None, fewest)._asdict()
 
 
-def compact_step(mixer: str, device: torch.device, quick: bool, memory_only: bool = False) -> dict[str, Any]:
-    """Cost of a training step of the compact benchmark with one mixer, compiled where a whole run would be.
-
-    memory_only: count what a step allocates, which other programs do not disturb, and measure no times.
-    """
+def compact_step(mixer: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Cost of a training step of the compact benchmark with one mixer, compiled where a whole run would be."""
     overrides = ("experiment=compact", f"attention={mixer}")
     small = ("trainer.compile=false", "model.depth=1") if quick else ()
     batch_size = 4 if quick else composed(*overrides).trainer.batch_size
-    baseline = None if memory_only else resident_without_model(device, compiled=not quick)
+    baseline = resident_without_model(device, compiled=not quick)
     training = ours((*overrides, *small), device, batch_size)
     parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    if memory_only:
-        return {"allocated": peak_allocated(training.step, device), "parameters": parameters}
     cost = measure(training.step, device, 0.05 if quick else 4.0, baseline, fewest=2 if quick else 5)
     return {**cost._asdict(), "images_per_second": batch_size / cost.seconds, "parameters": parameters}

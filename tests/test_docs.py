@@ -158,8 +158,20 @@ def test_compact_benchmark() -> None:
     kept = accuracy.RUNS.exists()
     assert kept == ("No runs are kept yet." not in PAGES["docs/compact.md"])
     if kept:
-        rows = accuracy.trained(accuracy.RUNS, json.loads(accuracy.RECORD.read_text()))
+        record = json.loads(accuracy.RECORD.read_text())
+        rows = accuracy.trained(accuracy.RUNS, record)
         assert table("docs/compact.md", "mixer") == [list(line) for line in accuracy.table(rows).lines]
+        caption = " ".join(README.split("](docs/accuracy.png)")[1].split("\n\n")[1].split())
+        assert f"({record['device']['name']}, one thread" in caption
+        shown = {
+            "Softmax attention reaches": "softmax",
+            "linear attention": "linear",
+            "the global filter": "global_filter",
+            "mixes nothing,": "identity",
+        }
+        for words, mixer in shown.items():
+            (row,) = (row for row in rows if row.mixer == mixer)
+            assert re.search(rf"{words} {row.top1:.2f} %(?: top-1)? at {row.seconds:.0f} s", caption), mixer
 
 
 def from_tokens(points: list[dict], mixer: str, quantity: str) -> str:
@@ -170,7 +182,7 @@ def from_tokens(points: list[dict], mixer: str, quantity: str) -> str:
 
 
 def test_scaling() -> None:
-    """The table over the number of tokens and the caption of the README's picture."""
+    """The table over the number of tokens and the caption of its picture."""
     record = measurement("scaling", "intel-xeon-processor")
     points, sizes = record["points"], (256, 1024, 4096, 16384)
     assert {p["mixer"] for p in points} == {*MIXERS}
@@ -189,7 +201,7 @@ def test_scaling() -> None:
     rows["softmax"][7] = rows["softmax"][9] = ""
     assert table("docs/performance.md", "`attention=`") == list(rows.values())
     device = record["device"]
-    caption = " ".join(README.split("](docs/scaling.png)")[1].split("\n\n")[1].split())
+    caption = " ".join(PAGES["docs/performance.md"].split("](scaling.png)")[1].split("\n\n")[1].split())
     assert f"({device['name']}, {device['threads']} threads, batch {record['batch']}, not compiled)" in caption
     for name, mixer in (("softmax attention takes", "softmax"), ("Linformer", "linformer")):
         assert f"{name} {rows[mixer][4]} ms and {rows[mixer][8]} MB" in caption
@@ -197,7 +209,7 @@ def test_scaling() -> None:
 
 def test_picture_of_scaling(tmp_path: Path) -> None:
     """It is small, and the command of its caption draws one of the same size."""
-    draw = importlib.import_module("benchmarks.readme_picture").draw
+    draw = importlib.import_module("benchmarks.scaling_picture").draw
     kept = ROOT / "docs/scaling.png"
     assert kept.stat().st_size < 150_000
     draw(tmp_path / "again.png")
@@ -306,7 +318,7 @@ OTHER_COMMANDS = (
     "eval $(python train.py -sc install=bash)",  # Hydra's own completion
     "eval $(python train.py -sc uninstall=bash)",
     "python -m benchmarks",  # tests/test_benchmarks.py
-    "python -m benchmarks.readme_picture",
+    "python -m benchmarks.scaling_picture",
 )
 Command = list[str]
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme_picture``: docs/scaling.png, time and memory of a training step over the number of tokens.
+"""``python -m benchmarks.scaling_picture``: docs/scaling.png, time and memory of a training step over the number of tokens.
 
 Draws the kept measurement of ``python -m benchmarks.scaling``.
 """
