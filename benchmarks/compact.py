@@ -14,16 +14,16 @@ IMAGES = 50_000  # of CIFAR-10, for the seconds per epoch
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """The table of a record."""
+    """The table of a record, by speed."""
     rows = [
         (
             row["mixer"],
             f"{row['images_per_second']:.0f}",
-            f"{IMAGES / row['images_per_second']:.0f}",
+            f"{IMAGES / row['images_per_second']:,.0f}",
             f"{row['allocated'] / 1e6:,.0f}",
             f"{row['parameters']:,}",
         )
-        for row in record["rows"]
+        for row in sorted(record["rows"], key=lambda row: -row["images_per_second"])
     ]
     heads = ("mixer", "images/s", "seconds per epoch of steps", "peak MB of a step", "trainable")
     return [Table("Training steps of the compact benchmark", heads, rows, 1)]

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from test_config import GROUPS, OWN_MIXER
 
-from benchmarks import accuracy
+from benchmarks import accuracy, compact
 from benchmarks.crossover import crossover, curve
 from benchmarks.scaling import MIXERS
 from benchmarks.variants import MODELS
@@ -160,7 +160,9 @@ def test_compact_benchmark() -> None:
     if kept:
         record = json.loads(accuracy.RECORD.read_text())
         rows = accuracy.trained(accuracy.RUNS, record)
-        assert table("docs/compact.md", "mixer") == [list(line) for line in accuracy.table(rows).lines]
+        assert table("docs/compact.md", "mixer | top-1 %, last epoch") == [list(line) for line in accuracy.table(rows).lines]
+        (steps,) = compact.tables(record)
+        assert table("docs/compact.md", "mixer | images/s") == [list(line) for line in steps.lines]
         caption = " ".join(README.split("](docs/accuracy.png)")[1].split("\n\n")[1].split())
         assert f"({record['device']['name']}, one thread" in caption
         shown = {
