@@ -85,10 +85,11 @@ PAPER_COMPARISON = (
 )
 
 HOW_TO_READ = (
-    "One line per run, for all of its seeds. Last epoch: percent of the test set, mean ± sample standard deviation over the "
-    "seeds. Best of all: the highest top-1 after any epoch of any seed. Peak GPU GB: PyTorch's peak allocated memory in the "
-    "training steps, without the data set, in 10⁹ bytes. Training images/s and total minutes are means over the seeds. "
-    "Weights and biases is the paper's count; trainable adds position embeddings, class tokens and Linformer's projections."
+    "One line per run, for all of its seeds. Last epoch: percent of the test set, or of the images held out by "
+    "data.validation_size, mean ± sample standard deviation over the seeds. Best of all: the highest top-1 after any epoch of "
+    "any seed. Peak GPU GB: PyTorch's peak allocated memory in the training steps, without the data set, in 10⁹ bytes. "
+    "Training images/s and total minutes are means over the seeds. Weights and biases is the paper's count; trainable adds "
+    "position embeddings, class tokens and Linformer's projections."
 )
 HOW_TO_READ_FOLDS = (
     "A line with folds is a cross-validation (data.folds): mean and standard deviation are over all of its runs, one per seed "
