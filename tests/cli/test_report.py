@@ -100,6 +100,23 @@ def test_what_is_printed(real: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "report.md").exists()
 
 
+def test_overrides_of_all_runs_are_printed_once(real: dict[str, Any], tmp_path: Path) -> None:
+    """The table shows what differs; the CSV has complete names, and so has the report of a single group."""
+    for name, dim in (("vin", 64), ("vit", 96)):
+        write(tmp_path / f"{name}/results.json", as_row(real, name, 0, "trainer.epochs=10", f"model.dim={dim}"))
+    done = module("report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "* All runs have trainer.epochs=10\n" in done.stdout
+    assert done.stdout.count("trainer.epochs=10") == 1
+    names = {line.split("  ")[1] for line in done.stdout.splitlines() if "model.dim" in line}
+    assert names == {"vin model.dim=64", "vit model.dim=96"}
+    assert (tmp_path / "report.md").read_text().count("trainer.epochs=10") == 1
+    assert (tmp_path / "report.csv").read_text().count("trainer.epochs=10") == 2
+    alone = module("report", tmp_path / "vin", "--no-files")
+    assert "All runs have" not in alone.stdout
+    assert "vin model.dim=64 trainer.epochs=10" in alone.stdout
+
+
 def test_a_real_run_has_no_published_figures_unless_it_is_a_row(real: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "a/seed=0/results.json", real)
     write(tmp_path / "b/seed=0/results.json", as_row(real, "vin", 0, "trainer.epochs=10"))

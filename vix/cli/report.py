@@ -17,7 +17,17 @@ from typing import NamedTuple
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
-from vix.runs.results import Group, Row, RunRecord, filter_runs, find_runs, group_seeds, join_names, published_rows
+from vix.runs.results import (
+    Group,
+    Row,
+    RunRecord,
+    filter_runs,
+    find_runs,
+    group_seeds,
+    join_names,
+    published_rows,
+    without_common,
+)
 from vix.system.files import atomic_write, user_path
 
 
@@ -171,6 +181,8 @@ def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
     def make_table(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
         return Table(title, [COLUMNS[key].head for key in keys], [[cell(row, key) for key in keys] for row in rows], 1)
 
+    labels, _ = without_common([row["experiment"] for row in rows])
+    rows = [row | {"experiment": label} for row, label in zip(rows, labels, strict=True)]
     optional = {key for key in ("folds", *INFERENCE) if all(row[key] is None for row in rows)}
     ours = make_table("Runs", [key for key in OURS if key not in optional], rows)
     compared = [row for row in rows if row["published_top1"] is not None]
@@ -183,7 +195,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """The footnotes of the tables; empty without rows."""
     published = any(row["published_top1"] is not None for row in rows)
     inference = any(row["latency_ms"] is not None for row in rows)
+    _, common = without_common([row["experiment"] for row in rows])
     return [
+        *([f"All runs have {' '.join(common)}"] if common else []),
         *([HOW_TO_READ] if rows else []),
         *([HOW_TO_READ_FOLDS] if any(row["folds"] for row in rows) else []),
         *([HOW_TO_READ_INFERENCE] if inference else []),
@@ -268,7 +282,10 @@ def report(options: argparse.Namespace) -> None:
         table.print()
     window = shutil.get_terminal_size((120, 0)).columns
     for note in footnotes:
-        print(textwrap.fill(f"* {note}", min(window, 120), subsequent_indent="  "))
+        lines = textwrap.wrap(
+            f"* {note}", min(window, 120), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        print("\n".join(lines))
     if not options.no_files:
         from vix.reporting.plots import pictures  # matplotlib takes a second to import
 

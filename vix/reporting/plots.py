@@ -26,7 +26,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from matplotlib.transforms import Bbox
 
 from vix.reporting.console import encodable
-from vix.runs.results import Group, Row
+from vix.runs.results import Group, Row, without_common
 
 # The paper's colors: ViT red, ViX blue, hybrid ViT orange, hybrid ViX green.
 FAMILIES = {"ViT": "tab:red", "ViX": "tab:blue", "Hybrid ViT": "tab:orange", "Hybrid ViX": "tab:green"}
@@ -113,13 +113,6 @@ def pictures(
             "learning_curves.png": learning_curves(entries, note),
         }
         return {name: (figure.get_suptitle(), png(figure)) for name, figure in drawn.items() if figure is not None}
-
-
-def without_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names without the overrides that they all share, and the shared overrides."""
-    words = [name.split(" ") for name in names]
-    common = set.intersection(*(set(w[1:]) for w in words)) if len(words) > 1 else set()
-    return [" ".join(w for w in ws if w not in common) for ws in words], sorted(common)
 
 
 def figure_4(entries: Iterable[Entry], note: str, published: Mapping[str, Mapping[str, str]]) -> Figure:

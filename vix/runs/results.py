@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -313,6 +313,14 @@ def disambiguate(groups: Iterable[Group]) -> None:
             if len(set(labels)) > 1 or distinction is place_of:
                 for group, label in zip(alike, labels, strict=True):
                     group.name += f" ({label})" if label else ""
+
+
+def without_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names without the overrides that they all share, and the shared overrides."""
+    words = [name.split(" ") for name in names]
+    overrides = [{word for word in ws[1:] if "=" in word} for ws in words]
+    common = set.intersection(*overrides) if len(words) > 1 else set()
+    return [" ".join(w for w in ws if w not in common) for ws in words], sorted(common)
 
 
 def images_of(group: Group) -> str:
