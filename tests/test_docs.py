@@ -147,6 +147,27 @@ def test_all_mixers_next_to_packages() -> None:
     assert mean[ratios[0]] > 1.3
 
 
+def test_search_for_the_most_accurate_model() -> None:
+    """The table of the search agrees with the kept runs, and conf/experiment/cpu_best.yaml is the best of them."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in (ROOT / "results/flagship").glob("*/results.json")}
+    documented = {re.split("[:,]", row[0])[0]: row[1:] for row in table("docs/compact.md", "run")}
+    assert documented == {
+        name: [f"{run['top1']:.2f}", f"{run['epochs']}", f"{run['config']['optimizer']['lr']}", f"{run['seconds'] / 60:.0f}"]
+        for name, run in runs.items()
+    }
+    assert {run["tested_on"] for run in runs.values()} == {"validation"}
+    best = max(runs.values(), key=lambda run: run["top1"])
+    config = OmegaConf.to_container(compose(["experiment=cpu_best"]), resolve=True)
+    for group in ("model", "attention", "embedding", "posenc", "optimizer", "augment"):
+        assert config[group] == best["config"][group]
+    assert config["trainer"] == best["config"]["trainer"] | {"compile": "auto"}
+    assert f"{best['trainable_params']:,} parameters" in PAGES["docs/compact.md"]
+    summary = (
+        f"{best['trainable_params']:,} parameters, reached {best['top1']:.2f} % on 5,000 images held out from training, in "
+    )
+    assert f"{summary}{best['seconds'] / 60:.0f} minutes on one thread" in " ".join(README.split())
+
+
 def test_compact_benchmark() -> None:
     """The tables agree with the kept runs, and with the counted memory where a page shows it."""
     for mixer, top1 in table("docs/compact.md", "first version"):
