@@ -1,10 +1,15 @@
 """Layers of token maps."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
-from vix.layers.maps import MapBatchNorm
+from vix.layers.maps import DepthwiseConv, DepthwiseGradients, MapBatchNorm
 from vix.layers.tokens import join
 
 
@@ -29,3 +34,44 @@ def test_batch_norm_of_one_image(images: int, training: bool) -> None:
         x_BND = join(torch.empty(images, 0, 8).double(), normed_BDYX)
         gradients += torch.autograd.grad((x_BND * weights_BND).sum(), map_BDYX)
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_gradients_of_a_depthwise_convolution(kernel: int, dtype: torch.dtype, bound: float) -> None:
+    """Those of compiled code, by matrix products, against PyTorch's; the map is higher than wide."""
+    torch.manual_seed(0)
+    map_BDYX = torch.randn(3, 6, 9, 8, dtype=dtype, requires_grad=True)
+    filters_D1KK = torch.randn(6, 1, kernel, kernel, dtype=dtype, requires_grad=True)
+    gradient_BDYX = torch.randn(3, 6, 9, 8, dtype=dtype)
+    ours = DepthwiseGradients.apply(map_BDYX, filters_D1KK)
+    theirs = F.conv2d(map_BDYX, filters_D1KK, padding=kernel // 2, groups=6)
+    assert torch.equal(ours, theirs)
+    for a, b in zip(*(torch.autograd.grad(y, (map_BDYX, filters_D1KK), gradient_BDYX) for y in (ours, theirs)), strict=True):
+        assert a.dtype == dtype
+        assert (a - b).norm() <= bound * b.norm()
+
+
+def test_a_compiled_depthwise_convolution() -> None:
+    """Compiled code takes the gradients above, also within autocast, and uncompiled code PyTorch's."""
+    torch.manual_seed(0)
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    layer, map_BDYX = DepthwiseConv(8, 5), torch.randn(2, 8, 8, 8).to(torch.bfloat16)
+    gradients = []
+    for forward in (layer, torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out_BDYX = forward(map_BDYX)
+        out_BDYX.float().square().sum().backward()
+        assert out_BDYX.dtype == torch.bfloat16
+        assert layer.weight.grad is not None
+        gradients.append(layer.weight.grad.clone())
+    assert len(graphs) == 2
+    assert "convolution" in graphs[0]
+    assert "convolution_backward" not in graphs[1]
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[0].norm()

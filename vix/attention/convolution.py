@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vix.layers.maps import MapMixer, channels_first, channels_last
+from vix.layers.maps import DepthwiseConv, MapMixer, channels_first, channels_last
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive, PositiveFloat
 
@@ -24,7 +24,7 @@ class Convolution(MapMixer):
         inner = max(1, round(ratio * dim))
         self.expand = nn.Linear(dim, inner, bias=False)
         self.activation = StarReLU()
-        self.conv = nn.Conv2d(inner, inner, kernel, padding=kernel // 2, groups=inner, bias=False)
+        self.conv = DepthwiseConv(inner, kernel)
         self.proj = nn.Linear(inner, dim, bias=False)
 
     def forward_map(self, x_BYXD: Tensor) -> Tensor:

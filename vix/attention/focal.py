@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from vix.layers.maps import MapMixer, channels_first, channels_last
+from vix.layers.maps import DepthwiseConv, MapMixer, channels_first, channels_last
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -32,7 +32,7 @@ class FocalModulation(MapMixer):
             raise ValueError(f"kernels=[{shown}]: {even[0]} is even; nearest odd: {even[0] - 1}, {even[0] + 1}")
         self.dim = dim
         self.to_qcg = nn.Linear(dim, 2 * dim + len(kernels) + 1)
-        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, bias=False) for k in kernels)
+        self.convs = nn.ModuleList(DepthwiseConv(dim, k) for k in kernels)
         self.modulator = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 

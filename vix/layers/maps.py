@@ -1,13 +1,15 @@
 """Mixers that work on the 2-D map of the tokens."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from vix.errors import nearest_divisors
+from vix.layers.precision import cast_to_autocast
 from vix.layers.tokens import TokenGrid
 
 
@@ -44,6 +46,64 @@ class MapBatchNorm(nn.BatchNorm2d):
 
     def forward(self, map_BDYX: Tensor) -> Tensor:
         return super().forward(map_BDYX.contiguous(memory_format=torch.channels_last))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Convolution of each channel of a map (B, D, Y, X) with a filter of its own, without biases; the map keeps its size.
+
+    In code compiled for a CPU the gradients are those of :class:`DepthwiseGradients`: PyTorch 2.14 copies the operands of its
+    own into another layout there, and takes several times as long for 7×7 filters.
+
+    dim: number of channels.
+    kernel: side of the filters; odd.
+    """
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
+
+    def forward(self, map_BDYX: Tensor) -> Tensor:
+        if map_BDYX.device.type == "cpu" and torch.compiler.is_compiling() and torch.is_grad_enabled():
+            out_BDYX: Tensor = DepthwiseGradients.apply(cast_to_autocast(map_BDYX), cast_to_autocast(self.weight))
+            return out_BDYX
+        return super().forward(map_BDYX)
+
+
+class DepthwiseGradients(torch.autograd.Function):
+    """Depthwise convolution whose gradients are a convolution (of the map) and matrix products (of the filters)."""
+
+    @staticmethod
+    def forward(ctx: Any, map_BDYX: Tensor, filters_D1KK: Tensor) -> Tensor:
+        ctx.save_for_backward(map_BDYX, filters_D1KK)
+        return depthwise(map_BDYX, filters_D1KK)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BDYX: Tensor) -> tuple[Tensor, Tensor]:
+        map_BDYX, filters_D1KK = ctx.saved_tensors
+        of_filters_D1KK = filter_gradient(map_BDYX, gradient_BDYX, filters_D1KK.shape[-1])
+        return depthwise(gradient_BDYX, filters_D1KK.flip(-2, -1)), of_filters_D1KK
+
+
+def depthwise(map_BDYX: Tensor, filters_D1KK: Tensor) -> Tensor:
+    """Convolution of each channel with its filter; the map keeps its size."""
+    return F.conv2d(map_BDYX, filters_D1KK, padding=filters_D1KK.shape[-1] // 2, groups=len(filters_D1KK))
+
+
+def filter_gradient(map_BDYX: Tensor, gradient_BDYX: Tensor, kernel: int) -> Tensor:
+    """Gradient (D, 1, K, K) of :func:`depthwise`'s filters.
+
+    map_BDYX, gradient_BDYX: its input, and the gradient of its output.
+
+    For each row of the filters, a product over all images and rows has the correlations of all pairs of columns; those of one
+    distance are on a diagonal, whose sum is the gradient of one element.
+    """
+    height, margin = map_BDYX.shape[2], kernel // 2
+    padded_DXYB = F.pad(map_BDYX, (margin,) * 4).permute(1, 3, 2, 0).contiguous()
+    gradient_DTX = gradient_BDYX.permute(1, 2, 0, 3).flatten(1, 2)  # T: rows of images
+    rows = []
+    for y in range(kernel):
+        pairs_DXX = padded_DXYB[:, :, y : y + height].flatten(2) @ gradient_DTX
+        rows.append(torch.stack([pairs_DXX.diagonal(-x, 1, 2).sum(-1) for x in range(kernel)], dim=-1))
+    return torch.stack(rows, dim=1).unsqueeze(1)
 
 
 def channels_first(x_BYXD: Tensor) -> Tensor:
