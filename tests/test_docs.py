@@ -166,6 +166,8 @@ def test_search_for_the_most_accurate_model() -> None:
         f"{best['trainable_params']:,} parameters, reached {best['top1']:.2f} % on 5,000 images held out from training, in "
     )
     assert f"{summary}{best['seconds'] / 60:.0f} minutes on one thread" in " ".join(README.split())
+    header = (ROOT / "conf/experiment/cpu_best.yaml").read_text()
+    assert f"# Measured: top-1 {best['top1']:.2f} % on 5,000 validation images, {best['seconds'] / 60:.0f} minutes" in header
 
 
 def test_compact_benchmark() -> None:

@@ -112,6 +112,12 @@ def test_overrides_of_all_runs_are_printed_once(real: dict[str, Any], tmp_path: 
     assert names == {"vin model.dim=64", "vit model.dim=96"}
     assert (tmp_path / "report.md").read_text().count("trainer.epochs=10") == 1
     assert (tmp_path / "report.csv").read_text().count("trainer.epochs=10") == 2
+    for name in "ab":
+        override = f"trainer.init_from=my runs/{name}"
+        write(tmp_path / f"spaces/{name}/results.json", as_row(real, "vin", 0, override))
+    spaces = module("report", tmp_path / "spaces", "--no-files")
+    assert "All runs have" not in spaces.stdout  # two overrides may have a word in common
+    assert all(f"vin trainer.init_from=my runs/{name} " in spaces.stdout for name in "ab")
     alone = module("report", tmp_path / "vin", "--no-files")
     assert "All runs have" not in alone.stdout
     assert "vin model.dim=64 trainer.epochs=10" in alone.stdout

@@ -26,7 +26,7 @@ from vix.runs.results import (
     group_seeds,
     join_names,
     published_rows,
-    without_common,
+    shared_overrides,
 )
 from vix.system.files import atomic_write, user_path
 
@@ -175,14 +175,16 @@ def cell(row: Row, key: str) -> str:
     return text if std is None else f"{text} ± {std:.{column.digits}f}"
 
 
-def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
-    """The tables of results, of the comparison with the paper, and of other runs; empty tables are omitted."""
+def tables(rows: Sequence[Row], labels: Mapping[str, str], others: Sequence[RunRecord]) -> list[Table]:
+    """The tables of results, of the comparison with the paper, and of other runs; empty tables are omitted.
+
+    labels: a group's name in the tables, by its name in the rows.
+    """
+    rows = [row | {"experiment": labels[row["experiment"]]} for row in rows]
 
     def make_table(title: str, keys: Sequence[str], rows: Sequence[Row]) -> Table:
         return Table(title, [COLUMNS[key].head for key in keys], [[cell(row, key) for key in keys] for row in rows], 1)
 
-    labels, _ = without_common([row["experiment"] for row in rows])
-    rows = [row | {"experiment": label} for row, label in zip(rows, labels, strict=True)]
     optional = {key for key in ("folds", *INFERENCE) if all(row[key] is None for row in rows)}
     ours = make_table("Runs", [key for key in OURS if key not in optional], rows)
     compared = [row for row in rows if row["published_top1"] is not None]
@@ -191,11 +193,13 @@ def tables(rows: Sequence[Row], others: Sequence[RunRecord]) -> list[Table]:
     return [table for table in (ours, comparison, rest) if table.lines]
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """The footnotes of the tables; empty without rows."""
+def notes(rows: Sequence[Row], common: Sequence[str]) -> list[str]:
+    """The footnotes of the tables; empty without rows.
+
+    common: overrides that all runs share.
+    """
     published = any(row["published_top1"] is not None for row in rows)
     inference = any(row["latency_ms"] is not None for row in rows)
-    _, common = without_common([row["experiment"] for row in rows])
     return [
         *([f"All runs have {' '.join(common)}"] if common else []),
         *([HOW_TO_READ] if rows else []),
@@ -277,7 +281,9 @@ def report(options: argparse.Namespace) -> None:
     groups, others = group_seeds(runs)
     rows = [columns(group) for group in groups]
     in_order = sort_rows(rows, options.sort) if options.sort else rows
-    shown, footnotes = tables(in_order, others), notes(rows)
+    common = shared_overrides(groups)
+    labels = {group.name: group.name_without(common) for group in groups}
+    shown, footnotes = tables(in_order, labels, others), notes(rows, common)
     for table in shown:
         table.print()
     window = shutil.get_terminal_size((120, 0)).columns

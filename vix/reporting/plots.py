@@ -26,7 +26,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from matplotlib.transforms import Bbox
 
 from vix.reporting.console import encodable
-from vix.runs.results import Group, Row, without_common
+from vix.runs.results import Group, Row, shared_overrides
 
 # The paper's colors: ViT red, ViX blue, hybrid ViT orange, hybrid ViX green.
 FAMILIES = {"ViT": "tab:red", "ViX": "tab:blue", "Hybrid ViT": "tab:orange", "Hybrid ViX": "tab:green"}
@@ -103,9 +103,10 @@ def pictures(
 
     A figure without data is omitted; figure 4 always shows the published points.
     """
-    labels, common = without_common([encodable(group.name) for group in groups])
+    common = shared_overrides(groups)
+    labels = [encodable(group.name_without(common)) for group in groups]
     entries = [Entry(*entry) for entry in zip(groups, rows, labels, strict=True)]
-    note = f"all: {' '.join(common)}" if common else ""
+    note = encodable(f"all: {' '.join(common)}") if common else ""
     with warnings.catch_warnings(action="ignore"):  # a character missing from the font is drawn as a box
         drawn = {
             "figure4.png": figure_4(entries, note, published),

@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class RunRecord:
         """The experiment, or the model groups where no experiment was chosen."""
         return str(self.results.get("experiment") or "-".join(str(self.results.get(group)) for group in MODEL_GROUPS))
 
-    @property
+    @functools.cached_property
     def changes(self) -> list[str]:
         """The overrides that distinguish this run within its experiment; the last of several for one key wins."""
         ignored = {*IGNORED_IN_GROUPS, *(() if self.results.get("experiment") else MODEL_GROUPS)}
@@ -99,14 +99,24 @@ class RunRecord:
 class Group:
     """Runs that differ only in the seed or, in a cross-validation, the fold.
 
-    name: the experiment and the overrides that distinguish the group.
     runs: one per seed and fold.
     published: the paper's row for this model; empty for other models.
+    distinction: appended to the name where other groups have the same one.
     """
 
-    name: str
     runs: list[RunRecord]
     published: Mapping[str, str]
+    distinction: str = ""
+
+    @property
+    def name(self) -> str:
+        """The experiment and the overrides that distinguish the group."""
+        return self.name_without(())
+
+    def name_without(self, overrides: Collection[str]) -> str:
+        """The name without these overrides."""
+        run = self.runs[0]
+        return " ".join([run.experiment, *(change for change in run.changes if change not in overrides)]) + self.distinction
 
     def values(self, key: str) -> list[float]:
         """A field of the results of every run that has it."""
@@ -288,7 +298,7 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
     groups = []
     for of_repeat in repeats.values():
         runs = sorted(of_repeat.values(), key=lambda run: (len(run.seed), run.seed, run.fold or 0))
-        groups.append(Group(" ".join([runs[0].experiment, *runs[0].changes]), runs, paper(runs[0], published)))
+        groups.append(Group(runs, paper(runs[0], published)))
     order = [*published]
     groups.sort(key=lambda g: (order.index(x) if (x := g.runs[0].experiment) in order else len(order), g.name))
     disambiguate(groups)
@@ -312,15 +322,13 @@ def disambiguate(groups: Iterable[Group]) -> None:
             labels = [distinction(group) if distinction else f"config {i}" for i, group in enumerate(alike, 1)]
             if len(set(labels)) > 1 or distinction is place_of:
                 for group, label in zip(alike, labels, strict=True):
-                    group.name += f" ({label})" if label else ""
+                    group.distinction += f" ({label})" if label else ""
 
 
-def without_common(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names without the overrides that they all share, and the shared overrides."""
-    words = [name.split(" ") for name in names]
-    overrides = [{word for word in ws[1:] if "=" in word} for ws in words]
-    common = set.intersection(*overrides) if len(words) > 1 else set()
-    return [" ".join(w for w in ws if w not in common) for ws in words], sorted(common)
+def shared_overrides(groups: Sequence[Group]) -> list[str]:
+    """The overrides that all groups have; none for a single group."""
+    changes = [set(group.runs[0].changes) for group in groups]
+    return sorted(set.intersection(*changes)) if len(changes) > 1 else []
 
 
 def images_of(group: Group) -> str:
