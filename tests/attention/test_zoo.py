@@ -20,7 +20,7 @@ from vix.attention.gating import SpatialGating
 from vix.attention.global_filter import GlobalFilter
 from vix.attention.identity import Identity
 from vix.attention.latent import LatentAttention
-from vix.attention.linear import LinearAttention
+from vix.attention.linear import LinearAttention, elu_plus_1
 from vix.attention.mamba2 import Mamba2
 from vix.attention.neighbourhood import NeighborhoodAttention
 from vix.attention.pooling import Pooling
@@ -194,6 +194,18 @@ def test_relu_kernel() -> None:
         return ours.to_out(out.transpose(1, 2).flatten(2))
 
     assert_same(ours, written_out, tokens())
+
+
+def test_elu_kernel() -> None:
+    """elu + 1 and its gradient, which PyTorch's elu has as well, also where exp would overflow or elu + 1 is rounded to 0."""
+    x = torch.tensor([-80.0, -20, -1, -0.0, 0, 1, 100, 1e30], requires_grad=True)
+    features = elu_plus_1(x)
+    (gradient,) = torch.autograd.grad(features.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    expected = torch.where(exact > 0, exact + 1, exact.clamp(max=0).exp())
+    torch.testing.assert_close(features.double(), expected, rtol=1e-6, atol=0)
+    (of_elu,) = torch.autograd.grad(F.elu(exact).sum(), exact)
+    torch.testing.assert_close(gradient.double(), of_elu, rtol=1e-6, atol=0)
 
 
 def test_cosine_kernel() -> None:

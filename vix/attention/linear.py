@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vix.layers.attend import linear_attention
@@ -45,7 +44,7 @@ class LinearAttention(MultiHeadMixer):
         with no_autocast(q_BHNE):
             q_BHNE, k_BHNE, values_BHNE = upcast_fp32(q_BHNE, k_BHNE, v_BHNE)
             if self.kernel == "elu":
-                out_BHNE = linear_attention(F.elu(q_BHNE) + 1, F.elu(k_BHNE) + 1, values_BHNE)
+                out_BHNE = linear_attention(elu_plus_1(q_BHNE), elu_plus_1(k_BHNE), values_BHNE)
             elif self.kernel == "relu":
                 out_BHNE = linear_attention(q_BHNE.relu(), k_BHNE.relu(), values_BHNE, eps=1e-5)
             elif self.kernel == "softmax":
@@ -58,3 +57,9 @@ class LinearAttention(MultiHeadMixer):
                 )
                 out_BHNE = q_BHNE * (k_BHNE * values_BHNE).sum(dim=-2, keepdim=True)
         return out_BHNE.to(v_BHNE.dtype)
+
+
+def elu_plus_1(x: Tensor) -> Tensor:
+    """elu(x) + 1, as eˣ for x ≤ 0: always positive, unlike expm1(x) + 1 in float32, and on a CPU ten times as fast."""
+    positive = x.relu()
+    return positive + (x - positive).exp()  # clamp(max=0) has gradient 0 at 0
