@@ -13,6 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from vix.layers import fused_attention
 from vix.layers.precision import upcast_fp32
 
 ActivationCheckpointing = Literal["selective", "full"] | None
@@ -24,6 +25,7 @@ SAVED_OPS = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    fused_attention.OPERATOR,
 }
 # Matrix products with at least this inner dimension (linear layers) are saved. Those of random features, whose inner dimension
 # is the width of a head, are recomputed.
