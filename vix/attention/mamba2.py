@@ -1,6 +1,7 @@
 """Mamba-2: Dao and Gu, "Transformers are SSMs", 2024; in both directions as in Vision Mamba (Zhu et al., 2024)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class StateSpace(nn.Module):
         self.inner, self.heads, self.state = inner, heads, state
         width = inner + 2 * state
         self.in_proj = nn.Linear(dim, inner + width + heads, bias=False)
-        self.conv = nn.Conv1d(width, width, conv_kernel, padding=conv_kernel - 1, groups=width)
+        self.conv = CausalConv(width, conv_kernel)
         # Bare parameters, called neither weight nor bias. The time steps start between 0.001 and 0.1.
         step_H = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)))
         self.step_offset_H = nn.Parameter(step_H + torch.log(-torch.expm1(-step_H)))  # the inverse of softplus
@@ -73,47 +74,102 @@ class StateSpace(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        count = x_BND.shape[1]
         z_BNF, xbc_BNW, step_BNH = self.in_proj(x_BND).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
-        xbc_BNW = F.silu(self.conv(xbc_BNW.mT)[..., :count].mT)
+        dtype = z_BNF.dtype
+        xbc_BNW = F.silu(self.conv(xbc_BNW))
         with no_autocast(x_BND):
             z_BNF, xbc_BNW, step_BNH = upcast_fp32(z_BNF, xbc_BNW, step_BNH)
             x_BNF, b_BNS, c_BNS = xbc_BNW.split([self.inner, self.state, self.state], dim=-1)
             step_BNH = F.softplus(step_BNH + self.step_offset_H)
             x_BNHE = x_BNF.unflatten(-1, (self.heads, -1))
             log_decay_BNH = -self.log_decay_H.exp() * step_BNH
-            y_BNHE = scan(step_BNH[..., None] * x_BNHE, log_decay_BNH, b_BNS, c_BNS) + self.skip_H[:, None] * x_BNHE
+            y_BNHE = scan(step_BNH[..., None] * x_BNHE, log_decay_BNH, b_BNS, c_BNS, dtype) + self.skip_H[:, None] * x_BNHE
             y_BNF = self.norm(y_BNHE.flatten(2) * F.silu(z_BNF))
         return self.out_proj(y_BNF.to(x_BND.dtype))
 
 
-def scan(x_BNHE: Tensor, log_decay_BNH: Tensor, b_BNS: Tensor, c_BNS: Tensor) -> Tensor:
-    """y_t = Σ_{s≤t} C_t·B_s exp(Σ_{s<r≤t} log_decay_r) x_s, in chunks: → (B, N, H, E)."""
-    count = x_BNHE.shape[1]
+class CausalConv(nn.Conv1d):
+    """Depthwise convolution along the tokens: (B, N, W) → (B, N, W); each token sees itself and those before it.
+
+    In code compiled for a CPU it is a sum of shifted products (:class:`ShiftedProducts`), as in
+    :class:`vix.layers.maps.DepthwiseConv`: PyTorch's takes three times as long there, most of it in the backward pass.
+
+    width: number of channels W.   kernel: number of taps.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__(width, width, kernel, padding=kernel - 1, groups=width)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        if x_BNW.is_cpu and torch.compiler.is_compiling() and torch.is_grad_enabled():
+            out_BNW: Tensor = ShiftedProducts.apply(x_BNW, self.weight.squeeze(1), self.bias)
+            return out_BNW
+        return super().forward(x_BNW.mT)[..., : x_BNW.shape[1]].mT
+
+
+class ShiftedProducts(torch.autograd.Function):
+    """out[n] = bias + Σ_k taps[k]·x[n − K + 1 + k], in at least float32, rounded to the dtype of ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNW: Tensor, taps_WK: Tensor, bias_W: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BNW, taps_WK)
+        taps_KW = taps_first(taps_WK)
+        margin, count = len(taps_KW) - 1, x_BNW.shape[1]
+        padded_BMW = F.pad(x_BNW, (0, 0, margin, 0))
+        out_BNW = sum(padded_BMW[:, k : k + count] * tap_W for k, tap_W in enumerate(taps_KW)) + bias_W
+        return out_BNW.to(x_BNW.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BNW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BNW, taps_WK = ctx.saved_tensors
+        taps_KW = taps_first(taps_WK)
+        margin, count = len(taps_KW) - 1, x_BNW.shape[1]
+        padded_BMW = F.pad(gradient_BNW, (0, 0, 0, margin))
+        of_x_BNW = sum(padded_BMW[:, margin - k : margin - k + count] * tap_W for k, tap_W in enumerate(taps_KW))
+        padded_BMW = F.pad(x_BNW, (0, 0, margin, 0))
+        x_BNW, gradient_BNW = upcast_fp32(x_BNW, gradient_BNW)
+        of_taps = [(padded_BMW[:, k : k + count] * gradient_BNW).sum((0, 1)) for k in range(margin + 1)]
+        return of_x_BNW.to(ctx.saved_tensors[0].dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum((0, 1))
+
+
+def taps_first(taps_WK: Tensor) -> Tensor:
+    """(W, K) → (K, W), by a product: a transposed view would be read with gaps, which Inductor does not vectorize."""
+    with no_autocast(taps_WK):
+        return torch.eye(taps_WK.shape[1], dtype=taps_WK.dtype) @ taps_WK.T
+
+
+def scan(x_BNHE: Tensor, log_decay_BNH: Tensor, b_BNS: Tensor, c_BNS: Tensor, dtype: torch.dtype) -> Tensor:
+    """y_t = Σ_{s≤t} C_t·B_s exp(Σ_{s<r≤t} log_decay_r) x_s, in chunks: → (B, N, H, E).
+
+    dtype: that of the large products, whose operands are rounded to it.
+    """
+    count, heads = x_BNHE.shape[1:3]
     length = min(CHUNK, count)
     chunks = math.ceil(count / length)
     filling = chunks * length - count
     x_BNHE, log_decay_BNH = F.pad(x_BNHE, (0, 0, 0, 0, 0, filling)), F.pad(log_decay_BNH, (0, 0, 0, filling))
     b_BNS, c_BNS = (F.pad(t, (0, 0, 0, filling)) for t in (b_BNS, c_BNS))
     x_BCHLE = x_BNHE.unflatten(1, (chunks, length)).transpose(2, 3)
-    b_BCLS, c_BCLS = (t.unflatten(1, (chunks, length)) for t in (b_BNS, c_BNS))
+    b_BCLS, c_BCLS = (t.unflatten(1, (chunks, length)).to(dtype) for t in (b_BNS, c_BNS))
     sums_BCHL = log_decay_BNH.unflatten(1, (chunks, length)).transpose(2, 3).cumsum(dim=-1)
     # Within a chunk: exp of a difference of sums, of which only those with s ≤ t are wanted.
     before_LL = torch.ones(length, length, dtype=torch.bool, device=x_BNHE.device).tril()
     decay_BCHLL = (sums_BCHL[..., :, None] - sums_BCHL[..., None, :]).masked_fill(~before_LL, float("-inf")).exp()
     weights_BCHLL = decay_BCHLL * (c_BCLS @ b_BCLS.mT)[:, :, None]
-    y_BCHLE = weights_BCHLL @ x_BCHLE
+    y_BCLHE = (weights_BCHLL.to(dtype) @ x_BCHLE.to(dtype)).to(x_BNHE.dtype).transpose(2, 3)
     if chunks > 1:
-        # The state that each chunk adds, decayed to its end; then what all chunks before one have left for it.
+        # The state that each chunk adds, decayed to its end; then what all chunks before one have left for it. The heads have
+        # the same B and C, so that one product serves all of them (F: heads and their channels).
         to_end_BCHL1 = (sums_BCHL[..., -1:] - sums_BCHL).exp()[..., None]
-        state_BCHSE = b_BCLS.mT[:, :, None] @ (to_end_BCHL1 * x_BCHLE)
+        decayed_BCLF = (to_end_BCHL1 * x_BCHLE).to(dtype).transpose(2, 3).flatten(3)
+        state_BCSHE = (b_BCLS.mT @ decayed_BCLF).to(x_BNHE.dtype).unflatten(-1, (heads, -1))
         total_BHC = sums_BCHL[..., -1].transpose(1, 2)
         # From the end of chunk j to the beginning of chunk i, of which only those with j < i are wanted.
         until_BHC = total_BHC.cumsum(dim=-1)
         earlier_CC = torch.ones(chunks, chunks, dtype=torch.bool, device=x_BNHE.device).tril(-1)
         between_BHCC = (until_BHC - total_BHC)[..., :, None] - until_BHC[..., None, :]
         between_BHCC = between_BHCC.masked_fill(~earlier_CC, float("-inf")).exp()
-        carried_BHCF = between_BHCC @ state_BCHSE.transpose(1, 2).flatten(3)
-        carried_BCHSE = carried_BHCF.unflatten(-1, state_BCHSE.shape[-2:]).transpose(1, 2)
-        y_BCHLE = y_BCHLE + (c_BCLS[:, :, None] @ carried_BCHSE) * sums_BCHL.exp()[..., None]
-    return y_BCHLE.transpose(2, 3).flatten(1, 2)[:, :count]
+        carried_BCSHE = torch.einsum("bhij,bjshe->bishe", between_BHCC, state_BCSHE)
+        from_before_BCLF = (c_BCLS @ carried_BCSHE.to(dtype).flatten(3)).to(x_BNHE.dtype)
+        y_BCLHE = y_BCLHE + from_before_BCLF.unflatten(-1, (heads, -1)) * sums_BCHL.exp().transpose(2, 3)[..., None]
+    return y_BCLHE.flatten(1, 2)[:, :count]
