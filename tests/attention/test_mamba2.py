@@ -12,7 +12,7 @@ from vix.attention.mamba2 import CausalConv, ShiftedProducts
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("kernel", [1, 2, 4])
+@pytest.mark.parametrize("kernel", [1, 4, 12])
 def test_shifted_products_are_a_convolution(kernel: int, dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
     x_BNW = torch.randn(3, 9, 6, dtype=dtype, requires_grad=True)

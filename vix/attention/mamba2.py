@@ -126,9 +126,10 @@ class ShiftedProducts(torch.autograd.Function):
         margin, count = len(taps_KW) - 1, x_BNW.shape[1]
         padded_BMW = F.pad(gradient_BNW, (0, 0, 0, margin))
         of_x_BNW = sum(padded_BMW[:, margin - k : margin - k + count] * tap_W for k, tap_W in enumerate(taps_KW))
-        padded_BMW = F.pad(x_BNW, (0, 0, margin, 0))
         x_BNW, gradient_BNW = upcast_fp32(x_BNW, gradient_BNW)
-        of_taps = [(padded_BMW[:, k : k + count] * gradient_BNW).sum((0, 1)) for k in range(margin + 1)]
+        of_taps = [
+            (x_BNW[:, : max(0, count - shift)] * gradient_BNW[:, shift:]).sum((0, 1)) for shift in reversed(range(margin + 1))
+        ]
         return of_x_BNW.to(ctx.saved_tensors[0].dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum((0, 1))
 
 
