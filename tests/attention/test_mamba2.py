@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from vix.attention.mamba2 import CausalConv, ShiftedProducts
+from vix.attention.mamba2 import CausalConv, Mamba2, ShiftedProducts
+from vix.layers.tokens import TokenGrid
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.bfloat16, 1e-2)])
@@ -51,3 +52,11 @@ def test_a_compiled_convolution() -> None:
     assert not any("convolution" in graph for graph in graphs)
     for uncompiled, compiled in zip(*results, strict=True):
         assert (compiled - uncompiled).norm() < 1e-2 * uncompiled.norm()
+
+
+def test_large_activations_in_float16() -> None:
+    """The products of the scan are in float32 then: in float16 these are infinite."""
+    torch.manual_seed(0)
+    mixer = Mamba2(32, TokenGrid(8, 12), heads=4)
+    with torch.autocast("cpu", torch.float16):
+        assert mixer(1000 * torch.randn(2, 96, 32)).isfinite().all()

@@ -75,7 +75,8 @@ class StateSpace(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         z_BNF, xbc_BNW, step_BNH = self.in_proj(x_BND).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
-        dtype = z_BNF.dtype
+        # Of the scan's products; float16 could not hold large ones.
+        dtype = torch.float32 if z_BNF.dtype is torch.float16 else z_BNF.dtype
         xbc_BNW = F.silu(self.conv(xbc_BNW))
         with no_autocast(x_BND):
             z_BNF, xbc_BNW, step_BNH = upcast_fp32(z_BNF, xbc_BNW, step_BNH)
