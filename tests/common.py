@@ -1,6 +1,8 @@
-"""Parts that several tests share: a run in this process, what a run left, an image folder, and config files."""
+"""Parts that several tests share: a run in this process, what a run left, an image folder, config files,
+and the graphs of a compiled module."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
 import vix
 from vix.build import parse
@@ -76,3 +79,17 @@ def write_configs(directory: Path, files: dict[str, str | bytes]) -> None:
         path = directory / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def traced(module: nn.Module) -> tuple[Callable[..., Tensor], list[str]]:
+    """The module as ``torch.compile`` traces it, without generated code, and the code of its graphs, filled when it runs."""
+    from functorch.compile import make_boxed_func  # here, because these take seconds
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    return torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=keep)), graphs

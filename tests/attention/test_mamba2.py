@@ -1,12 +1,9 @@
 """The convolution of Mamba-2 in compiled code; tests/attention/test_zoo.py compares the mixer with independent code."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
+from common import traced
 
 from vix.attention.mamba2 import CausalConv, Mamba2, ShiftedProducts
 from vix.layers.tokens import TokenGrid
@@ -30,15 +27,10 @@ def test_shifted_products_are_a_convolution(kernel: int, dtype: torch.dtype, bou
 def test_a_compiled_convolution() -> None:
     """Compiled code takes the products above, also within autocast, and uncompiled code PyTorch's convolution."""
     torch.manual_seed(0)
-    graphs: list[str] = []
-
-    def keep(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
-        graphs.append(graph.code)
-        return make_boxed_func(graph.forward)
-
     layer, x_BNW = CausalConv(8, 4), torch.randn(2, 16, 8).to(torch.bfloat16)
+    compiled, graphs = traced(layer)
     results = []
-    for forward in (layer, torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))):
+    for forward in (layer, compiled):
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out_BNW = forward(x_BNW)
@@ -50,8 +42,8 @@ def test_a_compiled_convolution() -> None:
         results.append((out_BNW.detach().float(), layer.weight.grad.clone(), layer.bias.grad.clone()))
     assert len(graphs) == 2
     assert not any("convolution" in graph for graph in graphs)
-    for uncompiled, compiled in zip(*results, strict=True):
-        assert (compiled - uncompiled).norm() < 1e-2 * uncompiled.norm()
+    for uncompiled, of_graphs in zip(*results, strict=True):
+        assert (of_graphs - uncompiled).norm() < 1e-2 * uncompiled.norm()
 
 
 def test_large_activations_in_float16() -> None:

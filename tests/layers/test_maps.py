@@ -1,13 +1,10 @@
 """Layers of token maps."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
+from common import traced
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 
 from vix.layers.maps import DepthwiseConv, DepthwiseGradients, MapBatchNorm
 from vix.layers.tokens import join
@@ -55,15 +52,10 @@ def test_gradients_of_a_depthwise_convolution(kernel: int, dtype: torch.dtype, b
 def test_a_compiled_depthwise_convolution() -> None:
     """Compiled code takes the gradients above, also within autocast, and uncompiled code PyTorch's."""
     torch.manual_seed(0)
-    graphs: list[str] = []
-
-    def keep(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
-        graphs.append(graph.code)
-        return make_boxed_func(graph.forward)
-
     layer, map_BDYX = DepthwiseConv(8, 5), torch.randn(2, 8, 8, 8).to(torch.bfloat16)
+    compiled, graphs = traced(layer)
     gradients = []
-    for forward in (layer, torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))):
+    for forward in (layer, compiled):
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out_BDYX = forward(map_BDYX)
