@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,6 +32,35 @@ def test_as_pytorchs_function(dtype: torch.dtype) -> None:
 def test_as_an_operator_of_pytorch() -> None:
     """Strides, shapes without values, gradients and tracing, by PyTorch's own check."""
     torch.library.opcheck(OPERATOR, queries_keys_values(torch.float32))
+
+
+def test_any_layout_in_memory() -> None:
+    """Channels that are no neighbours in memory, and a gradient that is one number."""
+    q, k, v = (t.detach().mT.contiguous().mT.requires_grad_() for t in queries_keys_values(torch.float32))
+    ours, theirs = fused_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, theirs)
+    for mine, exact in zip(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
+def test_the_precision_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any processor: forward and backward compute with the precision with which oneDNN has no part."""
+    precisions = []
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            precisions.append(torch.get_float32_matmul_precision())
+            return getattr(torch.ops.aten, name)
+
+    tensors = queries_keys_values(torch.float32)
+    monkeypatch.setattr("vix.layers.fused_attention.aten", Recorded())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        fused_attention(*tensors).sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert precisions == ["highest", "highest"]
 
 
 def test_the_precision_is_restored() -> None:

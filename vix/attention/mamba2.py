@@ -93,7 +93,7 @@ class CausalConv(nn.Conv1d):
     """Depthwise convolution along the tokens: (B, N, W) → (B, N, W); each token sees itself and those before it.
 
     In code compiled for a CPU it is a sum of shifted products (:class:`ShiftedProducts`), as in
-    :class:`vix.layers.maps.DepthwiseConv`: PyTorch's takes three times as long there, most of it in the backward pass.
+    :class:`vix.layers.maps.DepthwiseConv`: PyTorch's backward pass is slow there.
 
     width: number of channels W.   kernel: number of taps.
     """
@@ -124,14 +124,14 @@ class ShiftedProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient_BNW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_BNW, taps_WK = ctx.saved_tensors
         taps_KW = taps_first(taps_WK)
-        margin, count = len(taps_KW) - 1, x_BNW.shape[1]
+        margin, count, dtype = len(taps_KW) - 1, x_BNW.shape[1], x_BNW.dtype
         padded_BMW = F.pad(gradient_BNW, (0, 0, 0, margin))
         of_x_BNW = sum(padded_BMW[:, margin - k : margin - k + count] * tap_W for k, tap_W in enumerate(taps_KW))
         x_BNW, gradient_BNW = upcast_fp32(x_BNW, gradient_BNW)
         of_taps = [
             (x_BNW[:, : max(0, count - shift)] * gradient_BNW[:, shift:]).sum((0, 1)) for shift in reversed(range(margin + 1))
         ]
-        return of_x_BNW.to(ctx.saved_tensors[0].dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum((0, 1))
+        return of_x_BNW.to(dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum((0, 1))
 
 
 def taps_first(taps_WK: Tensor) -> Tensor:

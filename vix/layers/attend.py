@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.layers.fused_attention import fused_attention
+from vix.layers.fused_attention import fused_attention, same_heads
 from vix.layers.precision import no_autocast, upcast_fp32
 
 # Up to this many queries or keys, explicit attention is 2 to 3 times faster on a CPU than PyTorch's fused kernel.
@@ -36,10 +36,7 @@ def softmax_attention(
             return explicit_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
         # On a CPU the fused backward pass is no faster in bfloat16, and less accurate.
         (v_BHME,) = upcast_fp32(v_BHME)
-        same_heads = (
-            q_BHNE.shape[:2] == k_BHME.shape[:2] and q_BHNE.shape[3:] == k_BHME.shape[3:] and k_BHME.shape == v_BHME.shape
-        )
-        if same_heads and bias_1HNM is None and not dropout:
+        if bias_1HNM is None and not dropout and same_heads(q_BHNE, k_BHME, v_BHME):
             out_BHNE = fused_attention(q_BHNE, k_BHME, v_BHME)
         else:
             out_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)

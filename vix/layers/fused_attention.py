@@ -20,8 +20,15 @@ def fused_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
     # ONNX has no such operator, and memory estimates have their own replacement of PyTorch's function.
     if torch.compiler.is_exporting() or isinstance(q_BHNE, FakeTensor):
         return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME)
-    out_BHNE, _ = forward(q_BHNE, k_BHME, v_BHME)
+    # The kernel reads the channels of a head as neighbours in memory.
+    out_BHNE, _ = forward(*(t if t.stride(-1) == 1 else t.contiguous() for t in (q_BHNE, k_BHME, v_BHME)))
     return out_BHNE
+
+
+def same_heads(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> bool:
+    """Whether :func:`fused_attention` takes these: four axes, and the same images, heads and head widths, none broadcast."""
+    sizes = {(*t.shape[:2], t.shape[-1]) for t in (q_BHNE, k_BHME, v_BHME)}
+    return q_BHNE.ndim == 4 and len(sizes) == 1 and k_BHME.shape == v_BHME.shape
 
 
 @contextmanager
@@ -57,9 +64,6 @@ def _(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> tuple[Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu(q_BHNE, k_BHME, v_BHME)
 
 
-OPERATOR = torch.ops.vix.fused_attention.default
-
-
 @backward.register_fake
 def _(gradient_BHNE: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(gradient_BHNE, *saved, 0.0, False)
@@ -77,3 +81,4 @@ def differentiate(ctx: Any, gradient_BHNE: Tensor, _: Tensor) -> tuple[Tensor, T
 
 
 forward.register_autograd(differentiate, setup_context=save)
+OPERATOR = torch.ops.vix.fused_attention.default
