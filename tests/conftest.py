@@ -75,7 +75,15 @@ COMPOSED: dict[tuple[str, ...], DictConfig] = {}
 HANGS = 3600.0
 
 # Variables that a forked process still reads; all others may matter when Python starts or a library is imported.
-READ_LATE = {"COLUMNS", "HYDRA_FULL_ERROR", "PYTEST_CURRENT_TEST", "TERM", "VIX_DATA", "VIX_PACKAGES"}
+READ_LATE = {
+    "COLUMNS",
+    "HYDRA_FULL_ERROR",
+    "PYTEST_CURRENT_TEST",
+    "TERM",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "VIX_DATA",
+    "VIX_PACKAGES",
+}
 AT_START: dict[str, str] = {}
 
 

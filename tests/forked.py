@@ -12,6 +12,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
@@ -191,3 +192,9 @@ def signal_at_file(number: int, name: str, times: int) -> None:
                 os.kill(os.getpid(), number)
 
     before_each_change(count)
+
+
+def shift_clock(seconds: float) -> None:
+    """Let this process read another time."""
+    now = time.time
+    time.time = lambda: now() + seconds

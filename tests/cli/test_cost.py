@@ -29,7 +29,7 @@ def test_of_a_run(
     compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Measured compiled and not, kept next to the run, and shown by the report with two more pictures."""
-    cfg = compose_config(*TINY, "trainer.epochs=1")
+    cfg = compose_config(*TINY, "attention=softmax", "trainer.epochs=1")
     run = tmp_path / "quickstart" / "seed=0"
     run.mkdir(parents=True)
     fit(cfg, run)

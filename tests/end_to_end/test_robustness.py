@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(tmp_path: Path, forked: Forked, whole: Path, kills: int) -> None:
     """kill -9 at random moments: every file is whole or absent, and the same command then ends as if undisturbed.
 

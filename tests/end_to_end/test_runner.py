@@ -106,19 +106,23 @@ def test_quickstart(tmp_path: Path) -> None:
 @pytest.mark.slow  # unpacking takes half a minute
 @pytest.mark.xdist_group("cifar10")  # and is done once for each process
 def test_real_cifar10(tmp_path: Path, cifar10_root: Path) -> None:
-    """The main job on real images at full resolution: Hybrid ViN, 500 training images, one epoch, every artefact."""
+    """The main job on real images at full resolution: Hybrid ViN, 200 training images, one epoch, every artefact."""
     done = run_train(
         tmp_path,
-        "data.train_size=500",
-        "data.test_size=200",
+        "data.train_size=200",
+        "data.test_size=50",
+        "trainer.batch_size=20",
         "trainer.epochs=1",
         VIX_DATA=str(cifar10_root),
     )
     assert done.returncode == 0, done.stderr
     (directory,) = tmp_path.glob("outputs/*/seed=0")
-    assert directory.parent.name == "vit-nystrom-conv-learned,data.test_size=200,data.train_size=500,trainer.epochs=1"
+    assert (
+        directory.parent.name
+        == "vit-nystrom-conv-learned,data.test_size=50,data.train_size=200,trainer.batch_size=20,trainer.epochs=1"
+    )
     results = check_artefacts(directory, epochs=1)
-    assert (results["train_images"], results["test_images"]) == (500, 200)
+    assert (results["train_images"], results["test_images"]) == (200, 50)
     assert (results["trainable_params"], results["weight_bias_params"]) == (755034, 623706)
     assert results["train_loss"] < math.log(10) + 0.15
 

@@ -9,6 +9,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from common import fit
 from conftest import HANGS, TINY, run_train
+from forked import Forked, shift_clock
 from matplotlib.image import imread
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -262,19 +264,16 @@ def test_heat_is_black_at_nothing_bright_at_the_most_and_blue_below() -> None:
 
 
 @pytest.mark.slow
-def test_a_continued_run_after_the_clock_went_back(tmp_path: Path) -> None:
+def test_a_continued_run_after_the_clock_went_back(tmp_path: Path, forked: Forked) -> None:
     """With a year and more between: every epoch of the real program is there, once, in TensorBoard's own reader."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nnow = time.time\ntime.time = lambda: now() + float(os.environ['SHIFT'])\n"
-    )
     run = tmp_path / "run"
     accuracies: dict[int, float] = {}
     live = None
     for epochs, shift in ((1, 0.0), (2, -4e7), (3, -8e7), (4, 0.0)):
         more = ["trainer.resume=force"] if epochs > 1 else []
         words = [*TINY, f"trainer.epochs={epochs}", f"hydra.run.dir={run}", *more]
-        done = run_train(tmp_path, *words, SHIFT=str(shift), PYTHONPATH=str(tmp_path))
-        assert done.returncode == 0, done.stderr
+        status, output = forked.run(tmp_path, *words, before=partial(shift_clock, shift))
+        assert status == 0, output
         live = live or EventAccumulator(str(run))
         history = json.loads((run / "results.json").read_text())["history"]
         accuracies = {row["epoch"]: row["top1"] for row in history}

@@ -167,27 +167,32 @@ GROUP_OPTIONS = {"optimizer.betas": "betas", "optimizer.eps": "eps", "optimizer.
 
 @pytest.fixture(scope="module")
 def one_epoch(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> dict[str, Any]:
-    """A run of one epoch, and what two epochs give without and with ``force``."""
+    """A run of one epoch, and the results of a second one with nothing else changed."""
     directory = tmp_path_factory.mktemp("one_epoch")
     status, output = forked.run(directory, *IN_R, "trainer.epochs=1")
     assert status == 0, output
-    return {"directory": directory / "r", "results": read(directory / "r/results.json")}
+    return {"directory": directory / "r", "unchanged": second_epoch(forked, directory / "r", directory / "unchanged")[0]}
+
+
+def second_epoch(forked: Forked, first: Path, directory: Path, *changed: str) -> tuple[dict[str, Any], str]:
+    """Continue a copy of a run of one epoch: its results and its output."""
+    shutil.copytree(first, directory / "r")
+    status, output = forked.run(directory, *IN_R, "trainer.epochs=2", "trainer.resume=force", *changed)
+    assert status == 0, output
+    return read(directory / "r/results.json"), output
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("one_epoch")
 @pytest.mark.parametrize("key", CHANGED)
 def test_forced_options_are_used(tmp_path: Path, forked: Forked, one_epoch: dict[str, Any], key: str) -> None:
     """The second epoch is computed with the new value: history, checkpoint and results agree."""
     value = CHANGED[key]
-    losses = []
-    for name, extra in (("unchanged", ()), ("changed", (f"{key}={json.dumps(value)}".replace('"', ""),))):
-        shutil.copytree(one_epoch["directory"], tmp_path / name / "r")
-        arguments = (*IN_R, "trainer.epochs=2", "trainer.resume=force", *extra)
-        status, output = forked.run(tmp_path / name, *arguments)
-        assert status == 0, output
-        results = read(tmp_path / name / "r/results.json")
-        losses.append(results["history"][1]["train_loss"])
-        assert results["history"][0] == one_epoch["results"]["history"][0]
+    argument = f"{key}={json.dumps(value)}".replace('"', "")
+    results, output = second_epoch(forked, one_epoch["directory"], tmp_path / "changed", argument)
+    runs = (one_epoch["unchanged"], results)
+    assert all(run["history"][0] == read(one_epoch["directory"] / "results.json")["history"][0] for run in runs)
+    losses = [run["history"][1]["train_loss"] for run in runs]
     # Weights are averaged, and their norms reported, without a change of the loss; micro-batches change roundings alone.
     if key not in ("trainer.ema_decay", "trainer.micro_batch"):
         assert losses[0] != losses[1]

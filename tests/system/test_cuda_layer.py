@@ -342,14 +342,14 @@ def test_the_first_batch_is_released(
 
     monkeypatch.setattr(Split, "train_batches", spy)
     monkeypatch.setattr(TrainStep, "optimizer_step", watched)
-    fit(compose_config(*TINY, f"trainer.compile={how}", "trainer.micro_batch=auto"), tmp_path)
+    fit(compose_config(*TINY, "attention=softmax", f"trainer.compile={how}", "trainer.micro_batch=auto"), tmp_path)
     assert alive == [False] * 10
 
 
 @pytest.mark.slow
 def test_a_compiled_float16_run_trains(tmp_path: Path, forked: Forked) -> None:
     """Two trials come before its first step, of the micro-batch and of the compiler: gradient scaling starts as without."""
-    command = (*TINY, "trainer.precision=fp16", "trainer.compile=true", "trainer.micro_batch=auto")
+    command = (*TINY, "attention=softmax", "trainer.precision=fp16", "trainer.compile=true", "trainer.micro_batch=auto")
     status, output = forked.run(tmp_path, *command)
     assert status == 0, output
     results = results_of(tmp_path)

@@ -29,7 +29,8 @@ from vix.training.state import TrainState
 from vix.training.train_step import TrainStep, mean_loss
 
 # Steps of 20 images and a last one of 10, which is not compiled.
-UNEVEN = (*TINY, "data.train_size=110", "model.dropout=0.1", "trainer.compile=true", "trainer.checkpoint_every=2")
+SMALL = (*TINY, "attention=softmax", "data.train_size=110", "model.dropout=0.1")
+UNEVEN = (*SMALL, "trainer.compile=true", "trainer.checkpoint_every=2")
 Compose = Callable[..., DictConfig]
 ROWS = ("vit", "vip", "vil", "vin")
 
