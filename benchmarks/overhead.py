@@ -78,7 +78,7 @@ def main() -> None:
     at_once = chosen.at_once or (4 if gpu else 2)
     # Concurrent jobs on a CPU share its threads.
     threads, threads_packed = chosen.threads, chosen.threads if gpu else max(1, chosen.threads // at_once)
-    small = ("model.dim=16", "model.depth=1", "attention=softmax") if quick else ()
+    small = ("model.dim=16", "model.depth=1") if quick else ()
     what = (f"experiment={experiment}", f"trainer.batch_size={batch_size}", *small)
     command = (*what, f"trainer.device={device}", "data.test_size=10")
     train_size = max(steps * batch_size, 10)  # at least one image of each of 10 classes
