@@ -86,12 +86,9 @@ Compose = Callable[..., DictConfig]
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """The same weights and inputs whichever tests run, and no trace of them in other files' tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for most of these sizes threads cost more than they bring
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-    torch.set_num_threads(threads)
 
 
 def make(name: str, dim: int, tokens: TokenGrid, *, rotary: bool = False, tiny: bool = False, **changes: Any) -> Any:

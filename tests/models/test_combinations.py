@@ -51,15 +51,6 @@ def reason_to_refuse(model: str, attention: str, posenc: str) -> str | None:
     return None
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small spend their time in waking threads up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def small_config(compose_config):
     """The config of a small model from the four options, on 8×8 images; each option is composed by Hydra once."""

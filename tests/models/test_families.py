@@ -30,13 +30,8 @@ ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.
 
 
 @pytest.fixture(autouse=True)
-def _same_start_and_one_thread():
-    """Models this small spend their time in waking threads up."""
+def _same_start():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
