@@ -215,6 +215,7 @@ def test_compact_benchmark() -> None:
         shown = {
             "Softmax attention reaches": "softmax",
             "linear attention": "linear",
+            "convolution": "convolution",
             "the global filter": "global_filter",
             "mixes nothing,": "identity",
         }
