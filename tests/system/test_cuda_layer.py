@@ -49,6 +49,7 @@ RUN = (*(o for o in TINY if o != "trainer.precision=fp32"), "recipe=modern", "tr
 def gpus() -> Iterator[Driver]:
     """Two of them; what this process has chosen for float32 is restored."""
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's default
     initial_gpu.cache_clear()
     with pretended_gpus(2) as driver:
         yield driver
@@ -121,6 +122,7 @@ def test_a_gpu_without_kernels_is_one_line(tmp_path: Path) -> None:
 def test_a_gpu_has_its_index(gpus: Driver, name: str, index: int) -> None:
     assert resolve_device(name) == torch.device("cuda", index)
     assert torch.cuda.current_device() == index
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # whose gradients may be not a number: test_gpu.py
 
 
 def test_a_job_does_not_inherit_the_gpu_of_the_job_before(gpus: Driver) -> None:
@@ -416,7 +418,7 @@ def test_the_gradient_of_a_bias_is_counted_for_every_image() -> None:
     assert peak(True) - peak(False) > 0.9 * 8 * 4 * 1025**2 * 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits of the host are visible on a CUDA GPU only")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("recipe", ["paper", "modern"])
 def test_no_step_waits_for_the_gpu(compose_config: Compose, precision: str, recipe: str) -> None:

@@ -19,7 +19,8 @@ def resolve_device(name: str) -> torch.device:
 
     name: auto, or a device's name, such as cpu or cuda:1.
 
-    Each of several processes on a machine gets its own GPU. The GPU becomes the current one. Also sets the float32 precision.
+    Each of several processes on a machine gets its own GPU. The GPU becomes the current one. Also sets the float32 precision,
+    and on a GPU which kernels compute attention.
 
     Raises ConfigError where this machine lacks the device, PyTorch cannot compute on it, or processes would share a GPU.
     """
@@ -40,6 +41,8 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError("trainer.device=meta: training is not possible on this device; valid: auto, cpu, cuda:N")
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        avoid_cudnn_attention()
     set_float32_precision(device)
     return device
 
@@ -91,6 +94,15 @@ def unusable_reason(error: Exception) -> str:
     if out_of_memory(error):
         return f"that GPU has no free memory ({reason}); another process may be using it"
     return f"this machine has no such device, or it is unusable ({reason})"
+
+
+def avoid_cudnn_attention() -> None:
+    """Let fused attention use PyTorch's own kernels instead of cuDNN's, the default on Hopper GPUs.
+
+    The gradient of cuDNN's is not a number for some finite inputs (PyTorch 2.11, cuDNN 9, H200; PyTorch's issue 196678):
+    ``experiment=vil`` ended in its fourth epoch, and the same step is finite with the other kernels.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def set_float32_precision(device: torch.device) -> None:
