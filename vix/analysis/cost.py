@@ -262,7 +262,7 @@ class PretendedEngine:
         node = heapq.heappop(self.ready)[2]
         gradients = self.arrived.pop(node, {})
         self.awaited.pop(node, None)
-        self.parents.pop(node, None)
+        parents = self.parents.pop(node, None)  # until the node is executed
         if hasattr(node, "variable"):
             leaf = node.variable
             leaf.grad = gradients[0] if leaf.grad is None else leaf.grad.add_(gradients[0])
@@ -273,7 +273,7 @@ class PretendedEngine:
         for child, _ in edges:
             if isinstance(child, BackwardCFunction):
                 self.parents[child].append(node)
-        del node, call, gradients
+        del node, call, gradients, parents
         for (child, i), gradient in zip(edges, results if isinstance(results, tuple) else (results,), strict=False):
             if child is not None:
                 self.receive(child, i, gradient)
