@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from forked import PROGRAM, Forked
 from omegaconf import DictConfig
 
@@ -43,8 +44,19 @@ EXPERIMENTS = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs of this machine from all tests but those of ``pytest -m gpu``, so that the others do the same everywhere."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests/engines unless VIX_ENGINES is set: they start clusters (docs/sweeps.md)."""
+    """Skip tests that need a GPU where none is visible, and tests/engines unless VIX_ENGINES is set (docs/sweeps.md)."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU, and `pytest -m gpu`")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
     if not os.environ.get("VIX_ENGINES"):
         skip = pytest.mark.skip(reason="starts Slurm, Ray or network namespaces on this machine: set VIX_ENGINES=1")
         for item in items:

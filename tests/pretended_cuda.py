@@ -164,6 +164,7 @@ def pretended_gpus(gpus: int = 1, capability: tuple[int, int] = (8, 0)) -> Itera
     with (
         patch.multiple(torch._C, **functions),
         patch.multiple(torch.cuda, **state),
+        patch.object(torch.cuda, "_device_count_nvml", lambda: -1),  # as without NVML, which knows only real GPUs
         patch.object(torch.cuda, "_get_device_properties", None, create=True),
         patch.object(torch.cuda, "_queued_calls", []),
         patch.object(c10d, "ProcessGroupNCCL", nccl_by_gloo()),

@@ -225,7 +225,6 @@ def test_averaged_weights_need_memory(compose_config: Compose) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Planned on a machine without one, with what makes a run fit."""
     monkeypatch.chdir(tmp_path)

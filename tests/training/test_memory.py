@@ -19,10 +19,7 @@ from vix.system.memory import check_memory_limit, limit_memory, out_of_memory
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RUN = (
     *("model=vit", "model.dim=64", "model.dropout=0.1", "attention=softmax", "embedding=linear", "posenc=learned"),
     *("data=digits", "data.train_size=800", "data.test_size=50", "trainer.batch_size=800", "trainer.eval_batch_size=50"),

@@ -216,7 +216,7 @@ def test_results_are_strict_json(compose_config: Compose, tmp_path: Path) -> Non
     assert read["history"] == [{"train_loss": None}]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_gpu_memory_is_the_steps_own(compose_config: Compose, tmp_path: Path, precision: str) -> None:
     """A second run in the same process reports the first one's peak, not both; the data set is reported apart."""
