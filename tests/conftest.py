@@ -45,7 +45,7 @@ EXPERIMENTS = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs of this machine from all tests but those of ``pytest -m gpu``, so that the others do the same everywhere."""
+    """Hide this machine's GPUs from all tests but those of ``pytest -m gpu``, so that the others do the same everywhere."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

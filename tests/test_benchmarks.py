@@ -20,6 +20,7 @@ from benchmarks.crossover import crossover
 from benchmarks.everything import KINDS, join_side_by_side
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
+from benchmarks.rows import estimated_bytes
 from benchmarks.scaling import MIXERS, expected
 from benchmarks.variants import MODELS, skeleton
 from benchmarks.waiting import WAYS
@@ -88,6 +89,24 @@ def test_every_mixer_is_scaled(compose_config: Callable[..., DictConfig]) -> Non
     for overrides in MIXERS.values():
         with torch.device("meta"):
             assert build_model(compose_config(*overrides, *skeleton(8)))(torch.empty(1, 3, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.slow
+def test_rows(tmp_path: Path) -> None:
+    """Time and memory of two rows, next to the estimate, which is the same from the kept file alone."""
+    out = tmp_path / "r.json"
+    shown, record = measured("benchmarks.rows", out, "--batch", "2", "--rows", "vil", "fnet")
+    assert set(record["rows"]) == {"vil", "fnet"}
+    for row, costs in record["rows"].items():
+        cost, estimate = costs["plain"], estimated_bytes(row, "cpu", 2)
+        assert cost["seconds"] > 0
+        assert cost["allocated"] < estimate  # which counts weights and optimizer state as well
+        (line,) = (line.split() for line in shown.splitlines() if line.split()[:1] == [row])
+        assert line[-3:-1] == ["–", f"{estimate / 1e9:.2f}"]
+    again = run_benchmark("benchmarks.rows", out, "--show", str(out))
+    assert again.stdout == shown.rpartition("Written")[0]
+    missing = run_benchmark("benchmarks.rows", out, "--show", str(tmp_path / "no.json"))
+    assert missing.stderr.startswith(f"error: --show {tmp_path / 'no.json'}: No such file or directory; pass a file that")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from test_config import GROUPS, OWN_MIXER
 
 from benchmarks import accuracy, compact
 from benchmarks.crossover import crossover, curve
+from benchmarks.rows import estimated_bytes
 from benchmarks.scaling import MIXERS
 from benchmarks.variants import MODELS
 from vix.__main__ import COMMANDS
@@ -229,6 +230,82 @@ def from_tokens(points: list[dict], mixer: str, quantity: str) -> str:
     mine, other = (curve(points, name, "training", quantity) for name in (mixer, "softmax"))
     where = crossover(mine, other)
     return "–" if where is None else "all" if where == 0 else f"{float(f'{where:.2g}'):,.0f}"
+
+
+def test_families_of_the_compact_benchmark() -> None:
+    runs = {}
+    for path in (ROOT / "results/compact_families").glob("*/seed=0/results.json"):
+        run = json.loads(path.read_text())
+        assert (run["status"], run["tested_on"], run["train_images"], run["epochs"]) == ("finished", "test", 50_000, 8)
+        runs[run["experiment"], run["attention"]] = run
+    rows = table("docs/compact.md", "model | attention")
+    assert {(model, attention) for model, attention, *_ in rows} == set(runs)
+    for model, attention, top1, difference, *costs in rows:
+        run, reference = runs[model, attention], runs[model, "softmax"]
+        assert top1 == f"{run['top1']:.2f}"
+        above = "" if attention == "softmax" else f"{run['top1'] - reference['top1']:+.2f}".replace("-", "−")
+        assert difference == above
+        assert costs == [f"{run['peak_gpu_allocated_gb']:.2f}", f"{run['trainable_params']:,}"]
+
+
+def on_a_gpu(kept: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """The rows of a kept measurement on the H200: plain and compiled → milliseconds and GB of a step."""
+    record = json.loads((ROOT / f"benchmarks/results/{kept}.json").read_text())
+    assert not record["refused"]
+    return {
+        row: {kind: (1e3 * cost["seconds"], cost["allocated"] / 1e9) for kind, cost in costs.items()}
+        for row, costs in record["rows"].items()
+    }
+
+
+def test_rows_on_a_gpu() -> None:
+    """The table of all rows, the headers of the experiments, and the README's sentence."""
+    measured = {row: costs["plain"] for row, costs in on_a_gpu("rows-nvidia-h200").items()}
+    shown = table("docs/published-results.md", "row")
+    assert [cells[0] for cells in shown] == [row["experiment"] for row in PUBLISHED] == list(measured)
+    shares = []
+    for row, cells in zip(PUBLISHED, shown, strict=True):
+        ms, gb = measured[row["experiment"]]
+        assert cells[1:4] == [f"{ms:.1f}", f"{ms * 50 / 64:.0f}", f"{gb:.2f}"]
+        assert cells[5] == row["published_gpu_gb"]
+        shares.append(gb / float(cells[4]))
+        header = (ROOT / f"conf/experiment/{row['experiment']}.yaml").read_text()
+        assert f"{ms:.0f} ms per training step, {gb:.2f} GB.\n" in header
+    assert f"took between {min(shares):.2f} and {max(shares):.2f} times as much" in PAGES["docs/cost.md"]
+    times, memory = zip(*measured.values(), strict=True)
+    paper = [float(row["published_gpu_gb"]) for row in PUBLISHED]
+    assert (
+        f"rows takes {min(times):.0f} to {max(times):.0f} ms and {min(memory):.2f} to {max(memory):.2f} GB "
+        f"(the paper's runs: {min(paper)} to {max(paper)} GB)"
+    ) in " ".join(PAGES["README.md"].split())
+
+
+@pytest.mark.slow
+def test_estimates_of_the_rows() -> None:
+    for cells in table("docs/published-results.md", "row")[::4]:  # of all rows it takes a minute
+        assert cells[4] == f"{estimated_bytes(cells[0], 'cuda', 64) / 1e9:.2f}"
+
+
+def test_rows_compiled_on_a_gpu() -> None:
+    measured = on_a_gpu("rows-nvidia-h200-compiled")
+    shown = table("docs/performance.md", "row")
+    assert {cells[0] for cells in shown} == set(measured)
+    for row, *cells in shown:
+        (ms, gb), (compiled_ms, compiled_gb) = measured[row]["plain"], measured[row]["compiled"]
+        assert cells == [f"{ms:.1f}", f"{compiled_ms:.1f}", f"{gb:.2f}", f"{compiled_gb:.2f}"]
+
+
+def test_row_at_full_size() -> None:
+    run = json.loads((ROOT / "results/full_size/mixer,trainer.epochs=16/seed=0/results.json").read_text())
+    assert (run["status"], run["tested_on"], run["train_images"], run["best_epoch"]) == ("finished", "test", 50_000, 16)
+    (row,) = (row for row in PUBLISHED if row["experiment"] == "mixer")
+    page = " ".join(PAGES["docs/published-results.md"].split())
+    assert f"reached {run['top1']:.2f} % top-1 ({run['top5']:.2f} % top-5) in epoch 16" in page
+    assert f"the paper has {row['published_top1']} % ({row['published_top5']} %)" in page
+    assert f"Its peak was {run['peak_gpu_allocated_gb']:.2f} GB" in page
+    reached = f"`mixer` at full size reached {run['top1']:.2f} % in 16 epochs (the paper's: {row['published_top1']} %)"
+    assert reached in " ".join(PAGES["README.md"].split())
+    assert f"top-1 {run['top1']:.2f} % after 16 epochs" in (ROOT / "conf/experiment/mixer.yaml").read_text()
 
 
 def test_scaling() -> None:

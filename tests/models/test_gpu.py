@@ -1,4 +1,4 @@
-"""What a GPU computes: the gradients of every published row and of every mixer, compiled and not, next to float64 on the CPU."""
+"""What a GPU computes: gradients of every published row and of every compiled mixer, next to float64 on the CPU."""
 
 from collections.abc import Callable
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 # Compilation takes 30 to 60 s. On a CPU it makes steps up to 50 % faster, so that about five minutes of training earn it back:
-# 5e13 FLOPs at the 1.5e11 FLOP/s of two cores. On a GPU it saves small models some milliseconds of launch overhead per step.
+# 5e13 FLOPs at the 1.5e11 FLOP/s of two cores. On a GPU it saves 4 to 10 % of the memory and little time (docs/performance.md).
 MIN_FLOPS_ON_CPU, MIN_STEPS_ON_GPU = 5e13, 10_000
 MIN_IMAGES = 20_000  # in shorter runs the FLOPs are not counted
 

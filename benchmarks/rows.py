@@ -1,0 +1,114 @@
+"""``python -m benchmarks.rows``: time and peak memory of a training step of every published row, next to the paper's memory.
+
+A step is that of ``python train.py experiment=ROW``: batch size 64, and all tokens of the row. All rows are measured in one
+process. The table also has the estimate of ``python -m vix plan``, which needs neither the measurement nor a GPU.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import chosen_device, errors_in_one_line, parser, write
+from benchmarks.steps import composed, ours
+from vix.analysis.cost import training_memory
+from vix.analysis.measure import measure
+from vix.build import parse
+from vix.errors import UserError
+from vix.reporting.table import Table
+from vix.runs.results import published_rows
+from vix.system.files import user_path
+from vix.system.memory import out_of_memory
+
+IMAGES = 50_000  # of CIFAR-10, for the seconds per epoch
+
+
+def row_cost(row: str, device: torch.device, batch_size: int, compiled: bool, seconds: float) -> dict[str, Any]:
+    """Cost of a row's training step.
+
+    compiled: under ``trainer.compile=true``; else not compiled.   seconds: total time of the repeats.
+    """
+    overrides = (f"experiment={row}", f"trainer.compile={str(compiled).lower()}")
+    cost = measure(ours(overrides, device, batch_size).step, device, seconds)
+    gc.collect()
+    return cost._asdict()
+
+
+def estimated_bytes(row: str, device: str, batch_size: int) -> int:
+    """Estimated peak bytes of a row's training step on a ``cpu`` or a ``cuda`` GPU, which this machine need not have."""
+    cfg = composed(f"experiment={row}", f"trainer.batch_size={batch_size}", "trainer.device=cpu")
+    return training_memory(parse(cfg), torch.device(device))
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The table of a record: a line per row."""
+    batch_size, device = record["batch"], record["device"]
+    published = published_rows()
+
+    def digits(cost: dict[str, Any] | None, key: str, scale: float, places: int) -> str:
+        return f"{cost[key] * scale:,.{places}f}" if cost else "–"
+
+    lines = []
+    for row, costs in record["rows"].items():
+        plain, compiled = costs.get("plain"), costs.get("compiled")
+        cells = [digits(cost, "seconds", 1e3, 1) for cost in (plain, compiled)]
+        cells += [digits(plain, "seconds", IMAGES / batch_size, 0)]
+        cells += [digits(cost, "allocated", 1e-9, 2) for cost in (plain, compiled)]
+        estimate = estimated_bytes(row, device["type"], batch_size)
+        lines.append((row, *cells, f"{estimate / 1e9:.2f}", published[row]["published_gpu_gb"]))
+    heads = ("row", "ms", "ms, compiled", "s per epoch", "GB", "GB, compiled", "GB, estimated", "GB, the paper's")
+    return [Table(f"Training steps of the published rows, batch size {batch_size}, on {device['name']}", heads, lines, 1)]
+
+
+def show(path: Path) -> None:
+    """Print the table of a kept record. Raises UserError where there is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--show {path}: {error.strerror}; pass a file that python -m benchmarks.rows wrote") from error
+    for table in tables(record):
+        table.print()
+    for gap in record["refused"]:
+        print(f"not measured: {gap['row']}, {gap['kind']}: {gap['reason']}")
+
+
+def main() -> None:
+    """The command."""
+    every = list(published_rows())
+    options = parser("python -m benchmarks.rows", "Training steps of the published rows.")
+    options.add_argument("--batch", type=int, default=64, help="images per step (default: 64, the paper's)")
+    options.add_argument("--rows", nargs="+", choices=every, default=every, metavar="ROW", help="rows (default: all)")
+    options.add_argument(
+        "--compiled",
+        nargs="+",
+        choices=every,
+        default=[],
+        metavar="ROW",
+        help="rows to measure compiled, too (default: none)",
+    )
+    options.add_argument("--show", type=user_path, metavar="FILE", help="print the table of an earlier measurement")
+    chosen = options.parse_args()
+    if chosen.show:
+        show(chosen.show)
+        return
+    device = chosen_device(chosen.device)
+    torch.set_num_threads(chosen.threads)
+    rows: dict[str, Any] = {row: {} for row in dict.fromkeys((*chosen.rows, *chosen.compiled))}
+    refused: list[dict[str, str]] = []
+    for row, kind in [*((row, "plain") for row in chosen.rows), *((row, "compiled") for row in chosen.compiled)]:
+        print(f"{row}, {kind}", file=sys.stderr)
+        try:
+            rows[row][kind] = row_cost(row, device, chosen.batch, kind == "compiled", 0.02 if chosen.quick else 1.0)
+        except (RuntimeError, UserError) as error:  # an error in one row does not lose the others
+            reason = "out of memory" if out_of_memory(error) else str(error).partition("\n")[0]
+            refused.append({"row": row, "kind": kind, "reason": reason})
+        path = write("rows", device, chosen, {"batch": chosen.batch, "rows": rows, "refused": refused})  # so that none is lost
+    show(path)
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    errors_in_one_line(main)
