@@ -1,6 +1,8 @@
 """trainer.compile on a CPU: what the compiled step computes, how a run with it is continued, and where compiling fails."""
 
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vix import build_model
 from vix.build import parse
 from vix.errors import UserError
-from vix.training.compile import OPTIONS_ON_CPU, compile_step, worth_compiling
+from vix.training.compile import OPTIONS_ON_CPU, compile_step, compiler_fault, worth_compiling
 from vix.training.state import TrainState
 from vix.training.train_step import TrainStep, mean_loss
 
@@ -225,7 +227,15 @@ def test_a_fault_of_the_compiler_is_not_trained_with(
     assert step.compiled is None
     assert "Continuing without compilation" in caplog.text
     assert step.forward_backward(0, *batch).isfinite()
+    # Neither is what another device than the CPU computes, unless it draws random numbers, which differ there.
+    step.compiled = torch.compile(mean_loss)
+    assert re.search(reason, compiler_fault(step, *batch, same_numbers=False))
+    dropout = nn.Dropout(0.1)
+    model.head = nn.Sequential(dropout, model.head)
+    assert bool(compiler_fault(step, *batch, same_numbers=False)) == math.isnan(factor)
     # Where the model itself is not finite, the compiler is not to blame.
+    dropout.p = 0.0
+    model.head = model.head[1]
     torch.nn.init.constant_(model.head.bias, float("nan"))
     compile_step(step, True, 1, *batch)
     assert step.compiled is not None

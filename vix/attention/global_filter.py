@@ -61,4 +61,5 @@ def transform(x_BYXD: Tensor) -> Tensor:
 
 def inverse(spectrum_BYXD: Tensor, size: torch.Size) -> Tensor:
     """Inverse of :func:`transform`, for maps of the given size (Y, X)."""
-    return torch.fft.irfft2(spectrum_BYXD, s=size, dim=(1, 2), norm="ortho").contiguous()
+    x_BYXD = torch.fft.irfft2(spectrum_BYXD, s=size, dim=(1, 2), norm="ortho")
+    return x_BYXD if x_BYXD.is_contiguous() else x_BYXD.contiguous()  # see round_to

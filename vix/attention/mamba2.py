@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vix.errors import nearest_divisors
-from vix.layers.precision import no_autocast, upcast_fp32
+from vix.layers.precision import no_autocast, round_to, upcast_fp32
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive, PositiveFloat
 
@@ -118,7 +118,7 @@ class ShiftedProducts(torch.autograd.Function):
         margin, count = len(taps_KW) - 1, x_BNW.shape[1]
         padded_BMW = F.pad(x_BNW, (0, 0, margin, 0))
         out_BNW = sum(padded_BMW[:, k : k + count] * tap_W for k, tap_W in enumerate(taps_KW)) + bias_W
-        return out_BNW.to(x_BNW.dtype)
+        return round_to(out_BNW, x_BNW.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient_BNW: Tensor) -> tuple[Tensor, Tensor, Tensor]:

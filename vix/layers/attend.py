@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vix.layers.fused_attention import fused_attention, same_heads
-from vix.layers.precision import no_autocast, upcast_fp32
+from vix.layers.precision import no_autocast, round_to, upcast_fp32
 
 # Up to this many queries or keys, explicit attention is 2 to 3 times faster on a CPU than PyTorch's fused kernel.
 EXPLICIT_MAX_LEN = 128
@@ -63,7 +63,7 @@ class RoundedSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = upcast_fp32(logits)[0].softmax(dim=-1).to(dtype)
+        weights = round_to(upcast_fp32(logits)[0].softmax(dim=-1), dtype)
         ctx.save_for_backward(weights)
         ctx.dtype = logits.dtype
         return weights

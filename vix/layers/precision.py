@@ -11,6 +11,15 @@ def upcast_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
+def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)`` of what the forward pass of an ``autograd.Function`` returns.
+
+    PyTorch 2.11 compiles gradients of zero for a function whose last operation returns its input (PyTorch's issue 180642), so
+    there is no operation where there is nothing to convert.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Context that disables autocast on the device of ``x``: operations keep the dtype of their inputs."""
     # The meta device has no autocast.

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vix.errors import ConfigError, UserError
 from vix.models.counts import training_flops
 from vix.system.memory import out_of_memory
+from vix.system.rng import get_rng_state
 from vix.training.micro_batch import dry_run
 from vix.training.train_step import TrainStep, mean_loss, shard_batch
 
@@ -78,37 +79,63 @@ def release_compiled() -> None:
         torch.compiler.reset()
 
 
-def dry_run_gradients(step: TrainStep, images: Tensor, labels: Tensor) -> tuple[list[Tensor], bool]:
-    """Gradients of a batch, in a dry run with the random numbers that the next step will use, and whether all is finite.
+class DryRun(NamedTuple):
+    """What a dry run computed.
 
-    In float16 gradients may overflow: there, only the loss must be finite.
+    gradients: of all parameters that have one.
+    finite: whether loss and gradients are; in float16, where gradients may overflow, only the loss must be.
+    random: whether it drew random numbers.
     """
+
+    gradients: list[Tensor]
+    finite: bool
+    random: bool
+
+
+def dry_run_gradients(step: TrainStep, images: Tensor, labels: Tensor) -> DryRun:
+    """Gradients of a batch, in a dry run with the random numbers that the next step will use."""
     with dry_run(step):
+        before = get_rng_state()
         step.forward_backward(0, images, labels)
-        return [p.grad for p in step.state.model.parameters() if p.grad is not None], not step.found_nonfinite
+        after = get_rng_state()
+        drawn = any(before[name] is not None and not before[name].equal(after[name]) for name in ("torch", "cuda"))
+        gradients = [p.grad for p in step.state.model.parameters() if p.grad is not None]
+        return DryRun(gradients, not step.found_nonfinite, drawn)
 
 
-def compiler_fault(step: TrainStep, images: Tensor, labels: Tensor) -> str:
+def compiler_fault(step: TrainStep, images: Tensor, labels: Tensor, same_numbers: bool) -> str:
     """How gradients of the compiled step differ from those of the uncompiled one; empty where only by rounding.
 
-    On other devices than the CPU, whose compiled steps draw other random numbers, only whether they are finite is compared.
+    same_numbers: whether a compiled step draws the random numbers of the uncompiled one. If not, only whether the gradients are
+        finite is compared for steps that draw some, such as for dropout.
+
+    Nothing is compared where memory suffices for the compiled step alone.
     """
-    gradients, finite = dry_run_gradients(step, images, labels)
-    if finite and not images.is_cpu:
-        return ""
+    found = dry_run_gradients(step, images, labels)
     compiled, step.compiled = step.compiled, None
-    expected, expected_finite = dry_run_gradients(step, images, labels)
-    step.compiled = compiled
-    if not expected_finite:
+    try:
+        expected = dry_run_gradients(step, images, labels)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return ""
-    if not finite:
+    finally:
+        step.compiled = compiled
+    if not expected.finite:
+        return ""
+    if not found.finite:
         return "the compiled step is not finite, but the uncompiled one is"
+    return "" if expected.random and not same_numbers else difference(found.gradients, expected.gradients)
+
+
+def difference(gradients: list[Tensor], expected: list[Tensor]) -> str:
+    """The first gradient that differs by more than rounding, as a message; empty where none does."""
     norms = [g.float().norm() for g in expected]
     total = torch.stack(norms).norm()
     for gradient, exact, norm in zip(gradients, expected, norms, strict=True):
-        difference = (gradient.float() - exact.float()).norm()
-        if norm > SMALL_GRADIENT * total and difference > MAX_DIFFERENCE * norm and difference.isfinite():
-            return f"gradients of the compiled step differ by {difference.item() / norm.item():.0%} from the uncompiled ones"
+        distance = (gradient.float() - exact.float()).norm()
+        if norm > SMALL_GRADIENT * total and distance > MAX_DIFFERENCE * norm and distance.isfinite():
+            return f"gradients of the compiled step differ by {distance.item() / norm.item():.0%} from the uncompiled ones"
     return ""
 
 
@@ -145,7 +172,7 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
     log.info("Compiling the step, which takes 30 to 60 s, or a few seconds with a compiler cache")
     try:
         step.compiled = compile_loss(images.device, how)
-        if fault := compiler_fault(step, images, labels):
+        if fault := compiler_fault(step, images, labels, same_numbers=images.is_cpu):
             raise RuntimeError(f"{fault}: a fault of the compiler")
     except Exception as error:  # compilers raise various exceptions; an error in the model is raised again without the compiler
         step.compiled = None
