@@ -1,8 +1,9 @@
 """``python -m benchmarks everything``: all figures of a machine, in pieces that a later call continues.
 
-A piece is one model of ``python -m benchmarks``, one mixer of ``benchmarks.scaling`` or ``benchmarks.compact``, or
-``benchmarks.overhead``. Each is kept when it is done, in the folder ``pieces`` below the results, and the same command measures
-those that are missing. After each piece the JSON files, the picture and the page (README.md) with all tables are written anew.
+A piece is one model of ``python -m benchmarks``, one mixer of ``benchmarks.scaling`` or ``benchmarks.compact``, one published
+row of ``benchmarks.rows``, or ``benchmarks.overhead``. Each is kept when it is done, in the folder ``pieces`` below the
+results, and the same command measures those that are missing. After each piece the JSON files, the picture and the page
+(README.md) with all tables are written anew.
 """
 
 import json
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import __main__ as side_by_side
-from benchmarks import compact, overhead, scaling
+from benchmarks import compact, overhead, rows, scaling
 from benchmarks.record import RESULTS, chosen_device, machine, parser
 from benchmarks.scaling_plot import draw
 from benchmarks.variants import MODELS
 from vix.errors import UserError
 from vix.reporting.table import Table
+from vix.runs.results import published_rows
 
 UNFINISHED = 75  # exit status of a call that left pieces for the next one (EX_TEMPFAIL)
 
@@ -57,6 +59,12 @@ def join_compact(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: [row for record in records for row in record[key]] for key in ("rows", "refused")}
 
 
+def join_rows(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """All rows."""
+    costs = {row: cost for record in records for row, cost in record["rows"].items()}
+    return {"rows": costs, "refused": [gap for record in records for gap in record["refused"]]}
+
+
 def join_overhead(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The one record."""
     return records[0]
@@ -67,6 +75,7 @@ KINDS: dict[str, tuple[Callable[[list[dict[str, Any]]], dict[str, Any]], Callabl
     "side-by-side": (join_side_by_side, side_by_side.tables),
     "scaling": (join_scaling, scaling.tables),
     "compact": (join_compact, compact.tables),
+    "rows": (join_rows, rows.tables),
     "overhead": (join_overhead, overhead.tables),
 }
 
@@ -76,6 +85,7 @@ PARTS: tuple[tuple[str, str, str | None, tuple[str, ...]], ...] = (
     ("side-by-side", "benchmarks", "--models", tuple(MODELS)),
     ("scaling", "benchmarks.scaling", "--mixers", tuple(scaling.MIXERS)),
     ("compact", "benchmarks.compact", "--mixers", tuple(compact.NAMES)),
+    ("rows", "benchmarks.rows", "--rows", tuple(published_rows())),
     ("overhead", "benchmarks.overhead", None, ("overhead",)),
 )
 
@@ -93,7 +103,7 @@ def pieces(options: Namespace) -> list[Piece]:
         )
         for kind, module, select, names in PARTS
         for name in names
-        if options.only is None or name in options.only
+        if options.only is None or {kind, name} & {*options.only}
     ]
 
 
@@ -158,9 +168,9 @@ def main(arguments: list[str]) -> None:
     options = parser("python -m benchmarks everything", "All figures of a machine; the same command continues.")
     options.add_argument("--minutes", type=float, help="time limit in minutes; rerun to continue (default: no limit)")
     options.add_argument("--rounds", type=int, default=1, help="measurements of every variant side by side (default: 1)")
-    options.add_argument("--only", nargs="+", metavar="NAME", help="models, mixers, overhead (default: all)")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="benchmarks, models, mixers, published rows (default: all)")
     chosen = options.parse_args(arguments)
-    valid = dict.fromkeys(name for *_, names in PARTS for name in names)
+    valid = dict.fromkeys([*KINDS, *(name for *_, names in PARTS for name in names)])
     if wrong := [name for name in chosen.only or () if name not in valid]:
         raise UserError(f"--only {wrong[0]}: unknown; valid: {', '.join(valid)}")
     device = chosen_device(chosen.device)

@@ -7,6 +7,7 @@ process. The table also has the estimate of ``python -m vix plan``, which needs 
 import gc
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def row_cost(row: str, device: torch.device, batch_size: int, compiled: bool, se
     return cost._asdict()
 
 
+@cache
 def estimated_bytes(row: str, device: str, batch_size: int) -> int:
     """Estimated peak bytes of a row's training step on a ``cpu`` or a ``cuda`` GPU, which this machine need not have."""
     cfg = composed(f"experiment={row}", f"trainer.batch_size={batch_size}", "trainer.device=cpu")
@@ -79,7 +81,7 @@ def main() -> None:
     """The command."""
     every = list(published_rows())
     options = parser("python -m benchmarks.rows", "Training steps of the published rows.")
-    options.add_argument("--batch", type=int, default=64, help="images per step (default: 64, the paper's)")
+    options.add_argument("--batch", type=int, help="images per step (default: 64, the paper's; 2 with --quick)")
     options.add_argument("--rows", nargs="+", choices=every, default=every, metavar="ROW", help="rows (default: all)")
     options.add_argument(
         "--compiled",
@@ -96,16 +98,17 @@ def main() -> None:
         return
     device = chosen_device(chosen.device)
     torch.set_num_threads(chosen.threads)
+    batch_size = chosen.batch or (2 if chosen.quick else 64)
     rows: dict[str, Any] = {row: {} for row in dict.fromkeys((*chosen.rows, *chosen.compiled))}
     refused: list[dict[str, str]] = []
     for row, kind in [*((row, "plain") for row in chosen.rows), *((row, "compiled") for row in chosen.compiled)]:
         print(f"{row}, {kind}", file=sys.stderr)
         try:
-            rows[row][kind] = row_cost(row, device, chosen.batch, kind == "compiled", 0.02 if chosen.quick else 1.0)
+            rows[row][kind] = row_cost(row, device, batch_size, kind == "compiled", 0.02 if chosen.quick else 1.0)
         except (RuntimeError, UserError) as error:  # an error in one row does not lose the others
             reason = "out of memory" if out_of_memory(error) else str(error).partition("\n")[0]
             refused.append({"row": row, "kind": kind, "reason": reason})
-        path = write("rows", device, chosen, {"batch": chosen.batch, "rows": rows, "refused": refused})  # so that none is lost
+        path = write("rows", device, chosen, {"batch": batch_size, "rows": rows, "refused": refused})  # so that none is lost
     show(path)
     print(f"Written: {path}")
 

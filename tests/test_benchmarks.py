@@ -155,7 +155,7 @@ def test_accuracy_against_time_and_memory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_everything_in_pieces(tmp_path: Path) -> None:
     """A call that has too little time leaves pieces to the next one, which ends with one page of all tables."""
-    arguments = ("--only", "identity", "softmax")
+    arguments = ("--only", "identity", "softmax", "fnet", "vil_rope")
     command = [sys.executable, "-m", "benchmarks", "everything", "--quick", "--device", "cpu", "--threads", "1", *arguments]
     command += ["--out", str(tmp_path / "machine")]
 
@@ -167,7 +167,7 @@ def test_everything_in_pieces(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1] == "error: scaling, softmax: takes more than 0.001 minutes; use more"
     done = call()
     assert done.returncode == 0, done.stderr
-    assert "4 of 4 pieces are measured" in done.stdout
+    assert "6 of 6 pieces are measured" in done.stdout
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "machine/pieces").iterdir()}
     (tmp_path / "machine/pieces/compact-identity.json").unlink()
     done = call("--minutes", "60")
@@ -176,9 +176,11 @@ def test_everything_in_pieces(tmp_path: Path) -> None:
     again = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
     assert again == {tmp_path / "machine/pieces/compact-identity.json"}
     page = (tmp_path / "machine/README.md").read_text()
-    records = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in ("scaling", "compact")}
+    records = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in ("scaling", "compact", "rows")}
     assert [row["mixer"] for row in records["compact"]["rows"]] == ["softmax", "identity"]
     assert f"| {records['compact']['rows'][0]['parameters']:,} |" in page
+    assert list(records["rows"]["rows"]) == ["fnet", "vil_rope"]
+    assert f"| vil_rope | {1e3 * records['rows']['rows']['vil_rope']['plain']['seconds']:,.1f} |" in page
     assert all(line in page for line in records["scaling"]["sentences"])
     assert len(records["scaling"]["sentences"]) == 1
     assert "Not measured yet" not in page

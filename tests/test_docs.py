@@ -305,6 +305,9 @@ def test_row_at_full_size() -> None:
     assert f"Its peak was {run['peak_gpu_allocated_gb']:.2f} GB" in page
     reached = f"`mixer` at full size reached {run['top1']:.2f} % in 16 epochs (the paper's: {row['published_top1']} %)"
     assert reached in " ".join(PAGES["README.md"].split())
+    step = on_a_gpu("rows-nvidia-h200")["mixer"]["plain"][0]
+    packed = f"`mixer` trained at {run['images_per_second']:,.0f} images/s, where a step alone takes {step:.1f} ms"
+    assert packed in " ".join(PAGES["docs/sweeps.md"].split())
     assert f"top-1 {run['top1']:.2f} % after 16 epochs" in (ROOT / "conf/experiment/mixer.yaml").read_text()
 
 
