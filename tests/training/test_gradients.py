@@ -28,8 +28,8 @@ SMALL = 1e-3  # of the norm of the whole gradient
 # Some gradients are zero but for rounding, such as that of a bias which the softmax behind it cancels. Their norms are below
 # this share of the norm of the whole gradient (the smallest of the others has 3e-6), and stay below the second one in bfloat16.
 ZERO, ZERO_IN_BF16 = 5e-7, 1e-4
-# Others nearly cancel, such as that of an offset before BatchNorm (2e-5 of the whole, in CvT). How far they are off depends on the
-# processor, by 3e-6 of the whole on one without instructions for bfloat16.
+# Others nearly cancel, such as that of an offset before BatchNorm (2e-5 of the whole, in CvT). How far they are off depends on
+# the processor, by 3e-6 of the whole on one without instructions for bfloat16.
 NOISE = 5e-6
 
 
