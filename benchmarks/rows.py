@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,12 @@ from vix.system.files import user_path
 from vix.system.memory import out_of_memory
 
 IMAGES = 50_000  # of CIFAR-10, for the seconds per epoch
+KINDS = {"plain": "false", "compiled": "true", "graphs": "cuda_graphs"}  # values of trainer.compile
 
 
-def row_cost(row: str, device: torch.device, batch_size: int, compiled: bool, seconds: float) -> dict[str, Any]:
-    """Cost of a row's training step.
-
-    compiled: under ``trainer.compile=true``; else not compiled.   seconds: total time of the repeats.
-    """
-    overrides = (f"experiment={row}", f"trainer.compile={str(compiled).lower()}")
+def row_cost(row: str, device: torch.device, batch_size: int, kind: str, seconds: float) -> dict[str, Any]:
+    """Cost of a row's training step.   kind: of KINDS.   seconds: total time of the repeats."""
+    overrides = (f"experiment={row}", f"trainer.compile={KINDS[kind]}")
     cost = measure(ours(overrides, device, batch_size).step, device, seconds)
     gc.collect()
     return cost._asdict()
@@ -50,18 +49,23 @@ def tables(record: dict[str, Any]) -> list[Table]:
     batch_size, device = record["batch"], record["device"]
     published = published_rows()
 
+    kinds = [kind for kind in KINDS if any(kind in costs for costs in record["rows"].values())] or ["plain"]
+
     def digits(cost: dict[str, Any] | None, key: str, scale: float, places: int) -> str:
         return f"{cost[key] * scale:,.{places}f}" if cost else "–"
 
     lines = []
     for row, costs in record["rows"].items():
-        plain, compiled = costs.get("plain"), costs.get("compiled")
-        cells = [digits(cost, "seconds", 1e3, 1) for cost in (plain, compiled)]
-        cells += [digits(plain, "seconds", IMAGES / batch_size, 0)]
-        cells += [digits(cost, "allocated", 1e-9, 2) for cost in (plain, compiled)]
+        cells = [digits(costs.get(kind), "seconds", 1e3, 1) for kind in kinds]
+        cells += [digits(costs.get(kinds[0]), "seconds", IMAGES / batch_size, 0)]
+        # PyTorch does not count allocations of a replayed CUDA graph; the reserved memory includes its pool.
+        cells += [digits(costs.get(kind), "reserved" if kind == "graphs" else "allocated", 1e-9, 2) for kind in kinds]
         estimate = estimated_bytes(row, device["type"], batch_size)
         lines.append((row, *cells, f"{estimate / 1e9:.2f}", published[row]["published_gpu_gb"]))
-    heads = ("row", "ms", "ms, compiled", "s per epoch", "GB", "GB, compiled", "GB, estimated", "GB, the paper's")
+    heads = (
+        *("row", *(f"ms, {kind}" for kind in kinds), "s per epoch"),
+        *(*(f"GB, {kind}" for kind in kinds), "GB, estimated", "GB, the paper's"),
+    )
     return [Table(f"Training steps of the published rows, batch size {batch_size}, on {device['name']}", heads, lines, 1)]
 
 
@@ -84,12 +88,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, help="images per step (default: 64, the paper's; 2 with --quick)")
     options.add_argument("--rows", nargs="+", choices=every, default=every, metavar="ROW", help="rows (default: all)")
     options.add_argument(
-        "--compiled",
-        nargs="+",
-        choices=every,
-        default=[],
-        metavar="ROW",
-        help="rows to measure compiled, too (default: none)",
+        "--kinds", nargs="+", choices=KINDS, default=["plain"], help="not compiled, compiled, with CUDA graphs (default: plain)"
     )
     options.add_argument("--show", type=user_path, metavar="FILE", help="print the table of an earlier measurement")
     chosen = options.parse_args()
@@ -99,12 +98,12 @@ def main() -> None:
     device = chosen_device(chosen.device)
     torch.set_num_threads(chosen.threads)
     batch_size = chosen.batch or (2 if chosen.quick else 64)
-    rows: dict[str, Any] = {row: {} for row in dict.fromkeys((*chosen.rows, *chosen.compiled))}
+    rows: dict[str, Any] = {row: {} for row in chosen.rows}
     refused: list[dict[str, str]] = []
-    for row, kind in [*((row, "plain") for row in chosen.rows), *((row, "compiled") for row in chosen.compiled)]:
+    for row, kind in product(chosen.rows, chosen.kinds):
         print(f"{row}, {kind}", file=sys.stderr)
         try:
-            rows[row][kind] = row_cost(row, device, batch_size, kind == "compiled", 0.02 if chosen.quick else 1.0)
+            rows[row][kind] = row_cost(row, device, batch_size, kind, 0.02 if chosen.quick else 1.0)
         except (RuntimeError, UserError) as error:  # an error in one row does not lose the others
             reason = "out of memory" if out_of_memory(error) else str(error).partition("\n")[0]
             refused.append({"row": row, "kind": kind, "reason": reason})

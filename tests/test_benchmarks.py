@@ -102,9 +102,12 @@ def test_rows(tmp_path: Path) -> None:
         assert cost["seconds"] > 0
         assert cost["allocated"] < estimate  # which counts weights and optimizer state as well
         (line,) = (line.split() for line in shown.splitlines() if line.split()[:1] == [row])
-        assert line[-3:-1] == ["–", f"{estimate / 1e9:.2f}"]
+        assert line[1] == f"{1e3 * cost['seconds']:,.1f}"
+        assert line[-3:-1] == [f"{cost['allocated'] / 1e9:.2f}", f"{estimate / 1e9:.2f}"]
     again = run_benchmark("benchmarks.rows", out, "--show", str(out))
     assert again.stdout == shown.rpartition("Written")[0]
+    refused = run_benchmark("benchmarks.rows", out, "--rows", "fnet", "--kinds", "graphs")
+    assert "not measured: fnet, graphs: trainer.compile=cuda_graphs: needs a CUDA GPU" in refused.stdout
     missing = run_benchmark("benchmarks.rows", out, "--show", str(tmp_path / "no.json"))
     assert missing.stderr.startswith(f"error: --show {tmp_path / 'no.json'}: No such file or directory; pass a file that")
 
