@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
+from benchmarks.compact import IMAGES
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.steps import composed, ours
 from vix.analysis.cost import training_memory
 from vix.analysis.measure import measure
 from vix.build import parse
+from vix.cli.plan import ABSENT_GPU, choose_device
 from vix.errors import UserError
 from vix.reporting.table import Table
 from vix.runs.results import published_rows
 from vix.system.files import user_path
 from vix.system.memory import out_of_memory
 
-IMAGES = 50_000  # of CIFAR-10, for the seconds per epoch
 KINDS = {"plain": "false", "compiled": "true", "graphs": "cuda_graphs"}  # values of trainer.compile
 
 
@@ -40,15 +41,15 @@ def row_cost(row: str, device: torch.device, batch_size: int, kind: str, seconds
 @cache
 def estimated_bytes(row: str, device: str, batch_size: int) -> int:
     """Estimated peak bytes of a row's training step on a ``cpu`` or a ``cuda`` GPU, which this machine need not have."""
-    cfg = composed(f"experiment={row}", f"trainer.batch_size={batch_size}", "trainer.device=cpu")
-    return training_memory(parse(cfg), torch.device(device))
+    cfg = composed(f"experiment={row}", f"trainer.batch_size={batch_size}")
+    absent = choose_device(cfg, device)
+    return training_memory(parse(cfg), ABSENT_GPU if absent else None)
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
     """The table of a record: a line per row."""
     batch_size, device = record["batch"], record["device"]
     published = published_rows()
-
     kinds = [kind for kind in KINDS if any(kind in costs for costs in record["rows"].values())] or ["plain"]
 
     def digits(cost: dict[str, Any] | None, key: str, scale: float, places: int) -> str:

@@ -295,6 +295,22 @@ def test_rows_compiled_on_a_gpu() -> None:
         assert cells == [f"{ms:.1f}", f"{compiled_ms:.1f}", f"{gb:.2f}", f"{compiled_gb:.2f}"]
 
 
+def test_quickstart_on_a_gpu() -> None:
+    """The figures of the kept output: three ways of compiling, with the same losses at first."""
+    log = (ROOT / "benchmarks/results/quickstart-nvidia-h200.txt").read_text()
+    speeds, memory, losses = {}, {}, {}
+    for output in log.split(" rerun=true\n")[:-1]:
+        how = output.rpartition("experiment=quickstart ")[2]
+        speeds[how] = int(re.search(r"speed +│ +(\d+) images/s", output)[1])
+        memory[how] = re.search(r"allocated +│ +(\S+) GB", output)[1]
+        losses[how] = [f"{float(loss):.2f}" for loss in re.findall(r"loss (\S+)", output)[:3]]
+    plain, compiled, graphs = (f"trainer.compile={how}" for how in ("false", "true", "cuda_graphs"))
+    assert losses[plain] == losses[compiled] == losses[graphs]
+    page = " ".join(PAGES["docs/performance.md"].split())
+    assert f"at {speeds[plain]:,} images/s not compiled, at {speeds[compiled]:,} compiled, and at {speeds[graphs]:,}" in page
+    assert f"the quickstart's peak was {memory[graphs]} GB instead of {memory[compiled]} compiled" in page
+
+
 def test_row_at_full_size() -> None:
     run = json.loads((ROOT / "results/full_size/mixer,trainer.epochs=16/seed=0/results.json").read_text())
     assert (run["status"], run["tested_on"], run["train_images"], run["best_epoch"]) == ("finished", "test", 50_000, 16)

@@ -28,9 +28,9 @@ SMALL = 1e-3  # of the norm of the whole gradient
 # Some gradients are zero but for rounding, such as that of a bias which the softmax behind it cancels. Their norms are below
 # this share of the norm of the whole gradient (the smallest of the others has 3e-6), and stay below the second one in bfloat16.
 ZERO, ZERO_IN_BF16 = 5e-7, 1e-4
-# Others nearly cancel, such as that of an offset before BatchNorm (2e-5 of the whole, in CvT). How far they are off depends on
-# the processor, by 3e-6 of the whole on one without instructions for bfloat16.
-NOISE = 5e-6
+# In CvT, a BatchNorm cancels the gradient of an offset before it, but for the map's border. What is left, 2e-5 of the whole, is
+# off by up to 0.18 on processors without instructions for bfloat16, by less than 0.12 on others.
+BOUND_BEFORE_BATCHNORM = 0.25
 
 
 def gradients(cfg: DictConfig, dtype: torch.dtype, compiled: bool, batch_size: int) -> dict[str, Tensor]:
@@ -69,8 +69,10 @@ def assert_bf16_is_close(cfg: DictConfig, compiled: bool = False, batch_size: in
         bound = BOUND if gradient.norm() > SMALL * total else BOUND_OF_SMALL
         if cfg.embedding._target_.endswith(".CCTTokenizer") and name == "embedding.layers.0.weight":
             bound = BOUND_BEHIND_RELU
+        if cfg.attention._target_.startswith("vix.attention.cvt.") and name.endswith(".norm1.offset_D"):
+            bound = BOUND_BEFORE_BATCHNORM
         error = (difference / gradient.norm()).item()
-        if error > bound and difference > NOISE * total:
+        if error > bound:
             errors[name] = error
     assert not errors
 

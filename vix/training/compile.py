@@ -125,10 +125,10 @@ def compiler_fault(step: TrainStep, images: Tensor, labels: Tensor, same_numbers
         return ""
     if not found.finite:
         return "the compiled step is not finite, but the uncompiled one is"
-    return "" if expected.random and not same_numbers else difference(found.gradients, expected.gradients)
+    return "" if expected.random and not same_numbers else describe_difference(found.gradients, expected.gradients)
 
 
-def difference(gradients: list[Tensor], expected: list[Tensor]) -> str:
+def describe_difference(gradients: list[Tensor], expected: list[Tensor]) -> str:
     """The first gradient that differs by more than rounding, as a message; empty where none does."""
     norms = [g.float().norm() for g in expected]
     total = torch.stack(norms).norm()
