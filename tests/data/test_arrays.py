@@ -45,6 +45,14 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert without.class_names == tuple("0123456789")
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint64"])
+def test_integers_of_every_kind_are_labels(tmp_path: Path, dtype: str) -> None:
+    labels = digits()["labels"].astype(dtype)
+    data = gray(written(tmp_path / "x.npz", labels=labels))
+    assert data.classes == 10
+    np.testing.assert_array_equal(data.load(torch.device("cpu"))[0].labels.numpy(), labels)
+
+
 def test_identity_is_the_content(tmp_path: Path) -> None:
     """A copy elsewhere is the same set; one changed label, in a file of the same size, is another."""
     labels = digits()["labels"]

@@ -99,7 +99,7 @@ class Arrays(ImageData):
             )
         for split in ("", "test_") if has_test else ("",):
             self.check_headers(split, headers)
-        labels = self.array("labels")
+        labels = self.array("labels").astype(np.int64)
         classes = int(labels.max(initial=-1)) + 1
         names = tuple(map(str, self.array("class_names"))) if "class_names" in headers else tuple(map(str, range(classes)))
         if len(names) < classes or labels.min(initial=0) < 0:
