@@ -16,8 +16,9 @@ import torch
 from torchvision import datasets
 
 from vix.data.dataset import LabeledImages
-from vix.data.torchvision_sets import STL10, SVHN, FashionMNIST, TorchvisionData
+from vix.data.torchvision_sets import LOCK, STL10, SVHN, FashionMNIST, TorchvisionData
 from vix.errors import DataError
+from vix.system.files import waiting_lock
 
 Write = Callable[[Path, str, np.ndarray, np.ndarray], None]
 
@@ -103,6 +104,25 @@ def test_damaged_files_stay(small: tuple[type[TorchvisionData], dict[str, Labele
     assert str(e.value).startswith(str(path))
     assert "\n" not in str(e.value)
     assert path.read_bytes() == half
+
+
+def test_a_download_by_another_process_is_waited_for(
+    small: tuple[type[TorchvisionData], dict[str, LabeledImages]], tmp_path: Path
+) -> None:
+    """While it lasts, the file is there in part."""
+    kind, content = small
+    path = tmp_path / kind.files[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    read: list[Any] = []
+    reader = threading.Thread(target=lambda: read.append(kind(root=str(tmp_path)).read()))
+    with waiting_lock(tmp_path / LOCK):
+        reader.start()
+        reader.join(0.5)
+        assert not read
+        path.write_bytes(whole)
+    reader.join()
+    np.testing.assert_array_equal(read[0][0][1], content["train"][1])
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

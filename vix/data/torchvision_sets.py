@@ -12,10 +12,11 @@ import numpy as np
 
 from vix.data.dataset import ImageData, LabeledImages
 from vix.errors import DataError
-from vix.system.files import waiting_lock
+from vix.system.files import wait_for_lock, waiting_lock
 
 log = logging.getLogger(__name__)
 SplitName = Literal["train", "test"]
+LOCK = ".download.lock"
 
 
 @dataclass(kw_only=True)
@@ -48,29 +49,39 @@ class TorchvisionData(ImageData):
         from torchvision import datasets  # imported here because it takes seconds
 
         reader, file = getattr(datasets, type(self).__name__), Path(self.root, self.files[split == "test"])
+        if os.path.lexists(file):
+            wait_for_lock(Path(self.root, LOCK))  # torchvision downloads to the final name, so that it may be a part
         present = os.path.lexists(file)
         try:
             if present:
                 images, labels = self.arrays(reader(self.root, **self.options(split)))
             else:
-                Path(self.root).mkdir(parents=True, exist_ok=True)
-                with waiting_lock(Path(self.root, ".download.lock")):
-                    log.info("Downloading %s into %s", type(self).__name__, self.root)
-                    # torchvision prints a progress bar, which is useless in a log.
-                    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                        images, labels = self.arrays(reader(self.root, download=True, **self.options(split)))
+                images, labels = self.download(reader, split, file)
             expected = self.sizes[split == "test"]
             if len(labels) != expected:
                 raise ValueError(f"{len(labels):,} images instead of {expected:,}")
         except PermissionError as error:
             raise DataError(f"{error.filename}: no permission to access it; {self.remedy}") from error
         except Exception as error:  # a damaged file can raise any exception
-            if not present:
-                file.unlink(missing_ok=True)  # a part of it; the next start downloads it again
             what = "is incomplete or damaged" if present else "is absent and cannot be downloaded"
             remove = "remove it to download it again, or " if present else ""
             raise DataError(f"{file} {what} ({' '.join(str(error).split())}); {remove}{self.remedy}") from error
         return images, np.asarray(labels).astype(np.int64)
+
+    def download(self, reader: Any, split: SplitName, file: Path) -> LabeledImages:
+        """Download a split and read it. Other processes wait meanwhile; ``file`` is removed if that fails."""
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        with waiting_lock(Path(self.root, LOCK)):
+            present = os.path.lexists(file)  # another process has downloaded it
+            log.info("Downloading %s into %s", type(self).__name__, self.root)
+            try:
+                # torchvision prints a progress bar, which is useless in a log.
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    return self.arrays(reader(self.root, download=True, **self.options(split)))
+            except Exception:
+                if not present:
+                    file.unlink(missing_ok=True)  # a part of it; the next start downloads it again
+                raise
 
     @property
     def remedy(self) -> str:

@@ -176,6 +176,12 @@ def waiting_lock(path: Path) -> Iterator[None]:
         yield
 
 
+def wait_for_lock(path: Path) -> None:
+    """Wait for other processes that hold :func:`waiting_lock` of the file ``path``. Writes nothing."""
+    with suppress(OSError), open(path) as file:
+        try_lock(file, fcntl.LOCK_SH)
+
+
 @contextmanager
 def exclusive_lock(directory: Path) -> Iterator[None]:
     """Context manager that locks ``directory`` against other processes; the lock is released when the process ends.
