@@ -14,6 +14,7 @@ from vix import build_model
 from vix.build import parse
 from vix.training.optimizers import Lion, MuonAdamW
 from vix.training.param_groups import param_groups_weight_decay
+from vix.training.state import load_optimizer
 
 Compose = Callable[..., DictConfig]
 SMALL = ("data=digits", "embedding=linear", "model.dim=16", "model.depth=1", "attention.heads=2", "attention.landmarks=4")
@@ -125,6 +126,24 @@ def test_continues_from_its_state(compose_config: Compose, tmp_path: Any, choice
     for own, other in zip(train(again, restored, steps=3), expected, strict=True):
         assert torch.equal(own, other)
     assert fit(cfg, tmp_path / "run")[0]["status"] == "finished"
+
+
+def test_what_an_optimizer_keeps_on_the_host_stays_there() -> None:
+    """NAdam reads two numbers on the host in each step; after a resume on a GPU, too. Another device stands for the GPU."""
+    states = []
+    for device in ("cpu", "meta"):
+        layer = torch.nn.Linear(2, 2, device=device)
+        optimizer = torch.optim.NAdam(layer.parameters())
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if device == "cpu":
+            optimizer.step()
+            saved = optimizer.state_dict()
+        else:
+            load_optimizer(optimizer, ["weight", "bias"], saved, ["weight", "bias"])
+        states.append({name: t.device.type for name, t in optimizer.state[layer.weight].items()})
+    assert states[0] == dict.fromkeys(states[0], "cpu")
+    assert states[1] == {"step": "cpu", "mu_product": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def test_the_learning_rate_of_every_part_follows_the_schedule(compose_config: Compose) -> None:
