@@ -274,7 +274,10 @@ def test_a_full_disk(tmp_path: Path, forked: Forked) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [("optimizer.lr=1e30",), pytest.param(("optimizer.lr=1e30", "trainer.precision=bf16"), marks=pytest.mark.slow)],
+    [
+        ("optimizer.lr=1e30", "trainer.micro_batch=7"),
+        pytest.param(("optimizer.lr=1e30", "trainer.precision=bf16"), marks=pytest.mark.slow),
+    ],
 )
 def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tuple[str, ...]) -> None:
     """The run stops with step, layer, rate and scale, and saves the batch; one command repeats it."""
@@ -288,6 +291,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, forked: Forked, extra: tupl
     assert json.loads((run / "results.json").read_text())["status"] == "failed"
     saved = torch.load(run / "nonfinite.pt", weights_only=True)
     assert "the output of blocks.0" in line
+    assert saved["micro_batch"] == (7 if "trainer.micro_batch=7" in extra else 20)
     assert all(t.isfinite().all() for t in saved["model"].values())  # the weights from before the step broke them
     command = line.split("`")[1].split(" ")
     assert command[:4] == ["python", "-m", "vix", "replay"]

@@ -18,8 +18,10 @@ from vix.build import parse
 from vix.runs.run import RunDirectory
 from vix.system.device import resolve_device, resolve_precision
 from vix.system.rng import get_rng_state, set_rng_state
+from vix.training import nonfinite
 from vix.training.evaluate import accuracy
 from vix.training.lr_schedule import lr_lambda
+from vix.training.nonfinite import NonFiniteError, locate_layer
 
 Compose = Callable[..., DictConfig]
 CPU = torch.device("cpu")
@@ -229,3 +231,30 @@ def test_gpu_memory_is_the_steps_own(compose_config: Compose, tmp_path: Path, pr
     assert 0 < second["peak_gpu_allocated_gb"] <= second["peak_gpu_reserved_gb"] + second["resident_data_gb"]
     assert second["peak_gpu_allocated_gb"] == pytest.approx(first["peak_gpu_allocated_gb"], rel=0.05, abs=0.002)
     assert second["resident_data_gb"] == pytest.approx((100 + 50) * (64 + 8) / 1e9)
+
+
+def test_a_step_that_is_not_finite_is_located_in_micro_batches(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more images at once than in the step itself; too little memory for that does not hide what happened."""
+    cfg = compose_config(*TINY, "optimizer.lr=1e30", "trainer.micro_batch=7")
+    model = vix.build_model(cfg)
+    with pytest.raises(
+        NonFiniteError, match=r"not finite at step \d+: the output of blocks\.0.* \(loss nan, learning rate 1e\+30"
+    ):
+        fit(cfg, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "nonfinite.pt", weights_only=True)
+    sizes = []
+    model.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    model.load_state_dict(saved["model"])
+    assert "the output of blocks.0" in locate_layer(model, saved)
+    assert sizes == [7, 7, 6]
+
+    def too_large(*_: Any) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nonfinite, "locate_layer", too_large)
+    with pytest.raises(
+        NonFiniteError, match=r"not finite at step \d+; the memory does not suffice to locate the layer; `python"
+    ):
+        fit(cfg, tmp_path / "again")

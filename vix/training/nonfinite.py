@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vix.errors import UserError
 from vix.runs.checkpoint import write_tensors
 from vix.system.distributed import rank
+from vix.system.memory import out_of_memory
 from vix.system.rng import get_rng_state, set_rng_state
-from vix.training.train_step import TrainStep, mean_loss
+from vix.training.train_step import TrainStep, mean_loss, shard_batch
 
 FILE = "nonfinite.pt"
 # Its keys, with their types.
@@ -60,13 +61,21 @@ def locate_step(
                 "scale": step.state.scaler.get_scale(),
                 "label_smoothing": step.label_smoothing,
                 "class_weights": step.class_weights,
+                "micro_batch": step.micro_batch or len(shard_batch(images, labels)[1]),
                 "dtype": step.state.dtype,
                 "device": str(images.device),
             }
             if rank() == 0:
                 write_tensors(directory / FILE, saved)
+            step.state.optimizer.zero_grad(set_to_none=True)
             model.load_state_dict(weights)
-            return NonFiniteError(f"{locate_layer(model, saved)}; `python -m vix replay {directory}` repeats it")
+            try:
+                found = locate_layer(model, saved)
+            except RuntimeError as error:  # the step that failed may have been a compiled one, which needs less memory
+                if not out_of_memory(error):
+                    raise
+                found = f"not finite at step {number}; the memory does not suffice to locate the layer"
+            return NonFiniteError(f"{found}; `python -m vix replay {directory}` repeats it")
         step.optimizer_step()
     return NonFiniteError(
         "a loss or gradient was not finite, but repeating the steps since the last checkpoint gives finite values"
@@ -76,7 +85,9 @@ def locate_step(
 def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
     """Repeat a saved step and describe the first non-finite value, with its layer.
 
-    model: the model with the weights before the step.
+    The step is repeated uncompiled, in one process, in micro-batches of the size that fitted the memory.
+
+    model: the model with the weights before the step, and without gradients.
     state: the saved step, the content of ``nonfinite.pt``.
     """
     found: list[str] = []
@@ -90,14 +101,19 @@ def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
 
             handles.append(module.register_forward_hook(check_output))
     set_rng_state(state["rng"])
-    device = state["images"].device.type
-    with torch.autocast(device, dtype=state["dtype"], enabled=state["dtype"] is not torch.float32):
-        weights = state.get("class_weights")  # absent in the files of older runs
-        loss = mean_loss(model.train(), state["images"], state["labels"], state["label_smoothing"], weights)
+    images, labels = state["images"], state["labels"]
+    weights, size = state.get("class_weights"), state.get("micro_batch") or len(labels)  # absent in the files of older runs
+    loss = torch.zeros((), device=images.device)
+    for part_images, part_labels in zip(images.split(size), labels.split(size), strict=True):
+        with torch.autocast(images.device.type, dtype=state["dtype"], enabled=state["dtype"] is not torch.float32):
+            part = mean_loss(model.train(), part_images, part_labels, state["label_smoothing"], weights)
+            part = part * (len(part_labels) / len(labels))
+        if not found:
+            (part * state["scale"]).backward()
+        loss += part.detach().float()
     if not found and not loss.isfinite():
         found.append("the loss")
     if not found:
-        (loss * state["scale"]).backward()
         nonfinite = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         found += [f"the gradient of {nonfinite[-1]}"] if nonfinite else ["nothing in the repeated step"]
     for handle in handles:
