@@ -58,8 +58,29 @@ def gpus() -> Iterator[Driver]:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
-def start(directory: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, str(STARTER), *arguments]
+# STARTER, whose process receives SIGTERM after the third step.
+STOPPED = f"""
+import os, runpy, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from vix.training.train_step import TrainStep
+
+left, optimizer_step = [3], TrainStep.optimizer_step
+
+def stop(step):
+    optimizer_step(step)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+TrainStep.optimizer_step = stop
+runpy.run_path({str(STARTER)!r}, run_name="__main__")
+"""
+
+
+def start(
+    directory: Path, *arguments: str, launcher: tuple[str, ...] = (), starter: Path = STARTER
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(starter), *arguments]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=200, env=os.environ, check=False)
 
 
@@ -96,8 +117,13 @@ def test_a_run_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
-    """Each has a GPU of its own, and numbers of the host meet by gloo although NCCL is there."""
+    """Each has a GPU of its own, and numbers of the host meet by gloo although NCCL is there. A signal stops both."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    starter = tmp_path / "stopped.py"
+    starter.write_text(STOPPED)
+    stopped = start(tmp_path, "2", "80", *RUN, "trainer.micro_batch=auto", launcher=torchrun, starter=starter)
+    assert results_of(tmp_path)["status"] == "interrupted", stopped.stderr
+    assert results_of(tmp_path)["epochs"] == 0
     done = start(tmp_path, "2", "80", *RUN, "trainer.micro_batch=auto", launcher=torchrun)
     assert done.returncode == 0, done.stderr
     assert results_of(tmp_path)["processes"] == 2

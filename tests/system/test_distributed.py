@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import HANGS, ROOT, TINY, run_train
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vix
+from vix.build import parse
+from vix.training.evaluate import accuracy
 
 # 41 images in batches of 20: the last batch has one, so the second process has a share of none.
 UNEVEN = (*TINY, "data.train_size=41", "model.dropout=0", "trainer.epochs=3", "optimizer.lr=1e-2")
@@ -58,15 +64,28 @@ def test_two_processes_train_as_one(tmp_path: Path, overrides: tuple[str, ...]) 
     assert len(EventAccumulator(str(directory)).Reload().Scalars("loss/train")) == 3
 
 
-# train.py, with SIGTERM to torchrun when the third epoch's results are written; the run waits until torchrun passes it on.
+# train.py, with SIGTERM to torchrun when the third epoch's results are written; the run waits until torchrun passes it on. The
+# largest number of images that each process evaluates at once is written to a file.
 STOPPED = f"""
 import os, runpy, select, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import vix.training.evaluate
 from forked import before_each_change
 
+largest = 0
+logits = vix.training.evaluate.evaluated_logits
+
+def record_size(model, images, *options):
+    global largest
+    largest = max(largest, len(images))
+    open("evaluated-" + os.environ["RANK"], "w").write(str(largest))
+    return logits(model, images, *options)
+
+vix.training.evaluate.evaluated_logits = record_size
 arrived, wakeup = os.pipe()
 os.set_blocking(wakeup, False)
-left = [5]  # results.json is written at the run's start, before the first epoch, and after each epoch
+# results.json is written at the run's start, before the first epoch, and after each epoch. Only the first start is stopped.
+left = [0 if os.path.exists("evaluated-0") else 5]
 
 def stop(event, path):
     if event == "os.rename" and path.endswith("results.json"):
@@ -84,8 +103,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_stops_and_continues(tmp_path: Path) -> None:
-    """SIGTERM to torchrun, as a scheduler sends it: both processes stop at the same step, and continue from there."""
-    settings = (*UNEVEN, "trainer.epochs=8", "trainer.resume=force")
+    """SIGTERM to torchrun, as a scheduler sends it: both processes stop at the same step, and end as if undisturbed.
+
+    With dropout, whose numbers differ between the processes, and with BatchNorm, whose running statistics do. The accuracy is
+    that of the saved model.
+    """
+    settings = (*UNEVEN, "trainer.epochs=8", "attention=levit", "model.dropout=0.2", "trainer.eval_batch_size=21")
     program = tmp_path / "stopped.py"
     program.write_text(STOPPED)
     process = start(tmp_path, *settings, program=program)
@@ -93,11 +116,20 @@ def test_stops_and_continues(tmp_path: Path) -> None:
     stopped = results_of(tmp_path)
     assert stopped["status"] == "interrupted", errors
     assert stopped["epochs"] == 3
-    again = start(tmp_path, *settings)
+    again, undisturbed = start(tmp_path, *settings, program=program), start(tmp_path / "undisturbed", *settings)
     output, errors = again.communicate(timeout=HANGS)
     assert again.returncode == 0, errors
     assert "Continuing after 3 epochs" in output
-    assert len(results_of(tmp_path)["history"]) == 8
+    assert undisturbed.wait(HANGS) == 0
+    results = results_of(tmp_path)
+    for name in ("train_loss", "test_loss", "top1"):
+        expected = [row[name] for row in results_of(tmp_path / "undisturbed")["history"]]
+        assert [row[name] for row in results["history"]] == expected
+    (run,) = tmp_path.glob("outputs/*/*")
+    test = parse(OmegaConf.create(results["config"])).data.load_evaluated(torch.device("cpu"))
+    scores = accuracy(vix.load_model(run), test.eval_batches(50), torch.autocast("cpu", enabled=False), test.classes)
+    assert scores["test_loss"] == pytest.approx(results["test_loss"], rel=1e-5)
+    assert [(tmp_path / f"evaluated-{rank}").read_text() for rank in range(2)] == ["11", "10"]  # halves of 21
 
 
 @pytest.mark.slow

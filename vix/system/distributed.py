@@ -103,10 +103,21 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
     return result
 
 
-def seed_rank(seed: int, epoch: int) -> None:
-    """Seed every rank except 0 differently, so that dropout and the like differ between ranks.
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the model's buffers from rank 0 to all ranks.
+
+    DistributedDataParallel does so only before a forward pass. After it, running statistics differ between the ranks.
+    """
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def seed_rank(seed: int, epoch: int, batch: int) -> None:
+    """Seed every rank except 0 for one step, so that dropout and the like differ between ranks and can be repeated.
 
     Rank 0 keeps its random state, which is saved in checkpoints.
     """
     if rank() > 0:
-        torch.manual_seed(((seed * 1_000_003 + epoch) * world_size() + rank()) % 2**63)
+        step_seed = (seed * 1_000_003 + epoch) * 1_000_003 + batch
+        torch.manual_seed((step_seed * world_size() + rank()) % 2**63)

@@ -53,13 +53,13 @@ class SignalHandler:
             if self.signal:
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
 
-    def received(self, sync_now: bool) -> int | None:
+    def received(self, communicate: bool) -> int | None:
         """The signal that any process of this run has received, or None.
 
-        sync_now: whether to communicate with the other processes; with several processes, None is returned otherwise.
+        communicate: whether to communicate with the other processes; with several processes, None is returned otherwise.
         """
         if world_size() > 1:  # all processes must stop at the same step
-            if not sync_now:
+            if not communicate:
                 return None
             self.signal = all_reduce_max(self.signal or 0) or None
         return self.signal

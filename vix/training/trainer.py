@@ -25,7 +25,7 @@ from vix.reporting.tensorboard import TensorBoard
 from vix.runs.checkpoint import saved_megabytes
 from vix.runs.run import RunDirectory, training_is_over
 from vix.system.device import hardware, resolve_device, resolve_precision
-from vix.system.distributed import broadcast_from_rank0, rank, seed_rank, world_size
+from vix.system.distributed import broadcast_buffers, broadcast_from_rank0, rank, seed_rank, world_size
 from vix.system.memory import PeakMemory, check_memory_limit, limit_memory
 from vix.system.signals import SignalHandler
 from vix.training.compile import Compile, check_cuda_graphs, compile_step
@@ -138,7 +138,9 @@ class Trainer:
                 raise self.locate_nonfinite(session) from None
             limit_memory(self.torch_device, None)
             if board:
-                predicted = predictions(state.eval_model, self.eval_batches(session), session.step.autocast, self.mirror_eval)
+                # Rank 0 evaluates all images, but no more at once than its share of a batch in ``evaluate``.
+                batches = self.eval_batches(session, math.ceil(self.eval_batch_size / world_size()))
+                predicted = predictions(state.eval_model, batches, session.step.autocast, self.mirror_eval)
                 board.finish(run.results, predicted.loss, predicted.top[:, 0])
         stopped_early = state.progress.epoch < self.epochs
         if stopped_early:
@@ -220,7 +222,6 @@ class Trainer:
         state, step, progress = session.state, session.step, session.state.progress
         state.model.train()
         state.peak_memory.start()
-        seed_rank(session.seed, progress.epoch)
         first = progress.epoch * session.steps_per_epoch
         clock = time.perf_counter()
         with EpochBar(progress.epoch, self.epochs, len(session.train), progress.history) as bar:
@@ -231,11 +232,13 @@ class Trainer:
                 progress.loss_sum += loss * len(labels)
                 progress.batch += 1
                 bar.step(len(labels), loss)
-                sync_now = self.torch_device.type == "cpu" or progress.batch % 100 == 0  # the host waits for the GPU
-                if sync_now:
+                on_cpu = self.torch_device.type == "cpu"
+                if on_cpu or progress.batch % 100 == 0:  # the host waits for the GPU
                     session.raise_if_nonfinite()
                     state.sync_lr_scheduler()
-                signal_received = session.signals.received(sync_now)
+                # With several processes the hosts wait for each other, but not for the GPUs.
+                communicate = on_cpu or progress.batch % 10 == 0 or progress.batch == session.steps_per_epoch
+                signal_received = session.signals.received(communicate)
                 checkpoint_due = self.checkpoint_every and progress.batch % self.checkpoint_every == 0
                 if signal_received or (checkpoint_due and progress.batch < session.steps_per_epoch):
                     session.raise_if_nonfinite()
@@ -254,16 +257,20 @@ class Trainer:
     def evaluate(self, session: "Session") -> dict[str, Any]:
         """Accuracy and loss on the evaluated split (:func:`vix.training.evaluate.scores`), and ``eval_seconds``."""
         clock = time.perf_counter()
-        model, autocast = session.state.eval_model, session.step.autocast
-        scores = accuracy(model, self.eval_batches(session), autocast, session.test.classes, self.mirror_eval)
+        state, autocast = session.state, session.step.autocast
+        broadcast_buffers(state.model)  # those that the checkpoint will contain
+        if state.ema:
+            broadcast_buffers(state.ema.module)
+        batches = self.eval_batches(session, self.eval_batch_size)
+        scores = accuracy(state.eval_model, batches, autocast, session.test.classes, self.mirror_eval)
         return {**scores, "eval_seconds": time.perf_counter() - clock}
 
-    def eval_batches(self, session: "Session") -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, session: "Session", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the evaluated images.
 
         A signal between two batches saves and exits. The run then continues with this evaluation.
         """
-        for images, labels in session.test.eval_batches(self.eval_batch_size):
+        for images, labels in session.test.eval_batches(batch_size):
             if session.signals.signal and world_size() == 1:
                 self.save_and_exit(session)
             yield images, labels
@@ -343,9 +350,12 @@ class Session:
         return next(self.train.train_batches(batch_size, self.seed, epoch=0, augmentation=self.augmentation))
 
     def train_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The remaining batches of the current epoch."""
-        progress = self.state.progress
-        return self.train.train_batches(batch_size, self.seed, progress.epoch, progress.batch, self.augmentation)
+        """The remaining batches of the current epoch. Before each, the random generators of ranks above 0 are seeded."""
+        epoch, first = self.state.progress.epoch, self.state.progress.batch
+        batches = self.train.train_batches(batch_size, self.seed, epoch, first, self.augmentation)
+        for number, batch in enumerate(batches, first):
+            seed_rank(self.seed, epoch, number)
+            yield batch
 
     def raise_if_nonfinite(self) -> None:
         """Raises NonFiniteError where a loss or gradient so far was not finite. Waits for the device."""
