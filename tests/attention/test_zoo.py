@@ -220,6 +220,16 @@ def test_cosine_kernel() -> None:
     assert_same(ours, written_out, tokens())
 
 
+def test_cosine_kernel_of_zeros() -> None:
+    """Erased pixels can make a token all zero; its gradient is finite, and not larger by orders of magnitude."""
+    ours = made(LinearAttention, kernel="cosine")
+    x = tokens()
+    x[:, 5] = 0
+    (gradient,) = torch.autograd.grad(ours(x.requires_grad_()).square().sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient[:, 5].norm() < 1e4 * gradient[:, 4].norm()
+
+
 def test_agent() -> None:
     from agent_attention_pytorch import AgentSelfAttention
 
@@ -254,6 +264,18 @@ def test_spatial_reduction(linear: bool) -> None:
     names |= {f"to_out.{k}": f"proj.{k}" for k in ("weight", "bias")}
     copy(ours, theirs, names | {"to_q.weight": "q.weight", "to_kv.weight": "kv.weight"})
     assert_same(ours, lambda x: theirs(x, [8, 8]), tokens())
+
+
+@pytest.mark.parametrize(
+    ("grid", "stride"), [(TokenGrid(7, 7), 4), (TokenGrid(5, 9), 3), (TokenGrid(4, 6, prefix=1), 4)], ids=str
+)
+def test_spatial_reduction_of_every_token(grid: TokenGrid, stride: int) -> None:
+    """Each token of the map is among the keys, also where the stride does not divide rows or columns."""
+    ours = made(SpatialReduction, grid, stride=stride)
+    x = tokens(grid).requires_grad_()
+    other = 0 if grid.prefix else 1  # a token that receives the keys' values from all others
+    (gradient,) = torch.autograd.grad(ours(x)[:, other].square().sum(), x)
+    assert (gradient[:, grid.prefix :] != 0).any(dim=-1).all()
 
 
 @pytest.mark.parametrize("grid", [GRID, TokenGrid(6, 9)], ids=str)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import EXPERIMENTS, VARIED
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from vix.attention.gating import TokenMix
 from vix.build import build_model, parse
 from vix.errors import UserError
 from vix.training.compile import compile_step
@@ -123,6 +124,23 @@ ZOO = (
 def test_bf16_gradients_of_the_zoo(compose_config: Compose, attention: str) -> None:
     small = ("embedding=linear", "embedding.patch_size=4", "model.depth=2", "model.pool=mean")
     assert_bf16_is_close(compose_config("model=vit", f"attention={attention}", *small))
+
+
+NORMS = [
+    ("attention=spatial_reduction", "attention.stride=2"),
+    ("attention=spatial_reduction", "attention.reduction=pool"),
+    ("attention=gating",),
+]
+
+
+@pytest.mark.parametrize("options", NORMS, ids=" ".join)
+def test_bf16_gradients_of_norms_within_mixers(
+    compose_config: Compose, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With thousands of tokens, whose sum a norm loses in bfloat16, and a gate that mixes tokens as a trained one does."""
+    monkeypatch.setattr(TokenMix, "reset_parameters", lambda self: nn.Linear.reset_parameters(self))
+    small = ("embedding=linear", "embedding.patch_size=2", "model.depth=1", "model.pool=mean")
+    assert_bf16_is_close(compose_config("model=vit", *options, *small), batch_size=32)
 
 
 @pytest.mark.parametrize("kernel", ["relu", "softmax", "cosine"])

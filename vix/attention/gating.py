@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vix.layers.precision import upcast_fp32
 from vix.layers.tokens import TokenGrid
 from vix.types import PositiveFloat
 
@@ -20,11 +21,18 @@ class SpatialGating(nn.Module):
         half = max(1, round(ratio * dim / 2))
         self.expand = nn.Linear(dim, 2 * half)
         self.norm = nn.LayerNorm(half)
-        self.mix = nn.Linear(tokens.count, tokens.count)
+        self.mix = TokenMix(tokens.count, tokens.count)
         self.proj = nn.Linear(half, dim)
-        nn.init.normal_(self.mix.weight, std=1e-6)
-        nn.init.ones_(self.mix.bias)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         u_BNF, v_BNF = F.gelu(self.expand(x_BND)).chunk(2, dim=-1)
+        (v_BNF,) = upcast_fp32(v_BNF)  # for the norm's gradients, as in Block
         return self.proj(u_BNF * self.mix(self.norm(v_BNF).mT).mT)
+
+
+class TokenMix(nn.Linear):
+    """W and its bias, with their initialization, which no family replaces by its own."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1e-6)
+        nn.init.ones_(self.bias)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from vix.layers.attend import linear_attention
@@ -19,8 +20,8 @@ class LinearAttention(MultiHeadMixer):
     kernel: ``elu``: φ(q)(φ(k)ᵀv) / φ(q)Σφ(k) with φ = elu + 1. ``relu``: the same with φ = relu, and 1e-5 added to the
         denominator (Cai et al., "EfficientViT", 2022). ``softmax``: softmax of q over its E channels, divided by √E, times
         (softmax of k over the tokens)ᵀv (Shen et al., "Efficient Attention", 2018). ``cosine``: q ⊙ Σ k ⊙ v with q and k of
-        length 1, which is attention with as many heads as channels, so ``heads`` has no effect (Bolya et al., "Hydra
-        Attention", 2022).
+        length 1 (those shorter than 1e-3 are divided by 1e-3, so that gradients are bounded), which is attention with as many
+        heads as channels, so ``heads`` has no effect (Bolya et al., "Hydra Attention", 2022).
 
     Raises ValueError where ``heads`` does not divide ``dim``.
     """
@@ -53,7 +54,7 @@ class LinearAttention(MultiHeadMixer):
             else:
                 # A channel is a head, so the length is that over all heads' channels.
                 q_BHNE, k_BHNE = (
-                    t / t.square().sum(dim=(1, 3), keepdim=True).sqrt().clamp_min(1e-12) for t in (q_BHNE, k_BHNE)
+                    t / torch.linalg.vector_norm(t, dim=(1, 3), keepdim=True).clamp_min(1e-3) for t in (q_BHNE, k_BHNE)
                 )
                 out_BHNE = q_BHNE * (k_BHNE * values_BHNE).sum(dim=-2, keepdim=True)
         return out_BHNE.to(v_BHNE.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width, merge_heads, split_heads
-from vix.layers.precision import cast_to_autocast
+from vix.layers.precision import cast_to_autocast, upcast_fp32
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -18,7 +18,7 @@ class SpatialReduction(nn.Module):
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
     reduction: ``conv``: a strided convolution and LayerNorm (PVT); ``pool``: the mean over a grid of ``size`` × ``size``, a
         1×1 convolution, LayerNorm and GELU, linear in the number of tokens (PVT v2).
-    stride: rows and columns that the convolution reduces to one.
+    stride: rows and columns that the convolution reduces to one. A map that it does not divide is padded with zeros.
     size: side of the pooled map in tokens.
 
     A class token asks, like all tokens, but is not among the keys.
@@ -57,7 +57,11 @@ class SpatialReduction(nn.Module):
         _, map_BDYX = self.tokens.split(x_BND)
         if self.size is not None:
             map_BDYX = F.adaptive_avg_pool2d(map_BDYX, self.size)
-        reduced_BMD = self.norm(self.reduce(map_BDYX).flatten(2).mT)
+        else:  # the convolution would leave out the last rows and columns
+            stride = self.reduce.stride[0]
+            map_BDYX = F.pad(map_BDYX, (0, -self.tokens.width % stride, 0, -self.tokens.height % stride))
+        (reduced_BMD,) = upcast_fp32(self.reduce(map_BDYX).flatten(2).mT)  # for the norm's gradients, as in Block
+        reduced_BMD = self.norm(reduced_BMD)
         if self.size is not None:
             reduced_BMD = F.gelu(reduced_BMD)
         q_BHNE = split_heads(self.to_q(x_BND), self.heads)

@@ -16,7 +16,8 @@ class CCT(nn.Module):
     """Compact convolutional transformer (Hassani et al., 2021), without a class token.
 
     Embedding, position encoding, ``depth`` blocks, LayerNorm, sequence pooling, linear head. All linear layers, including the
-    mixers', are initialized with weights from a normal distribution of std 0.02, truncated at ±2, and zero biases.
+    mixers', are initialized with weights from a normal distribution of std 0.02, truncated at ±2, and zero biases, except for
+    subclasses of ``nn.Linear``, which have their own initialization.
 
     dim: width D of the tokens.
     depth: number of blocks.
@@ -97,7 +98,7 @@ class CCTBlock(Block):
 
 def init_weights(module: nn.Module) -> None:
     """CCT's initialization of linear layers: weights from N(0, 0.02²) truncated at ±2, biases zero."""
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
