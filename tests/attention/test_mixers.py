@@ -327,6 +327,16 @@ def test_windows_are_a_masked_softmax(count: int, window: int) -> None:
     assert_close(window_attention(q_BHNE, k_BHNE, v_BHNE, window), expected, 1e-5)
 
 
+def test_windows_are_computed_by_the_fused_kernel() -> None:
+    """Which stores no matrix of a window's tokens and keys; PyTorch has it for masks of two or four axes."""
+    q_BHNE, k_BHNE, v_BHNE = (torch.randn(1, 2, 600, 8, requires_grad=True) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        window_attention(q_BHNE, k_BHNE, v_BHNE, 256)
+    names = {event.name for event in profile.events()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+
+
 @with_and_without_rotary
 def test_local_heads_stand_beside_kernel_heads(rotary: bool) -> None:
     """The first heads are local, the others are performer_pytorch's kernel attention, each on its own share of the width."""

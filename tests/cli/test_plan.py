@@ -156,6 +156,14 @@ def test_what_is_computed_twice_is_not_kept(compose_config: Compose) -> None:
 GPU = torch.device("cuda")
 
 
+@pytest.mark.parametrize("attention", sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml")))
+def test_memory_of_every_mixer_on_a_gpu(compose_config: Compose, attention: str) -> None:
+    """Estimated without one; it grows with the batch."""
+    model = ("model=vit", "model.pool=mean", "embedding=linear", "embedding.patch_size=2", "model.depth=1")
+    run = parse(compose_config(*model, f"attention={attention}", "trainer.precision=bf16", "trainer.device=cpu"))
+    assert 0 < training_memory(run, GPU, 1) < training_memory(run, GPU, 2)
+
+
 @pytest.mark.parametrize("checkpointing", [None, "full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_backward_without_the_engine(
     compose_config: Compose, monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing

@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from common import traced
 from torch import nn
 
+from vix.attention.neighbourhood import NeighborhoodAttention
+from vix.attention.window import WindowAttention
+from vix.layers import maps
 from vix.layers.maps import DepthwiseConv, DepthwiseGradients, MapBatchNorm
-from vix.layers.tokens import join
+from vix.layers.tokens import TokenGrid, join
 
 
 @pytest.mark.parametrize("images", [1, 3])
@@ -67,3 +70,18 @@ def test_a_compiled_depthwise_convolution() -> None:
     assert "convolution" in graphs[0]
     assert "convolution_backward" not in graphs[1]
     assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("mixer", [WindowAttention(16, TokenGrid(16, 16), 1), NeighborhoodAttention(16, TokenGrid(16, 16))])
+def test_windows_are_attended_on_four_axes(mixer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused kernels take no fifth one, and would be replaced by one that stores all attention weights."""
+    shapes = []
+    attend = maps.softmax_attention
+
+    def record(*tensors: torch.Tensor) -> torch.Tensor:
+        shapes.extend(t.ndim for t in tensors)
+        return attend(*tensors)
+
+    monkeypatch.setattr(maps, "softmax_attention", record)
+    mixer(torch.randn(2, 256, 16))
+    assert shapes == [4, 4, 4, 4]

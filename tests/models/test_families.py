@@ -334,7 +334,7 @@ def test_levits_step_to_the_next_stage_is_attention_asked_by_the_remaining_token
     """To mix all and keep every second row and column computes what LeViT's shrinking attention does."""
     tokens = TokenGrid(6, 5)
     mixer = Softmax(16, tokens)
-    shrink = Downsample(16, 24, tokens, 2, mixer, 2.0, 0.0)
+    shrink = Downsample(16, 24, tokens, 2, mixer, 2.0)
     assert shrink.out_tokens == TokenGrid(3, 3)
     x_BND = torch.randn(2, 30, 16)
     kept = [6 * 0 + 5 * y + x for y in (0, 2, 4) for x in (0, 2, 4)]
@@ -343,6 +343,16 @@ def test_levits_step_to_the_next_stage_is_attention_asked_by_the_remaining_token
     mixed = mixer.to_out((weights @ v_BHNE).transpose(1, 2).flatten(2))
     expected = shrink.proj(x_BND[:, kept] + mixed)
     torch.testing.assert_close(shrink(x_BND), expected + shrink.mlp(expected))
+
+
+def test_levits_steps_between_stages_have_the_options_of_blocks(model_of):
+    model = model_of("experiment=levit_pyramid", "model.layer_scale=0.1", "model.stochastic_depth=0.6")
+    rates = [block.drop_path.probability for block in model.blocks]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0, 0.6)
+    for block in model.blocks:
+        for scale in (block.scale1, block.scale2):
+            torch.testing.assert_close(scale.gain_D, torch.full_like(scale.gain_D, 0.1))
 
 
 def test_ccts_second_norm_replaces_the_residual_stream():
@@ -389,6 +399,14 @@ def test_cct_starts_as_published(model_of):
         elif isinstance(module, nn.Conv2d):
             assert module.weight.std().item() == pytest.approx((2 / (9 * module.in_channels)) ** 0.5, rel=0.1)
     assert model.posenc.table_ND.std().item() == pytest.approx(0.2, rel=0.02)
+
+
+def test_a_gate_starts_as_an_mlp_of_each_token(model_of):
+    """Also in CCT, which initializes the linear layers of all mixers."""
+    for family in ("model=vit", "model=cct"):
+        mix = model_of(family, "attention=gating").blocks[0].mixer.mix
+        assert mix.weight.abs().max().item() < 1e-5
+        assert (mix.bias == 1).all()
 
 
 def test_cvts_norm_divides_by_the_std_plus_epsilon():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from common import fit
+from conftest import ROOT
 from omegaconf import DictConfig
 from torch import nn
 
@@ -126,6 +127,26 @@ def test_continues_from_its_state(compose_config: Compose, tmp_path: Any, choice
     for own, other in zip(train(again, restored, steps=3), expected, strict=True):
         assert torch.equal(own, other)
     assert fit(cfg, tmp_path / "run")[0]["status"] == "finished"
+
+
+def test_only_linear_layers_and_convolutions_decay(compose_config: Compose) -> None:
+    """Of every mixer: no norms, biases, temperatures, learned tokens and position tables."""
+    for path in (ROOT / "conf" / "attention").glob("*.yaml"):
+        small = (
+            "data=digits",
+            "embedding=linear",
+            "model.dim=16",
+            "model.depth=1",
+            "model.pool=mean",
+            f"attention={path.stem}",
+        )
+        model = build_model(compose_config(*small))
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
+        bare = [p for name, p in model.named_parameters() if name.split(".")[-1] in ("length_k", "length_v", "filter_YXD2")]
+        expected = {id(m.weight) for m in layers} | {id(p) for p in bare}
+        decayed, others = (group["params"] for group in param_groups_weight_decay(model))
+        assert {id(p) for p in decayed} == expected, path.stem
+        assert len(decayed) + len(others) == len(list(model.parameters()))
 
 
 def test_what_an_optimizer_keeps_on_the_host_stays_there() -> None:

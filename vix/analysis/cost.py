@@ -81,7 +81,7 @@ class FusedAttention(torch.autograd.Function):
         q_BHNE, k_BHME, v_BHME = ctx.saved_tensors[:3]
         bias = None
         if ctx.needs_input_grad[3]:
-            bias = ctx.bias.new_empty(*q_BHNE.shape[:3], k_BHME.shape[2]).sum_to_size(ctx.bias.shape)
+            bias = ctx.bias.new_empty(*q_BHNE.shape[:-1], k_BHME.shape[-2]).sum_to_size(ctx.bias.shape)
         return *(torch.empty_like(t) for t in (q_BHNE, k_BHME, v_BHME)), bias
 
 

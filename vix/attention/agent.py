@@ -27,6 +27,8 @@ class AgentAttention(MultiHeadMixer):
     Raises ValueError where ``heads`` does not divide ``dim``, or ``agents`` does not suit ``source=pooled``.
     """
 
+    no_weight_decay = ("agents_HAE",)
+
     def __init__(
         self,
         dim: int,

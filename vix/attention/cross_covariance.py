@@ -24,6 +24,8 @@ class CrossCovariance(MultiHeadMixer):
     Raises ValueError where ``heads`` does not divide ``dim``.
     """
 
+    no_weight_decay = ("temperature_H11",)
+
     def __init__(
         self,
         dim: int,

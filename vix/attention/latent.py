@@ -43,6 +43,8 @@ class CrossAttention(nn.Module):
     latents: number of learned tokens that ask where no queries are given; None: none.
     """
 
+    no_weight_decay = ("latents_ND",)
+
     def __init__(self, dim: int, heads: int, dim_head: int | None, latents: int | None = None) -> None:
         super().__init__()
         self.heads = heads

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width
-from vix.layers.maps import MapMixer
+from vix.layers.maps import MapMixer, window_attention
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -66,8 +65,8 @@ class NeighborhoodAttention(MapMixer):
         q_BWHTE, k_BWHKE, v_BWHKE = (
             t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q_BWTF, *kv_BWKF.chunk(2, dim=-1))
         )
-        mask_1W1TK = self.mask_WTK[None, :, None].to(q_BWHTE.dtype)
-        out_BWTF = softmax_attention(q_BWHTE, k_BWHKE, v_BWHKE, mask_1W1TK).transpose(2, 3).flatten(3)
+        mask_1W1TK = self.mask_WTK[None, :, None]
+        out_BWTF = window_attention(q_BWHTE, k_BWHKE, v_BWHKE, mask_1W1TK).transpose(2, 3).flatten(3)
         out_BYXTTF = out_BWTF.unflatten(2, (self.row_tile, self.column_tile)).unflatten(1, (rows, columns))
         return self.to_out(out_BYXTTF.transpose(2, 3).flatten(3, 4).flatten(1, 2))
 

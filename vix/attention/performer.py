@@ -135,6 +135,6 @@ def window_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, window: int
     )
     position_WT = torch.arange(windows, device=q_BHNE.device)[:, None] * window - window
     position_WT = position_WT + torch.arange(3 * window, device=q_BHNE.device)
-    is_token_W1T = ((position_WT >= 0) & (position_WT < count)).unsqueeze(1)
-    out_B_W_TE = F.scaled_dot_product_attention(q_B_W_TE, k_B_W_TE, v_B_W_TE, attn_mask=is_token_W1T)
+    is_token_1W1T = ((position_WT >= 0) & (position_WT < count))[None, :, None]  # fused kernels take masks of four axes
+    out_B_W_TE = F.scaled_dot_product_attention(q_B_W_TE, k_B_W_TE, v_B_W_TE, attn_mask=is_token_1W1T)
     return rearrange(out_B_W_TE, "(b h) w t e -> b h (w t) e", h=heads)[:, :, :count]

@@ -29,6 +29,8 @@ class Softmax(MultiHeadMixer):
     Raises ValueError where ``heads`` does not divide ``dim``, and for ``locality`` of a single token.
     """
 
+    no_weight_decay = ("scale_H11",)
+
     def __init__(
         self,
         dim: int,

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from vix.layers.attend import softmax_attention
 from vix.layers.heads import head_width
-from vix.layers.maps import MapMixer, merge_windows, split_windows, window_options
+from vix.layers.maps import MapMixer, merge_windows, split_windows, window_attention, window_options
 from vix.layers.tokens import TokenGrid
 from vix.types import Positive
 
@@ -22,6 +21,8 @@ class WindowAttention(MapMixer):
 
     Raises ValueError where ``heads`` does not divide ``dim``, or ``window`` does not divide the map.
     """
+
+    no_weight_decay = ("table_HYX",)
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class WindowAttention(MapMixer):
         bias_1WHTT = self.bias()[None, None]
         if self.mask_WTT is not None:
             bias_1WHTT = bias_1WHTT + self.mask_WTT[None, :, None]
-        out_BWHTE = softmax_attention(q_BWHTE, k_BWHTE, v_BWHTE, bias_1WHTT.to(q_BWHTE.dtype))
+        out_BWHTE = window_attention(q_BWHTE, k_BWHTE, v_BWHTE, bias_1WHTT)
         out_BWTD = self.to_out(out_BWHTE.transpose(2, 3).flatten(3))
         out_BYXD = merge_windows(out_BWTD, self.tokens.height, self.tokens.width)
         return out_BYXD.roll((self.shift, self.shift), dims=(1, 2)) if self.shift else out_BYXD

@@ -40,7 +40,7 @@ def selective_policy(context: SelectiveCheckpointContext, operation: Any, *argum
 
 
 class Block(nn.Module):
-    """Base class of the families' repeated blocks, (B, N, D) → (B, N, D). Subclasses implement ``forward_once``.
+    """Base class of the families' blocks, (B, N, D) → (B, N, D). Subclasses implement ``forward_once``.
 
     The residual stream is float32 under any autocast dtype (float64 in a float64 model). The block upcasts its input, so that
     the backward pass of its first norm accumulates in float32. PyTorch's LayerNorm does not do so for bfloat16 input on a CPU:
@@ -70,15 +70,20 @@ class Block(nn.Module):
         return checkpoint(self.forward_once, x_BND, use_reentrant=False, **options)
 
 
-def set_activation_checkpointing(model: nn.Module, mode: ActivationCheckpointing) -> None:
+def set_activation_checkpointing(model: nn.Module, mode: ActivationCheckpointing) -> tuple[int, int]:
     """Set the activation checkpointing of all blocks of a model, except those with a BatchNorm.
 
     Recomputation would update a BatchNorm's running statistics twice per batch.
 
     model: module whose :class:`Block` submodules are set.
     mode: as in :class:`Block`.
+
+    Returns the number of blocks with a BatchNorm, and of all blocks.
     """
-    for block in model.modules():
-        if isinstance(block, Block):
-            has_batch_norm = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in block.modules())
-            block.activation_checkpointing = None if has_batch_norm else mode
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    excluded = 0
+    for block in blocks:
+        has_batch_norm = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in block.modules())
+        block.activation_checkpointing = None if has_batch_norm else mode
+        excluded += has_batch_norm
+    return excluded, len(blocks)

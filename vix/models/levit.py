@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vix.layers.blocks import MLP, Depths, PreNormBlock, drop_rates, per_stage
+from vix.layers.blocks import MLP, Depths, LayerScale, PreNormBlock, StochasticDepth, drop_rates, per_stage
+from vix.layers.checkpointing import Block
 from vix.layers.embedding import Embedding
 from vix.layers.posenc import PositionEncoding
 from vix.layers.precision import upcast_fp32
@@ -62,7 +63,10 @@ class LeViT(nn.Module):
                 mixer = attention(
                     dim=dims[stage - 1], tokens=tokens, posenc=self.posenc, layer=sum(depth[:stage]), heads=all_heads[stage - 1]
                 )
-                downsample = Downsample(dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], dropout)
+                options = dropout, rates[sum(depth[:stage])], layer_scale
+                downsample = Downsample(
+                    dims[stage - 1], dims[stage], tokens, strides[stage - 1], mixer, ratios[stage], *options
+                )
                 self.blocks.append(downsample)
                 tokens = downsample.out_tokens
             for i in range(sum(depth[:stage]), sum(depth[: stage + 1])):
@@ -76,7 +80,7 @@ class LeViT(nn.Module):
         return self.head(self.blocks(self.posenc(x_BND)).mean(dim=1))
 
 
-class Downsample(nn.Module):
+class Downsample(Block):
     """Transition between stages: (B, N, D) → (B, N′, D′).
 
     x + mixer(x), subsampled to every ``stride``-th row and column, followed by a linear layer to the new width and an MLP.
@@ -90,18 +94,31 @@ class Downsample(nn.Module):
     stride: distance of the rows and columns that remain.
     mixer: mixer of the input tokens.
     mlp_ratio: hidden width of the MLP divided by ``dim_after``.
-    dropout: dropout probability of both branches' outputs.
+    dropout, stochastic_depth, layer_scale: of both branches' outputs, as in :class:`vix.layers.blocks.PreNormBlock`.
     """
 
     def __init__(
-        self, dim: int, dim_after: int, tokens: TokenGrid, stride: int, mixer: nn.Module, mlp_ratio: float, dropout: float
+        self,
+        dim: int,
+        dim_after: int,
+        tokens: TokenGrid,
+        stride: int,
+        mixer: nn.Module,
+        mlp_ratio: float,
+        dropout: float = 0.0,
+        stochastic_depth: float = 0.0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.tokens, self.out_tokens, self.stride = tokens, tokens.strided(stride), stride
         self.mixer, self.proj = mixer, nn.Linear(dim, dim_after)
         self.mlp, self.dropout = MLP(dim_after, mlp_ratio, dropout), nn.Dropout(dropout)
+        self.scale1, self.scale2 = (
+            nn.Identity() if layer_scale is None else LayerScale(width, layer_scale) for width in (dim, dim_after)
+        )
+        self.drop_path = StochasticDepth(stochastic_depth)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        prefix_BPD, map_BDYX = self.tokens.split(x_BND + self.dropout(self.mixer(x_BND)))
+    def forward_once(self, x_BND: Tensor) -> Tensor:
+        prefix_BPD, map_BDYX = self.tokens.split(x_BND + self.drop_path(self.scale1(self.dropout(self.mixer(x_BND)))))
         (x_BND,) = upcast_fp32(self.proj(join(prefix_BPD, map_BDYX[:, :, :: self.stride, :: self.stride])))
-        return x_BND + self.dropout(self.mlp(x_BND))
+        return x_BND + self.drop_path(self.scale2(self.dropout(self.mlp(x_BND))))
