@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from conftest import HANGS, ROOT, TINY, run_train
 
+from vix.cli.report import parse_arguments, report
+from vix.runs.results import find_runs, group_seeds
+
 pytestmark = pytest.mark.xdist_group("report")  # one real run for all of them
 PICTURES = ["accuracy_parameters.png", "accuracy_time.png", "figure4.png", "learning_curves.png"]
 
@@ -49,9 +52,8 @@ def module(name: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.Co
 
 
 def report_rows(directory: Path, *arguments: str | Path) -> list[dict[str, str]]:
-    """report.csv of a directory, after its report was made."""
-    done = module("report", directory, *arguments)
-    assert done.returncode == 0, done.stderr
+    """report.csv of a directory, after its report was made, in this process."""
+    report(parse_arguments([str(directory), *map(str, arguments)]))
     with open(directory / "report.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -82,6 +84,29 @@ def test_mean_and_standard_deviation_over_seeds_and_the_best_of_all(real: dict[s
     assert float(row["top1_difference"]) == pytest.approx(66.75 - 65.06)
     assert float(row["params_difference"]) == real["weight_bias_params"] - 530970
     assert (row["gpu_gb"], row["gpu_difference"]) == ("", "")
+
+
+def test_what_makes_another_line(real: dict[str, Any], tmp_path: Path) -> None:
+    """Not how a run was evaluated and saved; the number of processes, whose speeds have no mean, does."""
+    same = ((), ("trainer.checkpoint_every=50",), ("trainer.eval_batch_size=64",), ("optimizer.fused=true",))
+    for seed, overrides in enumerate(same):
+        row = as_row(real, "vin", seed, *overrides)
+        row["config"] = {**row["config"], "trainer": {**row["config"]["trainer"], "checkpoint_every": 50 * bool(seed)}}
+        write(tmp_path / f"{seed}/results.json", row)
+    write(tmp_path / "8/results.json", as_row(real, "vin", 8, processes=8))
+    groups, others = group_seeds(find_runs([tmp_path]))
+    assert {len(group.runs): group.distinction.endswith("8 processes)") for group in groups} == {4: False, 1: True}
+    assert not others
+
+
+def test_costs_of_inference_on_two_devices_are_not_averaged(real: dict[str, Any], tmp_path: Path) -> None:
+    for seed, (device, latency) in enumerate((("NVIDIA H200", 2.0), ("NVIDIA H200", 4.0), ("cpu", 200.0))):
+        write(tmp_path / f"{seed}/results.json", as_row(real, "vin", seed))
+        variant = {"latency_ms": latency, "latency_p95_ms": latency, "images_per_second": 1.0, "batches": []}
+        write(tmp_path / f"{seed}/cost.json", {"device": device, "precision": "bf16", "eager": variant})
+    (row,) = report_rows(tmp_path)
+    assert (row["seeds"], float(row["latency_ms"]), row["inference_on"]) == ("3", 3.0, "NVIDIA H200, bf16")
+    assert "with the lower latency, on NVIDIA H200, bf16." in (tmp_path / "report.md").read_text()
 
 
 def test_what_is_printed(real: dict[str, Any], tmp_path: Path) -> None:
@@ -129,6 +154,8 @@ def test_a_real_run_has_no_published_figures_unless_it_is_a_row(real: dict[str, 
     write(tmp_path / "c/seed=0/results.json", as_row(real, "vin", 0, "model.dim=64"))
     write(tmp_path / "d/seed=0/results.json", as_row(real, "vin", 0, "data=digits"))
     write(tmp_path / "e/seed=0/results.json", as_row(real, "vit", 0, "attention.implementation=explicit"))
+    for i, option in enumerate(("test_size=10", "train_size=1000", "folds=5", "root=elsewhere")):
+        write(tmp_path / f"f{i}/seed=0/results.json", as_row(real, "mixer", 0, f"data.{option}"))
     rows = {row["experiment"]: row["published_top1"] for row in report_rows(tmp_path)}
     quickstart = next(name for name in rows if name.startswith("quickstart "))
     assert "trainer.epochs=2" in quickstart
@@ -137,6 +164,10 @@ def test_a_real_run_has_no_published_figures_unless_it_is_a_row(real: dict[str, 
         "vin data=digits": "",
         "vin model.dim=64": "",
         "vin trainer.epochs=10": "65.06",
+        "mixer": "60.33",  # the folder of the images does not matter
+        "mixer data.test_size=10": "",
+        "mixer data.train_size=1000": "",
+        "mixer data.folds=5": "",
         quickstart: "",
     }
 

@@ -18,6 +18,8 @@ from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 from vix.runs.results import (
+    INFERENCE_FIELDS,
+    INFERENCE_ON,
     Group,
     Row,
     RunRecord,
@@ -62,6 +64,7 @@ COLUMNS = {
     "latency_p95_ms": Column("latency\n95 % ms", 2),
     "inference_images_per_second": Column("inference\nimages/s"),
     "inference_gb": Column("inference\nGB", 3),
+    "inference_on": Column("inference on"),
     "published_top1": Column("paper's\ntop-1 %", 2),
     "top1_difference": Column("ours −\npaper", 2, signed=True),
     "published_top5": Column("paper's\ntop-5 %", 2),
@@ -107,7 +110,7 @@ HOW_TO_READ_FOLDS = (
 )
 HOW_TO_READ_INFERENCE = (
     "Latency (median time of one image), inference images/s (at the best batch size) and inference GB (peak memory at batch "
-    "size 64) were measured by `python -m vix cost`, in the variant, compiled or not, with the lower latency."
+    "size 64) were measured by `python -m vix cost`, in the variant, compiled or not, with the lower latency, on "
 )
 PROTOCOL = (
     "The paper's protocol differs from ours. Each published accuracy is the best test epoch of one unseeded run without a "
@@ -137,7 +140,8 @@ def columns(group: Group) -> Row:
         "gpu_reserved_gb": max(group.values("peak_gpu_reserved_gb"), default=None),
         "images_per_second": group.mean("images_per_second"),
         "minutes": None if seconds is None else seconds / 60,
-        **{key: group.mean(key) for key in ("latency_ms", "latency_p95_ms", "inference_images_per_second", "inference_gb")},
+        **{key: group.mean(key) for key in INFERENCE_FIELDS},
+        INFERENCE_ON: next((run.results[INFERENCE_ON] for run in group.runs if INFERENCE_ON in run.results), None),
     }
     for key in ("top1", "top5"):
         row |= {key: group.mean(key), f"{key}_std": group.std(key)}
@@ -199,12 +203,12 @@ def notes(rows: Sequence[Row], common: Sequence[str]) -> list[str]:
     common: overrides that all runs share.
     """
     published = any(row["published_top1"] is not None for row in rows)
-    inference = any(row["latency_ms"] is not None for row in rows)
+    inference = dict.fromkeys(row[INFERENCE_ON] for row in rows if row[INFERENCE_ON] is not None)
     return [
         *([f"All runs have {' '.join(common)}"] if common else []),
         *([HOW_TO_READ] if rows else []),
         *([HOW_TO_READ_FOLDS] if any(row["folds"] for row in rows) else []),
-        *([HOW_TO_READ_INFERENCE] if inference else []),
+        *([f"{HOW_TO_READ_INFERENCE}{' and '.join(inference)}."] if inference else []),
         *(PROTOCOL if published else []),
     ]
 

@@ -35,7 +35,8 @@ PERFORMANCE_KEYS = ("trainer.compile", "trainer.activation_checkpointing")
 # Runs that differ only in these keys form one group.
 IGNORED_IN_GROUPS = (
     *("experiment", "seed", "rerun", "fail_fast", "data.root", "data.classes", "data.fold"),
-    *("trainer.device", "trainer.resume", "trainer.probe"),
+    *("trainer.device", "trainer.resume", "trainer.probe", "trainer.checkpoint_every", "trainer.eval_batch_size"),
+    "optimizer.fused",
 )
 # Keys that affect neither the time of an epoch nor the memory: runs that differ only in these have the same cost.
 COST_NEUTRAL_KEYS = (

@@ -29,6 +29,10 @@ NUMBERS_OR_NULL = ("checkpoint_mb", "images_per_second", "seconds", "peak_gpu_al
 UNFINISHED = ("running", "failed", "refused", "interrupted")
 COST_FILE = "cost.json"  # written next to results.json by `python -m vix cost`
 COST_BATCH_SIZE = 64  # of the memory in the report: the paper's batch size
+# Fields that are read from it, and that of the device and precision of the measurement.
+INFERENCE_FIELDS, INFERENCE_ON = ("latency_ms", "latency_p95_ms", "inference_images_per_second", "inference_gb"), "inference_on"
+# Overrides of the image set with which a run is still compared with the paper.
+SAME_DATA = ("data.root", "data.class_weights")
 RUN_FILES = ("results.json", "checkpoint.pt", ".hydra")  # any of these marks a directory as a run's
 
 
@@ -90,6 +94,7 @@ class RunRecord:
         items = flatten(self.results["config"]).items()
         config = {k: v for k, v in items if not is_off(v) and k not in IGNORED_IN_GROUPS and is_of_the_run(k)}
         place = tuple(str(self.results.get(key)) for key in ("device", "precision", "init_weights"))
+        place += (str(self.results.get("processes", 1)),)
         # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
         return (self.experiment, *self.changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))
@@ -119,8 +124,12 @@ class Group:
         return " ".join([run.experiment, *(change for change in run.changes if change not in overrides)]) + self.distinction
 
     def values(self, key: str) -> list[float]:
-        """A field of the results of every run that has it."""
-        return [run.results[key] for run in self.runs if run.results.get(key) is not None]
+        """A field of the results of every run that has it; a cost of inference only of those measured where the first was."""
+        runs = self.runs
+        if key in INFERENCE_FIELDS:
+            where = next((run.results[INFERENCE_ON] for run in runs if INFERENCE_ON in run.results), None)
+            runs = [run for run in runs if run.results.get(INFERENCE_ON) == where]
+        return [run.results[key] for run in runs if run.results.get(key) is not None]
 
     def mean(self, key: str) -> float | None:
         """Mean over the runs; None where no run has the field."""
@@ -189,13 +198,10 @@ def inference_fields(path: Path) -> Row:
         cost = json.loads(path.read_text(encoding="utf-8"))
         variant = min((cost[name] for name in ("eager", "compiled") if cost.get(name)), key=lambda v: v["latency_ms"])
         peaks = {row["batch_size"]: row["peak_gb"] for row in variant["batches"]}
-        fields = {
-            "latency_ms": variant["latency_ms"],
-            "latency_p95_ms": variant["latency_p95_ms"],
-            "inference_images_per_second": variant["images_per_second"],
-            "inference_gb": peaks.get(COST_BATCH_SIZE),
-        }
-        return {key: float(value) for key, value in fields.items() if value is not None}
+        keys = ("latency_ms", "latency_p95_ms", "images_per_second")
+        costs = (*(variant[key] for key in keys), peaks.get(COST_BATCH_SIZE))
+        fields = {key: float(cost) for key, cost in zip(INFERENCE_FIELDS, costs, strict=True) if cost is not None}
+        return {**fields, INFERENCE_ON: f"{cost.get('device')}, {cost.get('precision')}"}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
@@ -308,7 +314,7 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
 def paper(run: RunRecord, published: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
     """The paper's row for a run; empty where its experiment is not in the paper, or overrides change the model or the data."""
     keys = {override_key(change) for change in run.changes} - {SAME_MODEL}
-    other = any(key == "data" or key.partition(".")[0] in MODEL_GROUPS for key in keys)
+    other = any(key.partition(".")[0] in (*MODEL_GROUPS, "data") for key in keys - {*SAME_DATA})
     return {} if other else published.get(run.experiment, {})
 
 
@@ -342,5 +348,6 @@ def changes_of(group: Group) -> str:
 
 
 def place_of(group: Group) -> str:
-    """Device and precision of a group."""
-    return f"{group.best.get('device')}, {group.best.get('precision')}"
+    """Device and precision of a group, and its number of processes where there are several."""
+    processes = group.best.get("processes", 1)
+    return f"{group.best.get('device')}, {group.best.get('precision')}" + (f", {processes} processes" if processes > 1 else "")
