@@ -42,7 +42,7 @@ def main() -> None:
         try:
             cost = isolated(context, chosen.threads, compact_step, mixer, device, chosen.quick, limit=1800)
             record["rows"].append({"mixer": mixer, **cost})
-        except Refused as reason:
+        except (Refused, RuntimeError) as reason:  # an error in one mixer does not lose the others
             record["refused"].append({"mixer": mixer, "reason": str(reason)})
         path = write("compact", device, chosen, record)
     for table in tables(record):

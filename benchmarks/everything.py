@@ -2,8 +2,8 @@
 
 A piece is one model of ``python -m benchmarks``, one mixer of ``benchmarks.scaling`` or ``benchmarks.compact``, one published
 row of ``benchmarks.rows``, or ``benchmarks.overhead``. Each is kept when it is done, in the folder ``pieces`` below the
-results, and the same command measures those that are missing. After each piece the JSON files, the picture and the page
-(README.md) with all tables are written anew.
+results, and the same command measures those that are missing; one that takes longer than a whole call comes last. After each
+piece the JSON files, the picture and the page (README.md) with all tables are written anew.
 """
 
 import json
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import __main__ as side_by_side
 from benchmarks import compact, overhead, rows, scaling
-from benchmarks.record import RESULTS, chosen_device, machine, parser
-from benchmarks.scaling_plot import draw
+from benchmarks.record import RESULTS, chosen_device, hardware, machine, parser, versions_used
+from benchmarks.scaling_plot import comparable, draw
 from benchmarks.variants import MODELS
 from vix.errors import UserError
 from vix.reporting.table import Table
@@ -112,6 +112,34 @@ def kept(folder: Path, piece: Piece) -> Path:
     return folder / "pieces" / f"{piece.kind}-{piece.name}.json"
 
 
+def too_slow(folder: Path, piece: Piece) -> Path:
+    """The file that marks a piece as taking longer than a whole call; it contains that call's limit in minutes."""
+    return kept(folder, piece).with_suffix(".slow")
+
+
+def was_too_slow(folder: Path, piece: Piece, minutes: float) -> bool:
+    """Whether a piece took longer than a call of so many minutes."""
+    path = too_slow(folder, piece)
+    return path.exists() and float(path.read_text()) >= minutes
+
+
+def settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in all records of a folder."""
+    options = {key: record["options"][key] for key in ("threads", "quick", "rounds") if key in record["options"]}
+    return {"device": record["device"]["name"], **options, "torch": record["versions"]["torch"]}
+
+
+def check_settings(folder: Path, every: list[Piece], chosen: dict[str, Any]) -> None:
+    """Raises UserError where a kept piece was measured with other settings than ``chosen``."""
+    for piece in every:
+        if (path := kept(folder, piece)).exists():
+            for key, value in settings(json.loads(path.read_text(encoding="utf-8"))).items():
+                if chosen[key] != value:
+                    raise UserError(
+                        f"{path}: was measured with {key} {value}, not {chosen[key]}; use another --out, or remove it"
+                    )
+
+
 def measure(piece: Piece, folder: Path, timeout: float | None) -> str | None:
     """Measure a piece in a process of its own, and keep its record; the reason where that failed.
 
@@ -129,9 +157,12 @@ def measure(piece: Piece, folder: Path, timeout: float | None) -> str | None:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its measuring processes as well
+    if process.returncode < 0:
+        return f"ended by signal {-process.returncode}"
     if process.returncode and not (new.exists() and json.loads(new.read_text(encoding="utf-8")).get("refused")):
         return (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
     new.rename(path)
+    too_slow(folder, piece).unlink(missing_ok=True)
     return None
 
 
@@ -144,16 +175,20 @@ def write_page(folder: Path, every: list[Piece]) -> None:
         records = [json.loads(kept(folder, p).read_text(encoding="utf-8")) for p in mine if kept(folder, p).exists()]
         if not records:
             continue
-        record = {**records[0], **join(records)}
+        commits = ", ".join(dict.fromkeys(str(record["git_commit"]) for record in records))
+        record = {**records[0], **join(records), "git_commit": commits, "time": max(record["time"] for record in records)}
         device = record["device"]["name"]
         path = folder / f"{kind}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         parts = [table.markdown() for table in tables(record)]
         if kind == "scaling":
-            if len({point["mixer"] for point in record["points"]}) > 1:
+            if comparable(record["points"]):
                 draw(path)
                 parts.append(f"![Time and memory over the number of tokens]({path.with_suffix('.png').name})\n")
             parts.append("\n".join(f"- {line}" for line in record["sentences"]) + "\n")
+        for gap in (*record.get("refused", ()), *record.get("skipped", ())):
+            what = ", ".join(str(value) for key, value in gap.items() if key != "reason")
+            parts.append(f"Not measured: {what}: {gap['reason'].splitlines()[0]}\n")
         missing = [piece.name for piece in mine if not kept(folder, piece).exists()]
         if missing:
             parts.append(f"Not measured yet: {', '.join(missing)}.\n")
@@ -163,21 +198,12 @@ def write_page(folder: Path, every: list[Piece]) -> None:
     (folder / "README.md").write_text(heading + "\n".join(page), encoding="utf-8")
 
 
-def main(arguments: list[str]) -> None:
-    """The command."""
-    options = parser("python -m benchmarks everything", "All figures of a machine; the same command continues.")
-    options.add_argument("--minutes", type=float, help="time limit in minutes; rerun to continue (default: no limit)")
-    options.add_argument("--rounds", type=int, default=1, help="measurements of every variant side by side (default: 1)")
-    options.add_argument("--only", nargs="+", metavar="NAME", help="benchmarks, models, mixers, published rows (default: all)")
-    chosen = options.parse_args(arguments)
-    valid = dict.fromkeys([*KINDS, *(name for *_, names in PARTS for name in names)])
-    if wrong := [name for name in chosen.only or () if name not in valid]:
-        raise UserError(f"--only {wrong[0]}: unknown; valid: {', '.join(valid)}")
-    device = chosen_device(chosen.device)
-    folder: Path = chosen.out or RESULTS / (machine(device, chosen.threads) + "-quick" * chosen.quick)
-    every = pieces(chosen)
-    missing = [piece for piece in every if not kept(folder, piece).exists()]
-    end = None if chosen.minutes is None else time.monotonic() + 60 * chosen.minutes
+def measure_all(missing: list[Piece], every: list[Piece], folder: Path, minutes: float | None) -> list[str]:
+    """Measure pieces, until the time is up; returns the failed ones with the reason.
+
+    missing: the pieces to measure.   every: all pieces of the page.   minutes: time limit; None: none.
+    """
+    end = None if minutes is None else time.monotonic() + 60 * minutes
     durations: list[float] = []
     failed: list[str] = []
     for number, piece in enumerate(missing, 1):
@@ -189,18 +215,52 @@ def main(arguments: list[str]) -> None:
         try:
             reason = measure(piece, folder, left)
         except subprocess.TimeoutExpired:
-            if durations:
-                break
-            raise UserError(f"{piece.kind}, {piece.name}: takes more than {chosen.minutes:g} minutes; use more") from None
+            if not durations:  # it had the whole call
+                too_slow(folder, piece).write_text(f"{minutes}")
+            break
         durations.append(time.monotonic() - began)
         if reason is not None:
             failed.append(f"{piece.kind}, {piece.name}: {reason}")
             print(f"  failed: {reason}", file=sys.stderr)
         write_page(folder, every)
+    return failed
+
+
+def parse_arguments(arguments: list[str]) -> Namespace:
+    """The options of the command. Raises UserError for a name that ``--only`` does not take."""
+    options = parser("python -m benchmarks everything", "All figures of a machine; the same command continues.")
+    options.add_argument("--minutes", type=float, help="time limit in minutes; rerun to continue (default: no limit)")
+    options.add_argument("--rounds", type=int, default=1, help="measurements of every variant side by side (default: 1)")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="benchmarks, models, mixers, published rows (default: all)")
+    chosen = options.parse_args(arguments)
+    valid = dict.fromkeys([*KINDS, *(name for *_, names in PARTS for name in names)])
+    if wrong := [name for name in chosen.only or () if name not in valid]:
+        raise UserError(f"--only {wrong[0]}: unknown; valid: {', '.join(valid)}")
+    return chosen
+
+
+def main(arguments: list[str]) -> None:
+    """The command."""
+    chosen = parse_arguments(arguments)
+    device = chosen_device(chosen.device)
+    folder: Path = chosen.out or RESULTS / (machine(device, chosen.threads) + "-quick" * chosen.quick)
+    every = pieces(chosen)
+    options_of_all = {"threads": chosen.threads, "quick": chosen.quick, "rounds": chosen.rounds}
+    check_settings(folder, every, {"device": hardware(device), **options_of_all, "torch": versions_used()["torch"]})
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that ``measure`` ends its processes
+    missing = [piece for piece in every if not kept(folder, piece).exists()]
+    missing.sort(key=lambda piece: too_slow(folder, piece).exists())
+    failed = measure_all(missing, every, folder, chosen.minutes)
     left_over = [piece for piece in every if not kept(folder, piece).exists()]
+    if len(left_over) < len(every):
+        write_page(folder, every)  # an earlier call may have been killed before
     print(f"{len(every) - len(left_over)} of {len(every)} pieces are measured; the tables are in {folder / 'README.md'}")
     if failed:
         raise UserError(f"{len(failed)} failed, the first: {failed[0]}")
+    slow = [p for p in left_over if chosen.minutes is not None and was_too_slow(folder, p, chosen.minutes)]
+    if slow and slow == left_over:
+        names = "; ".join(f"{piece.kind}, {piece.name}" for piece in slow)
+        raise UserError(f"{names}: takes more than {chosen.minutes:g} minutes; use more")
     if left_over:
         print("The same command continues.")
         sys.exit(UNFINISHED)

@@ -87,7 +87,7 @@ def write(benchmark: str, device: torch.device, options: argparse.Namespace, mea
     record = {
         "benchmark": benchmark,
         "device": {"type": device.type, "name": name, "threads": options.threads, "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, **versions()},
+        "versions": versions_used(),
         "git_commit": git_commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": {
@@ -98,6 +98,11 @@ def write(benchmark: str, device: torch.device, options: argparse.Namespace, mea
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def versions_used() -> dict[str, str | None]:
+    """Versions of Python, PyTorch, CUDA and the compared packages."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, **versions()}
 
 
 def versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from benchmarks.crossover import curve, growth, sentence
 from benchmarks.isolated import Refused, isolated, processes
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
-from benchmarks.scaling_plot import draw
+from benchmarks.scaling_plot import comparable, draw
 from benchmarks.variants import mixer_cost
 from vix.errors import UserError
 from vix.reporting.table import Table
@@ -124,34 +125,34 @@ def main() -> None:
                 key = {"mixer": mixer, "pass": name, "tokens": tokens}
                 smaller = [p for p in points if (p["mixer"], p["pass"]) == (mixer, name)]
                 reason = too_much(smaller, tokens, chosen.most_seconds, gigabytes)
-                if reason is None:
-                    print(f"{tokens:,} tokens: {mixer}, {name}", file=sys.stderr)
-                    arguments = (
-                        MIXERS[mixer],
-                        math.isqrt(tokens),
-                        name == "training",
-                        device,
-                        batch_size,
-                        chosen.quick,
-                    )
-                    try:
-                        cost = isolated(context, chosen.threads, mixer_cost, *arguments, limit=60 + 10 * chosen.most_seconds)
-                        taken = max(cost["allocated"], cost["reserved"] or 0, cost["resident"] or 0)
-                        points.append({**key, **cost, "bytes": cost["allocated"], "taken": taken})
-                    except Refused as refusal:
-                        reason = str(refusal)
                 if reason is not None:
                     skipped.append({**key, "reason": reason})
-    compared = sentences(points)
-    record = {"batch": batch_size, "points": points, "skipped": skipped, "sentences": compared}
-    path = write("scaling", device, chosen, record)
-    draw(path)
-    for table in tables(json.loads(path.read_text(encoding="utf-8"))):
+                    continue
+                print(f"{tokens:,} tokens: {mixer}, {name}", file=sys.stderr)
+                arguments = MIXERS[mixer], math.isqrt(tokens), name == "training", device, batch_size, chosen.quick
+                try:
+                    cost = isolated(context, chosen.threads, mixer_cost, *arguments, limit=60 + 10 * chosen.most_seconds)
+                    taken = max(cost["allocated"], cost["reserved"] or 0, cost["resident"] or 0)
+                    points.append({**key, **cost, "bytes": cost["allocated"], "taken": taken})
+                except (Refused, RuntimeError) as refusal:  # an error in one mixer does not lose the others
+                    skipped.append({**key, "reason": str(refusal)})
+    record = {"batch": batch_size, "points": points, "skipped": skipped, "sentences": sentences(points)}
+    show(write("scaling", device, chosen, record))
+
+
+def show(path: Path) -> None:
+    """Print what the file contains, and draw it where there is something to compare."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for table in tables(record):
         table.print()
-    print("\n".join(compared))
-    for gap in skipped:
+    print("\n".join(record["sentences"]))
+    for gap in record["skipped"]:
         print(f"Not measured: {gap['mixer']}, {gap['pass']}, {gap['tokens']:,} tokens: {gap['reason']}")
-    print(f"Written: {path} and {path.with_suffix('.png').name}")
+    written = [str(path)]
+    if comparable(record["points"]):
+        draw(path)
+        written.append(path.with_suffix(".png").name)
+    print(f"Written: {' and '.join(written)}")
 
 
 def memory_of(device: torch.device) -> int:

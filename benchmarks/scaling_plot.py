@@ -17,14 +17,23 @@ COLUMNS = 6
 QUANTITIES = {"seconds": ("time", "tab:blue"), "bytes": ("memory", "tab:orange")}
 
 
+REFERENCE = "softmax"
+
+
+def comparable(points: Sequence[Point]) -> bool:
+    """Whether there is something to draw: points of softmax attention, and of another mixer."""
+    mixers = {point["mixer"] for point in points}
+    return REFERENCE in mixers and len(mixers) > 1
+
+
 def draw(record: Path, path: Path | None = None) -> None:
-    """Draw the JSON file of ``benchmarks.scaling``.
+    """Draw the JSON file of ``benchmarks.scaling``, whose points are :func:`comparable`.
 
     path: of the PNG; by default next to the JSON file, with its name.
     """
     measured = json.loads(record.read_text(encoding="utf-8"))
     points, device = measured["points"], measured["device"]
-    reference, *mixers = dict.fromkeys(point["mixer"] for point in points)
+    mixers = [mixer for mixer in dict.fromkeys(point["mixer"] for point in points) if mixer != REFERENCE]
     rows = max(1, math.ceil(len(mixers) / COLUMNS))
     figure = Figure(figsize=(12, 0.9 + 1.75 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -36,7 +45,7 @@ def draw(record: Path, path: Path | None = None) -> None:
     )
     panels = list(figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
     for axes, mixer in zip(panels, mixers, strict=False):
-        panel(axes, points, mixer, reference)
+        panel(axes, points, mixer)
     for axes in panels[len(mixers) :]:
         axes.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -44,10 +53,10 @@ def draw(record: Path, path: Path | None = None) -> None:
     figure.savefig(path or record.with_suffix(".png"), dpi=110)
 
 
-def panel(axes: Axes, points: Sequence[Point], mixer: str, reference: str) -> None:
+def panel(axes: Axes, points: Sequence[Point], mixer: str) -> None:
     """One mixer's ratios; a vertical line shows from how many tokens it trains faster."""
     for quantity, (label, color) in QUANTITIES.items():
-        mine, other = (curve(points, name, "training", quantity) for name in (mixer, reference))
+        mine, other = (curve(points, name, "training", quantity) for name in (mixer, REFERENCE))
         sizes = sorted(mine.keys() & other.keys())
         axes.plot(sizes, [mine[n] / other[n] for n in sizes], marker="o", ms=3, lw=1.5, color=color, label=label)
         where = crossover(mine, other)

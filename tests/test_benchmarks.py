@@ -16,15 +16,18 @@ from conftest import HANGS, ROOT
 from omegaconf import DictConfig
 from torch import nn
 
+from benchmarks import everything
 from benchmarks.crossover import crossover
-from benchmarks.everything import KINDS, join_side_by_side
+from benchmarks.everything import KINDS, UNFINISHED, Piece, join_side_by_side, kept
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
+from benchmarks.record import hardware
 from benchmarks.rows import estimated_bytes
 from benchmarks.scaling import MIXERS, expected
 from benchmarks.variants import MODELS, skeleton
 from benchmarks.waiting import WAYS
 from vix import build_model
+from vix.errors import UserError
 from vix.models.counts import training_flops
 
 
@@ -117,12 +120,12 @@ def test_overhead(tmp_path: Path) -> None:
     """The three figures, from real runs of train.py."""
     began = time.monotonic()
     _, record = measured("benchmarks.overhead", tmp_path / "o.json")
-    everything = time.monotonic() - began
-    assert 0 < record["seconds_to_first_step"] < everything
+    whole = time.monotonic() - began
+    assert 0 < record["seconds_to_first_step"] < whole
     assert record["epoch_over_bare_steps"] > 0
     # The second run finds what the first one compiled.
-    assert 0 < record["compile_seconds_again"] < record["compile_seconds"]
-    assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 3600 / everything  # several jobs were done
+    assert record["compile_seconds_again"] < record["compile_seconds"]
+    assert min(record["jobs_per_hour_alone"], record["jobs_per_hour_packed"]) > 3600 / whole  # several jobs were done
 
 
 @pytest.mark.slow
@@ -155,6 +158,68 @@ def test_accuracy_against_time_and_memory(tmp_path: Path) -> None:
     assert call("--runs", str(tmp_path)).stderr.startswith(f"error: {tmp_path}: no finished run of ./sweep.sh compact")
 
 
+def test_what_takes_longer_than_a_call_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not stop the pieces behind it; only when nothing else is left, more minutes are asked for."""
+    tried: list[str] = []
+
+    def measure(piece: Piece, folder: Path, timeout: float | None) -> None:
+        tried.append(piece.name)
+        if piece.name == "fnet":
+            raise subprocess.TimeoutExpired(piece.module, timeout or 0.0)
+        kept(folder, piece).write_text(json.dumps(settings))
+
+    settings = {
+        "device": {"name": hardware(torch.device("cpu"))},
+        "options": {"threads": 1, "quick": False, "rounds": 1},
+        "versions": {"torch": torch.__version__},
+    }
+    monkeypatch.setattr(everything, "measure", measure)
+    monkeypatch.setattr(everything, "write_page", lambda *_: None)
+    monkeypatch.setattr(everything.signal, "signal", lambda *_: None)
+    (tmp_path / "pieces").mkdir()
+    common = ("--device", "cpu", "--threads", "1", "--minutes", "9", "--out", str(tmp_path))
+    rows = ("--only", "fnet", "vil_rope")
+    with pytest.raises(SystemExit) as ended:
+        everything.main([*common, *rows])
+    assert ended.value.code == UNFINISHED
+    with pytest.raises(UserError, match=r"^rows, fnet: takes more than 9 minutes; use more$"):
+        everything.main([*common, *rows])
+    assert tried == ["fnet", "vil_rope", "fnet"]
+    assert [path.name for path in (tmp_path / "pieces").glob("*.json")] == ["rows-vil_rope.json"]
+    with pytest.raises(UserError, match=r"rows-vil_rope\.json: was measured with threads 1, not 2; use another --out"):
+        everything.main([*common, "--threads", "2", *rows])
+
+
+def test_a_killed_piece_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it had written what it could not measure."""
+    (tmp_path / "killed.py").write_text(
+        "import os, pathlib, sys\npathlib.Path(sys.argv[-1]).write_text('{\"refused\": [1]}')\nos.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    piece = Piece("compact", "softmax", "killed", ())
+    assert everything.measure(piece, tmp_path, None) == "ended by signal 9"
+    assert not kept(tmp_path, piece).exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_call_leaves_no_process(tmp_path: Path) -> None:
+    """SIGTERM, as from a scheduler or timeout, also ends the measurement."""
+    command = [sys.executable, "-m", "benchmarks", "everything", "--quick", "--only", "overhead", "--out", str(tmp_path / "m")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def measuring() -> bool:
+        paths = Path("/proc").glob("[0-9]*/cmdline")
+        lines = [path.read_bytes().decode() for path in paths if path.exists()]
+        return any("benchmarks.overhead" in line and str(tmp_path) in line for line in lines)
+
+    while not measuring():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(HANGS) == 143
+    assert not measuring()
+
+
 @pytest.mark.slow
 def test_everything_in_pieces(tmp_path: Path) -> None:
     """A call that has too little time leaves pieces to the next one, which ends with one page of all tables."""
@@ -166,13 +231,16 @@ def test_everything_in_pieces(tmp_path: Path) -> None:
         return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=HANGS, check=False)
 
     done = call("--minutes", "0.001")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == "error: scaling, softmax: takes more than 0.001 minutes; use more"
+    assert done.returncode == UNFINISHED
     done = call()
     assert done.returncode == 0, done.stderr
+    assert "6 of 6: scaling, softmax" in done.stderr  # after those that may be faster
     assert "6 of 6 pieces are measured" in done.stdout
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "machine/pieces").iterdir()}
+    other = call("--threads", "2")
+    assert other.stderr.endswith("scaling-softmax.json: was measured with threads 1, not 2; use another --out, or remove it\n")
     (tmp_path / "machine/pieces/compact-identity.json").unlink()
+    (tmp_path / "machine/README.md").unlink()
     done = call("--minutes", "60")
     assert done.returncode == 0, done.stderr
     assert "1 of 1: compact, identity" in done.stderr
