@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from common import ON_DIGITS, table_after, write_configs
-from conftest import ROOT, TINY
+from conftest import HANGS, ROOT, TINY
 from forked import Forked
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -105,7 +105,9 @@ def test_every_entry_point_takes_the_same_flags(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=HANGS
+        )
 
     for command in (
         (
@@ -226,7 +228,7 @@ def test_a_sweep_in_a_quoted_directory_is_reported(tmp_path: Path) -> None:
     target = tmp_path / "a=1, x"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(ROOT / "sweep.sh"), *TINY, "trainer.epochs=1", "seed=0,1", f"hydra.sweep.dir='{target}'"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a=1, x"]
     assert {"report.md", "report.csv"} <= {path.name for path in target.iterdir()}
@@ -323,7 +325,7 @@ def test_no_directory_is_named_tilde(tmp_path: Path) -> None:
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, *command]
-        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=HANGS)
 
     done = run(str(ROOT / "train.py"), *TINY, "trainer.epochs=1", "hydra.run.dir=~/run")
     assert done.returncode == 0, done.stderr

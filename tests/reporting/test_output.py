@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, run_train
+from conftest import HANGS, ROOT, TINY, run_train
 from matplotlib.image import imread
 
 from vix.reporting.console import ERRORS, LossyFile, protect_stream
@@ -21,7 +21,7 @@ def shell(command: str, directory: Path, **env: str) -> subprocess.CompletedProc
     """A command of bash, in which $PYTHON is this Python; the exit status of a pipe is that of its first part that fails."""
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **env}
     whole = f"set -o pipefail; {command}"
-    return subprocess.run(["bash", "-c", whole], cwd=directory, env=env, capture_output=True, timeout=300, check=False)
+    return subprocess.run(["bash", "-c", whole], cwd=directory, env=env, capture_output=True, timeout=HANGS, check=False)
 
 
 @pytest.fixture

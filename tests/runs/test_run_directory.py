@@ -67,6 +67,7 @@ def stop_in_epoch(
     process = forked.start(directory, *arguments)
     path = directory / run / "results.json"
     while True:
+        assert forked.is_running(process)
         with suppress(OSError, ValueError):
             results = read(path)
             if results["status"] == "running" and results.get("epochs", 0) > after:
@@ -278,6 +279,7 @@ def test_a_batch_size_within_an_epoch(tmp_path: Path, forked: Forked) -> None:
     process = forked.start(tmp_path, *arguments)
     path = tmp_path / "r/checkpoint.pt"
     while True:
+        assert forked.is_running(process)
         with suppress(UserError):
             if path.exists() and read_checkpoint(path)["progress"]["batch"]:
                 break

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from common import fit
-from conftest import ROOT, TINY
+from conftest import HANGS, ROOT, TINY
 from forked import Forked
 from omegaconf import DictConfig
 from pretended_cuda import ALLOCATED, RESERVED, Driver, pretended_gpus
@@ -81,7 +81,7 @@ def start(
     directory: Path, *arguments: str, launcher: tuple[str, ...] = (), starter: Path = STARTER
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, str(starter), *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=200, env=os.environ, check=False)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=HANGS, env=os.environ, check=False)
 
 
 def results_of(directory: Path) -> dict[str, Any]:
