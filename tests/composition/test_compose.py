@@ -406,3 +406,31 @@ def test_a_text_where_a_number_belongs() -> None:
     with pytest.raises(ConfigError) as refused:
         parse(compose(["optimizer.lr='1e-3'"]))
     assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text; remove the quotes)"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["experiment=null"],
+            "experiment=null: the value is the name of a file in conf/experiment/; leave it out, or use ~experiment",
+        ),
+        (["logger=null"], "logger=null: the value is the name of a file in conf/logger/; choose one of them"),
+        (["experiment=1"], "experiment=1: the value is the name of a file in conf/experiment/; a name such as 1 needs quotes"),
+        (["+experiment=vit"], "+experiment=vit: an option of experiment is already chosen; remove the + to replace it"),
+        (["-m", "experiment=glob(quikstart*)"], "experiment=glob(quikstart*): matches nothing, so there is no run"),
+    ],
+    ids=str,
+)
+def test_choices_that_are_no_names(tmp_path: Path, forked: Forked, words: list[str], message: str) -> None:
+    status, output = forked.run(tmp_path, *words)
+    assert status == 1
+    assert output.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_directories_of_runs_need_no_quotes() -> None:
+    """Although Hydra's grammar takes no second equals sign."""
+    assert compose(["data.root=runs/seed=1"]).data.root == "runs/seed=1"
+    cfg = compose_with_hydra(["hydra.run.dir=runs/a,b/seed=1", "hydra.sweep.subdir=seed=${seed}", "seed=3"])
+    assert cfg.hydra.run.dir == "runs/a,b/seed=1"
+    assert cfg.hydra.sweep.subdir == "seed=3"

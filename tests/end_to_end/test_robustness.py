@@ -1,5 +1,6 @@
 """What happens to runs: killed, out of disk, fed damaged files, numbers that go wrong. Done to real train.py processes."""
 
+import errno
 import json
 import os
 import pickle
@@ -24,6 +25,7 @@ from vix.__main__ import main as run_command
 from vix.errors import UserError
 from vix.runs.checkpoint import read_checkpoint
 from vix.runs.run import RunDirectory
+from vix.runs.sweep import Sweep
 
 SMALL = (*TINY, "trainer.epochs=3", "augment.flip=true", "model.dropout=0.1", "trainer.checkpoint_every=2")
 
@@ -414,3 +416,29 @@ def test_no_permission(tmp_path: Path, cifar10_root: Path, closed: str) -> None:
     assert line.startswith("error: ")
     assert f"{closed}: no permission" in line or ("outputs" in line and "Permission denied" in line)
     assert "data.root=DIR" in line or "hydra.run.dir=DIR" in line
+
+
+def test_a_sweep_goes_on_after_a_directory_that_cannot_be_made(tmp_path: Path, forked: Forked) -> None:
+    """Such as a link to a disk that is not there: that job failed, with the reason."""
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/seed=0").symlink_to(tmp_path / "absent/seed=0")
+    sweep = ("hydra.sweep.dir=o", "hydra.sweep.subdir=seed=${seed}")
+    status, output = forked.run(tmp_path, "-m", *TINY, "trainer.epochs=1", "seed=0,1", *sweep, COLUMNS="300")
+    assert status == 1
+    assert json.loads((tmp_path / "o/seed=1/results.json").read_text())["status"] == "finished"
+    (row,) = (line for line in output.splitlines() if "failed" in line and "│" in line)
+    assert "o/seed=0: File exists; fix the cause, or choose another directory" in row
+    assert output.splitlines()[-1] == "error: 1 of this sweep's jobs did not finish"
+    assert "Traceback" not in output
+
+
+def test_a_sweep_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line instead of a traceback, and nothing is left behind."""
+
+    def full(path: Path, _: bytes) -> None:
+        raise UserError(f"cannot write {path}") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vix.runs.sweep.atomic_write", full)
+    with pytest.raises(SystemExit, match=r"^error: .*outputs: No space left on device; fix the cause"):
+        Sweep([], tmp_path / "outputs", tmp_path / "outputs/.sweeps/rerun-1").__enter__()
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """A run's identity and its directory: other images, other options, reruns, refused starts, lost results, no locks."""
 
+import argparse
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from functools import partial
@@ -23,11 +25,13 @@ from PIL import Image
 import vix
 from vix.cli.plan import plan
 from vix.data.image_folder import ImageFolder
-from vix.errors import DataError, UserError
+from vix.errors import ConfigError, DataError, UserError
 from vix.reporting.logger import hyperparameters
 from vix.runs.checkpoint import read_checkpoint
+from vix.runs.identity import changed_keys
 from vix.runs.results import RunRecord, find_runs, group_seeds
 from vix.runs.run import RunDirectory
+from vix.system.files import atomic_write, out_file
 
 FOLDER = (
     *("model=vit", "attention=nystrom", "embedding=linear", "data=imagefolder", "data.image_size=16", "embedding.patch_size=4"),
@@ -596,3 +600,58 @@ def test_an_option_that_is_newer_than_the_run(tmp_path: Path) -> None:
     on = run_train(tmp_path, *IN_R, "trainer.mirror_eval=true")
     assert on.returncode
     assert "trainer.mirror_eval was None and is True" in last_error(on.stderr)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"results.json": '{"status": "finished", # a note'},
+        {"metrics.csv": "mine"},
+        {"results.json": json.dumps({"status": "interrupted", "epochs": 3, "config": {}}), "metrics.csv": "epoch"},
+    ],
+)
+def test_what_nothing_can_continue_is_moved_aside(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    run = RunDirectory(tmp_path, {}, {"trainer": {}})
+    assert run.prepare(False, "auto", lambda: None) is None
+    assert "epochs" not in run.results
+    assert {path.name: path.read_text() for path in (tmp_path / "previous-1").iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == ["previous-1"]
+
+
+def test_a_run_stopped_before_its_first_epoch_starts_in_place(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"status": "interrupted", "epochs": 0, "config": {}}))
+    RunDirectory(tmp_path, {}, {"trainer": {}}).prepare(False, "auto", lambda: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("source", [".", "checkpoint.pt"])
+def test_a_rerun_does_not_move_the_weights_it_starts_from(tmp_path: Path, source: str) -> None:
+    (tmp_path / "checkpoint.pt").touch()
+    run = RunDirectory(tmp_path, {}, {"trainer": {"init_from": str(tmp_path / source)}})
+    with pytest.raises(
+        ConfigError, match=r"rerun=true moves the files of that run; choose another directory for this one with"
+    ):
+        run.prepare(True, "auto", lambda: None)
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_options_that_are_off_and_were_removed_are_no_change() -> None:
+    then, now = {"data.flip": False, "data.crop": 4, "model.dim": 8}, {"model.dim": 8, "augment.flip": None}
+    assert changed_keys(then, now, ()) == {"data.crop": (4, None)}
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    atomic_write(pipe, b"contents")
+    reader.join()
+    assert read == [b"contents"]
+    assert pipe.is_fifo()
+    for name in (str(tmp_path), "/", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not the name of a file"):
+            out_file(name)

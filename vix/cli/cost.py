@@ -6,6 +6,7 @@ Measures latency, throughput and peak memory on this machine, compiled and not. 
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from vix.analysis.inference import inference_cost
 from vix.analysis.model_summary import summarize
+from vix.analysis.trained_run import separate
 from vix.build import Experiment, for_inference, load_run, parse
 from vix.cli.errors import one_line_errors
 from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
@@ -25,7 +27,7 @@ from vix.reporting.table import Table
 from vix.runs.identity import git_commit
 from vix.runs.results import COST_FILE, Row
 from vix.system.device import hardware, resolve_precision
-from vix.system.files import user_path, write_json
+from vix.system.files import out_file, write_json
 from vix.system.threads import use_given_cpus
 
 BATCH_SIZES = (1, 32, 64, 128)
@@ -109,6 +111,13 @@ def batch_sizes(text: str) -> list[int]:
     return sizes
 
 
+def seconds(text: str) -> float:
+    """The ``type`` of ``--seconds``: a number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command."""
     description = "Latency, throughput and peak memory of a model in inference, compiled and not."
@@ -128,8 +137,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"batch sizes; then doubled as long as throughput rises (default: {','.join(map(str, BATCH_SIZES))})",
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="do not measure the compiled model")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (default: 2)")
-    parser.add_argument("--out", type=user_path, metavar="FILE", help="JSON file to write, with overrides instead of runs")
+    parser.add_argument("--seconds", type=seconds, default=2.0, help="time for each measurement (default: 2)")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="JSON file to write, with overrides instead of runs")
     return parser.parse_intermixed_args(expand_arguments(arguments))
 
 
@@ -138,15 +147,16 @@ def main() -> None:
     protect_output()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = parse_arguments(sys.argv[1:])
-    flags, overrides = flags_from(options), [text for text in options.model if "=" in text and not Path(text).is_dir()]
+    directories, overrides = separate(options.model)
+    flags = flags_from(options)
     use_given_cpus()
     with one_line_errors(overrides, flags, batches="--batches"):
-        if overrides and len(overrides) < len(options.model):
+        if overrides and directories:
             raise UserError("pass either directories of runs or overrides, not both")
         if overrides:
             cost_of_config(overrides, flags, options)
             return
         if options.out:
             raise UserError(f"--out {options.out}: the cost of a run is written to its {COST_FILE}")
-        for directory in map(user_path, options.model):
-            cost_of_run(directory, options)
+        for directory in directories:
+            cost_of_run(Path(directory), options)

@@ -23,7 +23,7 @@ from vix.build import LoadedRun, load_run
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.runs.identity import git_commit
-from vix.system.files import atomic_write, user_path
+from vix.system.files import atomic_write, out_file, user_path
 from vix.system.threads import use_given_cpus
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("directory", metavar="RUN", type=user_path, help="directory of a run, such as outputs/vin/seed=0")
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="default: onnx")
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="of which epoch (default: last)")
-    parser.add_argument("--out", type=user_path, metavar="FILE", help="default: model.onnx or model.pt2 in the run's directory")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="default: model.onnx or model.pt2 in the run's directory")
     options = parser.parse_args()
     for exporter in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir"):
         logging.getLogger(exporter).setLevel(logging.ERROR)

@@ -36,6 +36,7 @@ from vix.composition.compose import (
     is_hydra_error,
     left_out_messages,
     naming_file,
+    no_jobs,
     refused_reason,
     sweep_outputs,
 )
@@ -242,6 +243,8 @@ def launch(main: Callable[[], Any]) -> int:
     with sweep or nullcontext():
         failure = failure or raised_by(main)
         unfinished = print_jobs(sweep) if sweep else 0
+        if sweep and not failure and not sweep.jobs():
+            failure = no_jobs(command.overrides)
         if sweep and not failure and not unfinished:
             sweep.end_rerun()
     if isinstance(failure, SystemExit):
@@ -256,6 +259,8 @@ def raised_by(main: Callable[[], Any]) -> BaseException | None:
     """What a call of ``main`` raises; None where it returns."""
     try:
         main()
+    except ValueError as error:
+        return error.__cause__ if isinstance(error.__cause__, OSError) else error  # logging cannot open the log file
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         return error
     return None

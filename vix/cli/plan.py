@@ -40,6 +40,7 @@ from vix.composition.compose import (
     left_out_messages,
     make_loader,
     naming_file,
+    no_jobs,
     sweep_directory,
 )
 from vix.errors import UserError
@@ -149,6 +150,8 @@ def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[st
     parsed = parser.parse_overrides([*params, *typed_overrides(master.hydra.overrides.task)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     hydra_overrides = typed_overrides(master.hydra.overrides.hydra)
+    if not jobs:
+        raise no_jobs(arguments)
     return [[*hydra_overrides, *job] for job in jobs]
 
 

@@ -39,15 +39,18 @@ HOME_IN_VALUE = re.compile(rf"{QUOTED}|(?<![^,\s])~[^,]*")
 HOME_IN_LIST = re.compile(rf"{QUOTED}|(?<![^,\[\s])~[^,\]]*")
 
 
+PATH_KEYS = ("trainer.init_from", "data.root", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+
+
 def quote_path(override: str) -> str:
-    """Quote a path that Hydra's grammar rejects: ``~`` is expanded, ``trainer.init_from=x/seed=0`` quoted.
+    """Quote a path that Hydra's grammar rejects: ``~`` is expanded, ``trainer.init_from=x/seed=0`` quoted (see PATH_KEYS).
 
     Paths of runs also contain commas; only where each part is a path are they several values. Other overrides are unchanged.
 
     Raises UserError, which names the key, for the home directory of an unknown user.
     """
     key, equals, value = override.partition("=")
-    if key == "trainer.init_from" and "=" in value and value[0] not in "'\"~":
+    if key in PATH_KEYS and "=" in value and value[0] not in "'\"~":
         parts = value.split(",")
         several = not os.path.exists(value) and all(map(os.path.exists, parts))
         return f"{key}={','.join(map(quote, parts if several else [value]))}"

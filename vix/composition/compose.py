@@ -2,7 +2,7 @@
 
 Importing this module replaces Hydra's config loader by :class:`Loader`. It validates every file
 (:mod:`vix.composition.yaml_files`) and applies an experiment's options only to the options that the experiment chooses
-(:mod:`vix.composition.overlays`).
+(:mod:`vix.composition.overlays`). Launchers get :func:`guarded_run_job`.
 """
 
 import copy
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra._internal.hydra
+import hydra.core.utils
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import compute_search_path_dir, create_config_search_path
@@ -21,7 +22,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.utils import setup_globals
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
@@ -38,6 +39,7 @@ from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest,
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.runs.results import read_run
+from vix.runs.sweep import FOLDER, record_end
 from vix.system.files import expand_home
 from vix.training.init_from import init_identity
 
@@ -76,6 +78,7 @@ class Loader(ConfigLoaderImpl):
         self.repository.primary = config_name
         overrides = list(map(quote_path, overrides))
         self.overrides = OverridesParser.create().parse_overrides(overrides)
+        self.check_options()
         self.repository.includes.clear()
         try:
             cfg = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
@@ -99,6 +102,18 @@ class Loader(ConfigLoaderImpl):
             self.resolve_settings(cfg)
         return cfg
 
+    def check_options(self) -> None:
+        """Raises ConfigError for a choice of a group that is no name of a file for Hydra, such as ``experiment=null``."""
+        for override in self.overrides:
+            group, swept = override.key_or_group, override.is_sweep_override()
+            if swept or override.is_delete() or not self.repository.group_exists(group):
+                continue
+            if not isinstance(value := override.value(), str | list):
+                way_out = f"a name such as {value} needs quotes: \"{group}='{value}'\""
+                if value is None:
+                    way_out = f"leave it out, or use ~{group}" if group in OVERLAYS else "choose one of them"
+                raise ConfigError(f"{override.input_line}: the value is the name of a file in conf/{group}/; {way_out}")
+
     def resolve_settings(self, cfg: DictConfig) -> None:
         """Raises ConfigError where a setting, on which the run's directory depends, cannot be resolved."""
         for key in SETTINGS:
@@ -115,6 +130,9 @@ class Loader(ConfigLoaderImpl):
             return error
         assert isinstance(self.repository, Repository)
         group = twice[1] or twice[2]
+        added = [str(o.input_line) for o in self.overrides if o.key_or_group == group and o.is_add()]
+        if added:
+            return ConfigError(f"{added[0]}: an option of {group} is already chosen; remove the + to replace it")
         paths = [path for path, found in self.repository.includes.items() if any(f.startswith(f"{group}/") for f in found)]
         files = ", ".join(str(self.file_of(path)) for path in paths)
         way_out = f"all but the first need 'override /{group}: OPTION'"
@@ -308,6 +326,9 @@ def explain(error: Exception, arguments: Sequence[str], flags: Flags | None) -> 
     if isinstance(error, OSError) and error.filename:
         where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
         return f"{error.filename}: {error.strerror}; fix the cause, or {where}"
+    if isinstance(error, OSError) and error.strerror:  # of Hydra, as it writes the job's config
+        where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+        return f"{error.strerror} in the directory of the run; fix the cause, or {where}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return missing_file(error, flags or Flags())
     if isinstance(error, OverrideParseException):
@@ -415,8 +436,33 @@ def dotted_keys(cfg: DictConfig) -> list[str]:
     return keys
 
 
+def no_jobs(overrides: Sequence[str]) -> UserError:
+    """The error for a sweep whose overrides have no values."""
+    empty = ", ".join(override for override in overrides if "glob(" in override) or "the sweep"
+    return UserError(f"{empty}: matches nothing, so there is no run; a glob chooses among the files of a group in conf/")
+
+
+def guarded_run_job(**options: Any) -> JobReturn:
+    """Hydra's ``run_job``, which starts a job of a sweep: a directory that it cannot create or write to is that job's failure.
+
+    Otherwise the first such job would end the sweep. Errors of the job itself are in what it returns.
+    """
+    try:
+        return run_job(**options)
+    except (OSError, ValueError) as error:  # ValueError: logging cannot open the log file
+        cfg = options["config"]
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        failed = JobReturn(overrides=list(cfg.hydra.overrides.task), status=JobStatus.FAILED)
+        failed.return_value = UserError(format_error(cause, failed.overrides or ()))
+        if folder := cfg.hydra.job.env_set.get(FOLDER):
+            record_end(Path(folder), cfg.hydra.job.num, failed.overrides or (), "failed", str(failed._return_value))
+        return failed
+
+
 version.setbase(VERSION_BASE)
 setup_globals()
 OmegaConf.register_new_resolver("run_name", run_name_of_config, replace=True)
 OmegaConf.register_new_resolver("oc.env", oc_env, replace=True)
 hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
+run_job = hydra.core.utils.run_job
+hydra.core.utils.run_job = guarded_run_job  # type: ignore[assignment]  # of the launchers, which Hydra has not imported yet

@@ -131,12 +131,14 @@ def is_off(value: Any) -> bool:
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """Keys of two flat configs whose values differ, sorted, with both values (None where a config lacks the key).
 
-    An option that is off and that the earlier config lacks is no difference: it is newer than the run.
+    An option that is off and that the other config lacks is no difference: it is newer than the run, or was removed.
 
     then, now: configs with dotted keys.   ignored: keys that are not compared.
     """
-    keys = sorted(key for key in {*then, *now} - {*ignored} if is_of_the_run(key) and (key in then or not is_off(now[key])))
-    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+    keys = sorted(key for key in {*then, *now} - {*ignored} if is_of_the_run(key))
+    pairs = {key: (then.get(key), now.get(key)) for key in keys}
+    both_off = {key for key, (a, b) in pairs.items() if (key not in then or key not in now) and is_off(a) and is_off(b)}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b and key not in both_off}
 
 
 START_ONLY_KEYS = ("rerun", "fail_fast", "trainer.resume")  # affect only how a run starts

@@ -84,7 +84,7 @@ class RunDirectory:
         damaged = self.results_path.exists()
         if state is None:
             if damaged:
-                log.warning("%s is damaged, and there is no checkpoint to restore it from", self.results_path)
+                log.warning("%s is damaged, or not a run's", self.results_path)
             return {}
         epoch, trainer = state["progress"]["epoch"], state["config"]["trainer"]
         done = training_is_over(epoch, state["progress"]["best"], trainer["epochs"], trainer.get("patience"))
@@ -96,6 +96,8 @@ class RunDirectory:
     def prepare(self, rerun: bool, resume: str, check: Callable[[], object]) -> dict[str, Any] | None:
         """Handle an earlier run in the directory, and return its results where this run is already finished, else None.
 
+        Files that a new start would overwrite are archived, too, where nothing can continue them.
+
         rerun: archive the earlier run, unless it belongs to this rerun: then it is resumed, or already finished. Otherwise a
             command that a cluster scheduler repeats until it succeeds would never finish.
         resume: ``trainer.resume``.
@@ -106,13 +108,15 @@ class RunDirectory:
         self.undo_archiving()
         belongs = rerun and self.belongs_to_rerun()
         if rerun and not belongs:
+            self.check_weights_stay()
+        if (rerun and not belongs) or self.cannot_be_continued():
             check()
             self.archive_previous()
         if rerun:
             self.add_identity(started_by_rerun=self.rerun_token or True)
         if rerun and not belongs:
             return None
-        if belongs and self.previous_results["status"] != "finished":
+        if belongs and self.previous_results.get("status") != "finished":
             log.info("Resuming an interrupted rerun; delete its checkpoint*.pt to start over")
         finished_results = self.finished_results(resume)
         if finished_results and finished_results["status"] != read_results(self.results_path).get("status"):
@@ -120,6 +124,30 @@ class RunDirectory:
         if not finished_results:
             self.reset_results(self.previous_results)
         return finished_results
+
+    def check_weights_stay(self) -> None:
+        """Raises ConfigError where ``trainer.init_from`` is this run's own directory, whose files are to be archived."""
+        source = self.config["trainer"].get("init_from")
+        if source is None:
+            return
+        path = Path(source).expanduser().resolve()
+        if self.directory.resolve() in (path, path.parent):
+            raise ConfigError(
+                f"trainer.init_from={source}: rerun=true moves the files of that run; choose another directory for this one "
+                "with hydra.run.dir=DIR"
+            )
+
+    def cannot_be_continued(self) -> bool:
+        """Whether there are results without a checkpoint, of a run that is not finished, or that cannot be read."""
+        if any(path.exists() for path in (self.checkpoint_path, self.previous_path)):
+            return False
+        if self.previous_results:
+            lost = self.previous_results["status"] != "finished" and bool(self.previous_results.get("epochs"))
+        else:
+            lost = any((self.directory / name).exists() for name in ("results.json", "metrics.csv"))
+        if lost:
+            log.warning("What is in %s cannot be continued, because there is no checkpoint", self.directory)
+        return lost
 
     def finished_results(self, resume: str) -> dict[str, Any] | None:
         """The results where an earlier start finished this run, else None.
@@ -265,8 +293,6 @@ class RunDirectory:
         Returns the changed keys.
         """
         if state is None:
-            if self.results.get("epochs"):
-                log.warning("The checkpoint of %s is missing: training starts over", self.directory)
             self.reset_results({key: value for key, value in self.results.items() if key == "started_by_rerun"})
             return {}
         self.reset_results(state["results"])

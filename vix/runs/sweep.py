@@ -102,15 +102,19 @@ class Sweep:
 
     def __enter__(self) -> Self:
         self.made = [path for path in self.folder.parents if not os.path.lexists(path)]
+        continues = self.rerun is not None and self.rerun.exists()
         try:
             self.folder.mkdir(parents=True)
-        except OSError as error:
+            if self.rerun and not continues:
+                atomic_write(self.rerun, self.token.encode())
+        except (OSError, UserError) as error:
+            self.__exit__()
+            cause = error if isinstance(error, OSError) else error.__cause__
+            reason = cause.strerror if isinstance(cause, OSError) else error
             outputs = self.folder.parents[1]
-            sys.exit(f"error: {outputs}: {error.strerror}; fix the cause, or choose another directory with hydra.sweep.dir=DIR")
-        if self.rerun and self.rerun.exists():
+            sys.exit(f"error: {outputs}: {reason}; fix the cause, or choose another directory with hydra.sweep.dir=DIR")
+        if continues:
             print(f"Continuing the rerun of {self.token[:15]}; to start all of its runs over, delete {self.rerun}")
-        elif self.rerun:
-            atomic_write(self.rerun, self.token.encode())
         return self
 
     def end_rerun(self) -> None:

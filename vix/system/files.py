@@ -4,6 +4,7 @@ Some network file systems support neither locks nor hard links. There, a run con
 with one warning per process.
 """
 
+import argparse
 import errno
 import fcntl
 import json
@@ -98,13 +99,25 @@ def user_path(text: str) -> Path:
     return Path(expand_home(text))
 
 
+def out_file(text: str) -> Path:
+    """The ``type`` of an argparse argument that is a file to write: as ``user_path``, but refuses a directory."""
+    path = user_path(text)
+    if not path.name or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text or 'an empty name'} is not the name of a file")
+    return path
+
+
 def atomic_write(path: Path, contents: bytes | memoryview) -> None:
-    """Write a temporary file, flush it to disk, and rename it to ``path``.
+    """Write a temporary file, flush it to disk, and rename it to ``path``. A device or a pipe is written to in place.
 
     Raises UserError where the disk is full or not writable; the previous contents of ``path`` are then kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as device:
+                device.write(contents)
+            return
         with open(temporary, "wb") as file:
             file.write(contents)
             file.flush()
