@@ -390,6 +390,7 @@ def test_wrong_module_commands_print_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("cifar10")
 @pytest.mark.parametrize("closed", ["data/cifar-10-batches-py/data_batch_3", "data/cifar-10-batches-py", "outputs"])
 def test_no_permission(tmp_path: Path, cifar10_root: Path, closed: str) -> None:
     """One line that names what may not be read or written, and says what to do."""
