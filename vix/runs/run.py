@@ -191,6 +191,9 @@ class RunDirectory:
                 "with rerun=true, or choose another directory with hydra.run.dir=DIR"
             )
         if not self.has_initial_weights(config, results):
+            source = self.config.get("trainer", {}).get("init_from")
+            if source is not None and not Path(source).expanduser().exists():
+                raise ConfigError(f"trainer.init_from={source}: there is no such run or file; pass one, or leave it out")
             began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none or missing ones")
             raise ConfigError(
                 f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: "
