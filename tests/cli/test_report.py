@@ -15,6 +15,7 @@ import pytest
 from conftest import HANGS, ROOT, TINY, run_train
 
 from vix.cli.report import parse_arguments, report
+from vix.errors import UserError
 from vix.runs.results import find_runs, group_seeds
 
 pytestmark = pytest.mark.xdist_group("report")  # one real run for all of them
@@ -460,3 +461,13 @@ def test_links_are_followed_and_only_runs_that_were_moved_aside_are_left_out(rea
     (row,) = report_rows(tmp_path / "outputs")
     assert row["seeds"] == "4"
     assert "Not in the table" not in (tmp_path / "outputs/report.md").read_text()
+
+
+def test_another_report_is_not_overwritten(real: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "vin/results.json", as_row(real, "vin", 0))
+    (tmp_path / "report.md").write_text("# Mine")
+    with pytest.raises(UserError, match=r"report\.md: is not a report of this command; choose another directory with --out"):
+        report_rows(tmp_path)
+    assert (tmp_path / "report.md").read_text() == "# Mine"
+    (tmp_path / "report.md").unlink()
+    assert report_rows(tmp_path) == report_rows(tmp_path)

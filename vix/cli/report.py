@@ -112,6 +112,7 @@ HOW_TO_READ_INFERENCE = (
     "Latency (median time of one image), inference images/s (at the best batch size) and inference GB (peak memory at batch "
     "size 64) were measured by `python -m vix cost`, in the variant, compiled or not, with the lower latency, on "
 )
+HEADING = "# Report"  # first line of report.md
 PROTOCOL = (
     "The paper's protocol differs from ours. Each published accuracy is the best test epoch of one unseeded run without a "
     "validation split (the text says best of three), so it is compared with our best over all epochs and seeds. Both are "
@@ -223,10 +224,15 @@ def as_csv(rows: Iterable[Row]) -> str:
 
 
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files atomically into a directory, which is created if necessary. Raises UserError where that fails.
+    """Write files atomically into a directory, which is created if necessary.
 
     files: name → contents.
+
+    Raises UserError where that fails, or the directory contains a report.md of something else.
     """
+    page = out / "report.md"
+    if page.is_file() and not page.read_bytes().startswith(HEADING.encode()):
+        raise UserError(f"{page}: is not a report of this command; choose another directory with --out, or use --no-files")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -301,7 +307,7 @@ def report(options: argparse.Namespace) -> None:
 
         images = pictures(groups, rows, published_rows())
         links = [f"![{title}]({name})\n" for name, (title, _) in images.items()]
-        text = ["# Report\n", *(table.markdown() for table in shown), *(f"* {note}" for note in footnotes), "", *links]
+        text = [f"{HEADING}\n", *(table.markdown() for table in shown), *(f"* {note}" for note in footnotes), "", *links]
         texts = {"report.md": "\n".join(text), "report.csv": as_csv(in_order)}
         # A directory's name need not be valid UTF-8.
         files = {name: content.encode(errors="backslashreplace") for name, content in texts.items()}
