@@ -269,11 +269,12 @@ def test_pieces_side_by_side_are_joined() -> None:
 
 @pytest.mark.slow
 def test_waiting(tmp_path: Path) -> None:
-    """Every way of waiting, alone and next to a busy process; what is compared with has the ratio 1."""
-    _, record = measured("benchmarks.waiting", tmp_path / "w.json", "--experiments", "quickstart", "--batch", "2")
-    assert {(row["way"], row["busy"]) for row in record["rows"]} == set(product(WAYS, (0, 1)))
+    """Every way of waiting, next to a busy process; what is compared with has the ratio 1."""
+    options = ("--experiments", "quickstart", "--batch", "2", "--busy", "1")
+    _, record = measured("benchmarks.waiting", tmp_path / "w.json", *options)
+    assert [(row["way"], row["busy"]) for row in record["rows"]] == [(way, 1) for way in WAYS]
     assert all(row["images_per_second"] == pytest.approx(2 / row["seconds"][0]) for row in record["rows"])
-    assert [row["speed_over_spinning"] for row in record["rows"] if row["way"] == next(iter(WAYS))] == [1.0, 1.0]
+    assert [row["speed_over_spinning"] for row in record["rows"] if row["way"] == next(iter(WAYS))] == [1.0]
 
 
 @pytest.mark.slow
