@@ -139,7 +139,7 @@ COMMANDS = {
     "attentoin=performer": "attention",
     "experiment=quickstrt": "quickstart",
     "attention=performer attention.featurs=3": "attention.features",
-    "attention=null": "group",
+    "attention=null": "conf/attention/",
     "seed=[1": "[1",
     "foo": "foo",
     "'fo\no\x1b'": r"fo\no\x1b",  # as in Python's literals

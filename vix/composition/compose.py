@@ -108,7 +108,7 @@ class Loader(ConfigLoaderImpl):
             group, swept = override.key_or_group, override.is_sweep_override()
             if swept or override.is_delete() or not self.repository.group_exists(group):
                 continue
-            if not isinstance(value := override.value(), str | list):
+            if not isinstance(value := override.value(), str | list | dict):  # a dict sets the group's options
                 way_out = f"a name such as {value} needs quotes: \"{group}='{value}'\""
                 if value is None:
                     way_out = f"leave it out, or use ~{group}" if group in OVERLAYS else "choose one of them"
