@@ -201,9 +201,11 @@ class RunDirectory:
             )
         if changed and resume != "force":
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
+            resumable = self.checkpoint_path.exists() or self.previous_path.exists()
+            other = "continue under the new config with trainer.resume=force" if resumable else "choose another directory"
             raise ConfigError(
                 f"trainer.resume: {self.directory} holds a run with another config ({keys}); "
-                "start over with rerun=true, or continue under the new config with trainer.resume=force"
+                f"start over with rerun=true, or {other}"
             )
         return changed
 
