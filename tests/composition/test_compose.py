@@ -431,6 +431,7 @@ def test_choices_that_are_no_names(tmp_path: Path, forked: Forked, words: list[s
 def test_directories_of_runs_need_no_quotes() -> None:
     """Although Hydra's grammar takes no second equals sign."""
     assert compose(["data.root=runs/seed=1"]).data.root == "runs/seed=1"
+    assert compose([r"data.root=runs/seed\=1"]).data.root == "runs/seed=1"  # Hydra's own way
     cfg = compose_with_hydra(["hydra.run.dir=runs/a,b/seed=1", "hydra.sweep.subdir=seed=${seed}", "seed=3"])
     assert cfg.hydra.run.dir == "runs/a,b/seed=1"
     assert cfg.hydra.sweep.subdir == "seed=3"

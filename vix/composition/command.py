@@ -50,7 +50,7 @@ def quote_path(override: str) -> str:
     Raises UserError, which names the key, for the home directory of an unknown user.
     """
     key, equals, value = override.partition("=")
-    if key in PATH_KEYS and "=" in value and value[0] not in "'\"~":
+    if key in PATH_KEYS and "=" in value and value[0] not in "'\"~" and not parse_or_none(override):
         parts = value.split(",")
         several = not os.path.exists(value) and all(map(os.path.exists, parts))
         return f"{key}={','.join(map(quote, parts if several else [value]))}"
