@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import __main__ as side_by_side
 from benchmarks import compact, overhead, rows, scaling
-from benchmarks.record import RESULTS, chosen_device, hardware, machine, parser, versions_used
+from benchmarks.record import RESULTS, chosen_device, hardware, machine, parser, versions
 from benchmarks.scaling_plot import comparable, draw
 from benchmarks.variants import MODELS
 from vix.errors import UserError
@@ -118,7 +118,7 @@ def too_slow(folder: Path, piece: Piece) -> Path:
 
 
 def was_too_slow(folder: Path, piece: Piece, minutes: float) -> bool:
-    """Whether a piece took longer than a call of so many minutes."""
+    """Whether a piece exceeded a limit of at least ``minutes`` in an earlier call."""
     path = too_slow(folder, piece)
     return path.exists() and float(path.read_text()) >= minutes
 
@@ -246,7 +246,7 @@ def main(arguments: list[str]) -> None:
     folder: Path = chosen.out or RESULTS / (machine(device, chosen.threads) + "-quick" * chosen.quick)
     every = pieces(chosen)
     options_of_all = {"threads": chosen.threads, "quick": chosen.quick, "rounds": chosen.rounds}
-    check_settings(folder, every, {"device": hardware(device), **options_of_all, "torch": versions_used()["torch"]})
+    check_settings(folder, every, {"device": hardware(device), **options_of_all, "torch": versions()["torch"]})
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that ``measure`` ends its processes
     missing = [piece for piece in every if not kept(folder, piece).exists()]
     missing.sort(key=lambda piece: too_slow(folder, piece).exists())

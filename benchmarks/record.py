@@ -87,7 +87,7 @@ def write(benchmark: str, device: torch.device, options: argparse.Namespace, mea
     record = {
         "benchmark": benchmark,
         "device": {"type": device.type, "name": name, "threads": options.threads, "cores": os.cpu_count()},
-        "versions": versions_used(),
+        "versions": versions(),
         "git_commit": git_commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": {
@@ -100,14 +100,9 @@ def write(benchmark: str, device: torch.device, options: argparse.Namespace, mea
     return path
 
 
-def versions_used() -> dict[str, str | None]:
-    """Versions of Python, PyTorch, CUDA and the compared packages."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, **versions()}
-
-
 def versions() -> dict[str, str | None]:
-    """Versions of the compared packages; None where one is not installed."""
-    found: dict[str, str | None] = {}
+    """Versions of Python, PyTorch, CUDA and the compared packages; None for a package that is not installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -39,6 +39,7 @@ HOME_IN_VALUE = re.compile(rf"{QUOTED}|(?<![^,\s])~[^,]*")
 HOME_IN_LIST = re.compile(rf"{QUOTED}|(?<![^,\[\s])~[^,\]]*")
 
 
+# Keys whose values are paths of runs or images, which may contain an equals sign.
 PATH_KEYS = ("trainer.init_from", "data.root", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 

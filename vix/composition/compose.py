@@ -323,12 +323,10 @@ def explain(error: Exception, arguments: Sequence[str], flags: Flags | None) -> 
     """The message of ``format_error``; a word of the command may contain any character."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and error.strerror:
+        path = error.filename or "the directory of the run"  # a full disk has no name
         where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
-        return f"{error.filename}: {error.strerror}; fix the cause, or {where}"
-    if isinstance(error, OSError) and error.strerror:  # of Hydra, as it writes the job's config
-        where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
-        return f"{error.strerror} in the directory of the run; fix the cause, or {where}"
+        return f"{path}: {error.strerror}; fix the cause, or {where}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return missing_file(error, flags or Flags())
     if isinstance(error, OverrideParseException):
@@ -442,13 +440,13 @@ def no_jobs(overrides: Sequence[str]) -> UserError:
     return UserError(f"{empty}: matches nothing, so there is no run; a glob chooses among the files of a group in conf/")
 
 
-def guarded_run_job(**options: Any) -> JobReturn:
+def guarded_run_job(*arguments: Any, **options: Any) -> JobReturn:
     """Hydra's ``run_job``, which starts a job of a sweep: a directory that it cannot create or write to is that job's failure.
 
     Otherwise the first such job would end the sweep. Errors of the job itself are in what it returns.
     """
     try:
-        return run_job(**options)
+        return run_job(*arguments, **options)
     except (OSError, ValueError) as error:  # ValueError: logging cannot open the log file
         cfg = options["config"]
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
@@ -465,4 +463,4 @@ OmegaConf.register_new_resolver("run_name", run_name_of_config, replace=True)
 OmegaConf.register_new_resolver("oc.env", oc_env, replace=True)
 hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
 run_job = hydra.core.utils.run_job
-hydra.core.utils.run_job = guarded_run_job  # type: ignore[assignment]  # of the launchers, which Hydra has not imported yet
+hydra.core.utils.run_job = guarded_run_job  # before Hydra imports the launchers, which take it from there

@@ -78,7 +78,7 @@ class TorchvisionData(ImageData):
                 # torchvision prints a progress bar, which is useless in a log.
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     return self.arrays(reader(self.root, download=True, **self.options(split)))
-            except Exception:
+            except BaseException:  # Ctrl-C as well
                 if not present:
                     file.unlink(missing_ok=True)  # a part of it; the next start downloads it again
                 raise
