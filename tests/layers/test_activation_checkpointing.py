@@ -72,12 +72,11 @@ def test_every_family_has_blocks(compose_config: Compose) -> None:
     """And only those with a BatchNorm are left out."""
     for experiment in EXPERIMENTS:
         model = small_model(compose_config, experiment)
-        excluded, count = set_activation_checkpointing(model, "selective")
+        set_activation_checkpointing(model, "selective")
         blocks = [block for block in model.modules() if isinstance(block, Block)]
         assert blocks, experiment
         with_batch_norm = experiment in ("levit", "cvt", "levit_pyramid", "cvt_pyramid")
         assert {block.activation_checkpointing for block in blocks} == {None if with_batch_norm else "selective"}, experiment
-        assert (excluded, count) == (len(blocks) if with_batch_norm else 0, len(blocks))
 
 
 def allocated(model: nn.Module) -> int:

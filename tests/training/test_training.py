@@ -258,3 +258,13 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
         NonFiniteError, match=r"not finite at step \d+; the memory does not suffice to locate the layer; `python"
     ):
         fit(cfg, tmp_path / "again")
+
+
+@pytest.mark.parametrize("attention", ["levit", "softmax"])
+def test_blocks_that_are_not_checkpointed_are_logged(
+    compose_config: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture, attention: str
+) -> None:
+    cfg = compose_config(*TINY, f"attention={attention}", "trainer.epochs=1", "trainer.activation_checkpointing=full")
+    fit(cfg, tmp_path)
+    message = "trainer.activation_checkpointing=full has no effect on 1 of 1 blocks, which contain a BatchNorm"
+    assert (message in caplog.messages) == (attention == "levit")

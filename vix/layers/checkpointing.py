@@ -70,20 +70,15 @@ class Block(nn.Module):
         return checkpoint(self.forward_once, x_BND, use_reentrant=False, **options)
 
 
-def set_activation_checkpointing(model: nn.Module, mode: ActivationCheckpointing) -> tuple[int, int]:
+def set_activation_checkpointing(model: nn.Module, mode: ActivationCheckpointing) -> None:
     """Set the activation checkpointing of all blocks of a model, except those with a BatchNorm.
 
     Recomputation would update a BatchNorm's running statistics twice per batch.
 
     model: module whose :class:`Block` submodules are set.
     mode: as in :class:`Block`.
-
-    Returns the number of blocks with a BatchNorm, and of all blocks.
     """
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    excluded = 0
-    for block in blocks:
-        has_batch_norm = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in block.modules())
-        block.activation_checkpointing = None if has_batch_norm else mode
-        excluded += has_batch_norm
-    return excluded, len(blocks)
+    for block in model.modules():
+        if isinstance(block, Block):
+            has_batch_norm = any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in block.modules())
+            block.activation_checkpointing = None if has_batch_norm else mode

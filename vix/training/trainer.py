@@ -17,7 +17,7 @@ from vix.data.augment import Augmentation
 from vix.data.dataset import ImageData
 from vix.data.loader import Split
 from vix.errors import ConfigError
-from vix.layers.checkpointing import ActivationCheckpointing, set_activation_checkpointing
+from vix.layers.checkpointing import ActivationCheckpointing, Block
 from vix.models.counts import parameter_counts
 from vix.reporting.logger import LoggedRun, RunLogger
 from vix.reporting.progress import EpochBar, log_epoch
@@ -181,10 +181,10 @@ class Trainer:
         peak_memory = PeakMemory(device, train.nbytes + test.nbytes, graphs=self.compile == "cuda_graphs")
         state = TrainState(model, optimizer, lr_scheduler, dtype, self.ema_decay, peak_memory)
         step = self.build_step(state)
-        excluded, blocks = set_activation_checkpointing(model, self.activation_checkpointing)
-        if self.activation_checkpointing and excluded:
+        modes = [block.activation_checkpointing for block in model.modules() if isinstance(block, Block)]
+        if self.activation_checkpointing and None in modes:
             option = f"trainer.activation_checkpointing={self.activation_checkpointing}"
-            log.warning("%s has no effect on %d of %d blocks, which contain a BatchNorm", option, excluded, blocks)
+            log.warning("%s has no effect on %d of %d blocks, which contain a BatchNorm", option, modes.count(None), len(modes))
         step.class_weights = data.loss_weights(train.labels)
         session = Session(run, data, augmentation, train, test, state, step, seed, steps_per_epoch)
         if self.micro_batch == "auto":
