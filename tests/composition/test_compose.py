@@ -19,7 +19,7 @@ from vix.__main__ import main as run_command
 from vix.build import parse
 from vix.cli.plan import plan
 from vix.composition.command import Flags, expand_arguments, flags_of, parse_command, reproduce_command
-from vix.composition.compose import compose, compose_with_hydra, sweep_outputs
+from vix.composition.compose import compose, compose_with_hydra, os_error, sweep_outputs
 from vix.errors import ConfigError, UserError
 from vix.overrides import as_value, canonical, override_key, parse_override
 from vix.runs.identity import run_name
@@ -419,6 +419,7 @@ def test_a_text_where_a_number_belongs() -> None:
         (["experiment=1"], "experiment=1: the value is the name of a file in conf/experiment/; a name such as 1 needs quotes"),
         (["+experiment=vit"], "+experiment=vit: an option of experiment is already chosen; remove the + to replace it"),
         (["-m", "experiment=glob(quikstart*)"], "experiment=glob(quikstart*): matches nothing, so there is no run"),
+        (["-m", "attention=softmax,linear", "seed=range(3,0)"], "seed=range(3,0): has no values, so there is no run"),
     ],
     ids=str,
 )
@@ -426,6 +427,13 @@ def test_choices_that_are_no_names(tmp_path: Path, forked: Forked, words: list[s
     status, output = forked.run(tmp_path, *words)
     assert status == 1
     assert output.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_the_cause_of_an_error_is_told_only_where_the_error_is_a_librarys() -> None:
+    cause = PermissionError(13, "Permission denied")
+    for error, told in ((ValueError("no handler"), True), (ConfigError("mine.yaml: cannot be read"), False)):
+        error.__cause__ = cause
+        assert os_error(error) is (cause if told else error)
 
 
 def test_directories_of_runs_need_no_quotes() -> None:

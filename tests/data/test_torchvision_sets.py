@@ -1,6 +1,7 @@
 """SVHN, Fashion-MNIST and STL-10 in torchvision's layout: small files in the original formats, read and downloaded by it."""
 
 import hashlib
+import logging
 import struct
 import threading
 from collections.abc import Callable
@@ -107,9 +108,10 @@ def test_damaged_files_stay(small: tuple[type[TorchvisionData], dict[str, Labele
 
 
 def test_a_download_by_another_process_is_waited_for(
-    small: tuple[type[TorchvisionData], dict[str, LabeledImages]], tmp_path: Path
+    small: tuple[type[TorchvisionData], dict[str, LabeledImages]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While it lasts, the file is there in part."""
+    caplog.set_level(logging.INFO)
     kind, content = small
     path = tmp_path / kind.files[0]
     whole = path.read_bytes()
@@ -123,6 +125,7 @@ def test_a_download_by_another_process_is_waited_for(
         path.write_bytes(whole)
     reader.join()
     np.testing.assert_array_equal(read[0][0][1], content["train"][1])
+    assert caplog.messages == [f"Waiting for another process that has locked {tmp_path / LOCK}"]
 
 
 def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,22 @@ def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple
 
 
 @pytest.mark.slow
+def test_a_directory_that_cannot_be_made_ends_no_other_job(tmp_path: Path) -> None:
+    """Also where a launcher's processes import its own module first."""
+    need("hydra_joblib_launcher")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/seed=0").symlink_to(tmp_path / "absent/seed=0")
+    sweep = ("-m", "hydra/launcher=joblib_cores", "hydra.launcher.n_jobs=2", "seed=0,1")
+    folders = ("hydra.sweep.dir=o", "hydra.sweep.subdir=seed=${seed}")
+    done = run_train(tmp_path, *sweep, *TINY, *folders, fresh=True, COLUMNS="300")
+    assert json.loads((tmp_path / "o/seed=1/results.json").read_text())["status"] == "finished"
+    assert done.returncode == 1
+    assert "o/seed=0: File exists; fix the cause" in done.stdout
+    assert done.stderr.splitlines()[-1] == "error: 1 of this sweep's jobs did not finish"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "plugin", "options"), LAUNCHERS)
 def test_the_launchers_processes_compose_as_the_program_does(
     tmp_path: Path, launcher: str, plugin: str, options: tuple[str, ...]

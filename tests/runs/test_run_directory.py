@@ -608,6 +608,7 @@ def test_an_option_that_is_newer_than_the_run(tmp_path: Path) -> None:
         {"results.json": '{"status": "finished", # a note'},
         {"metrics.csv": "mine"},
         {"results.json": json.dumps({"status": "interrupted", "epochs": 3, "config": {}}), "metrics.csv": "epoch"},
+        {"results.json": json.dumps({"status": "failed", "config": {}}), "metrics.csv": "mine"},
     ],
 )
 def test_what_nothing_can_continue_is_moved_aside(tmp_path: Path, files: dict[str, str]) -> None:
@@ -637,6 +638,40 @@ def test_a_rerun_does_not_move_the_weights_it_starts_from(tmp_path: Path, source
     assert (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("source", ["weights.pt", "previous-1", "previous-1/checkpoint.pt"])
+def test_a_rerun_starts_from_weights_that_it_does_not_move(tmp_path: Path, source: str) -> None:
+    (tmp_path / "previous-1").mkdir()
+    files = [tmp_path / name for name in ("weights.pt", "previous-1/checkpoint.pt", "results.json")]
+    for file in files:
+        file.touch()
+    run = RunDirectory(tmp_path, {}, {"trainer": {"init_from": str(tmp_path / source)}})
+    assert run.prepare(True, "auto", lambda: None) is None
+    assert [file.exists() for file in files] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        "not a run's",
+        {"status": "finished"},  # without the fields of a finished run
+        {"status": "interrupted", "started_by_rerun": "t", "epochs": 3, "history": [{"epoch": 1}], "config": {"seed": 1}},
+        None,
+    ],
+)
+def test_a_start_that_fails_early_keeps_what_is_there(tmp_path: Path, earlier: Any) -> None:
+    """Before it has continued or archived the earlier run, such as for a folder without images."""
+    path = tmp_path / "results.json"
+    if earlier:
+        path.write_text(json.dumps(earlier))
+    RunDirectory(tmp_path, {"name": "x"}, {"trainer": {}}).write_failure(status="failed", error="e")
+    if earlier is None:
+        assert read(path) == {"status": "failed", "name": "x", "config": {"trainer": {}}, "error": "e"}
+    elif "config" in earlier:
+        assert read(path) == {**earlier, "status": "failed", "error": "e"}
+    else:
+        assert read(path) == earlier
+
+
 def test_options_that_are_off_and_were_removed_are_no_change() -> None:
     then, now = {"data.flip": False, "data.crop": 4, "model.dim": 8}, {"model.dim": 8, "augment.flip": None}
     assert changed_keys(then, now, ()) == {"data.crop": (4, None)}
@@ -655,6 +690,20 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     for name in (str(tmp_path), "/", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="is not the name of a file"):
             out_file(name)
+    with pytest.raises(UserError, match="File name too long"):
+        atomic_write(out_file("x" * 300), b"contents")
+
+
+def test_standard_output_is_not_replaced_where_it_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands for /dev, which a failure of this test would damage."""
+    monkeypatch.setattr("vix.system.files.DEVICES", (tmp_path / "dev",))
+    (tmp_path / "dev").mkdir()
+    link, target = tmp_path / "dev/stdout", tmp_path / "file"
+    target.write_bytes(b"what was there")
+    link.symlink_to(target)
+    atomic_write(link, b"contents")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"contents"
 
 
 def test_only_a_checkpoint_can_be_continued_under_another_config(tmp_path: Path) -> None:

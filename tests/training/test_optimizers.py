@@ -149,8 +149,12 @@ def test_only_linear_layers_and_convolutions_decay(compose_config: Compose) -> N
         assert len(decayed) + len(others) == len(list(model.parameters()))
 
 
-def test_what_an_optimizer_keeps_on_the_host_stays_there() -> None:
-    """NAdam reads two numbers on the host in each step; after a resume on a GPU, too. Another device stands for the GPU."""
+@pytest.mark.parametrize("capturable", [False, True])
+def test_what_an_optimizer_keeps_on_the_host_stays_there(capturable: bool) -> None:
+    """NAdam reads two numbers on the host in each step; after a resume on a GPU, too. Another device stands for the GPU.
+
+    With ``capturable=True`` it keeps them on the device.
+    """
     states = []
     for device in ("cpu", "meta"):
         layer = torch.nn.Linear(2, 2, device=device)
@@ -161,10 +165,12 @@ def test_what_an_optimizer_keeps_on_the_host_stays_there() -> None:
             optimizer.step()
             saved = optimizer.state_dict()
         else:
+            optimizer.param_groups[0]["capturable"] = capturable
             load_optimizer(optimizer, ["weight", "bias"], saved, ["weight", "bias"])
         states.append({name: t.device.type for name, t in optimizer.state[layer.weight].items()})
     assert states[0] == dict.fromkeys(states[0], "cpu")
-    assert states[1] == {"step": "cpu", "mu_product": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+    counts = "meta" if capturable else "cpu"
+    assert states[1] == {"step": counts, "mu_product": counts, "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def test_the_learning_rate_of_every_part_follows_the_schedule(compose_config: Compose) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import DictConfig
 
 import vix
 from vix.build import parse
+from vix.cli.replay import repeat_step
 from vix.runs.run import RunDirectory
 from vix.system.device import resolve_device, resolve_precision
 from vix.system.rng import get_rng_state, set_rng_state
@@ -244,11 +246,21 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
     ):
         fit(cfg, tmp_path / "run")
     saved = torch.load(tmp_path / "run" / "nonfinite.pt", weights_only=True)
-    sizes = []
+    sizes, activations = [], []
     model.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
+    model.register_forward_pre_hook(lambda *_: activations.append([ref() for ref in refs]))
+    refs: list[Any] = []
+    model.blocks[0].register_forward_hook(lambda _, __, output: refs.append(weakref.ref(output)))
     model.load_state_dict(saved["model"])
     assert "the output of blocks.0" in locate_layer(model, saved)
     assert sizes == [7, 7, 6]
+    assert activations == [[], [None], [None, None]]  # those of one micro-batch at a time
+    modes: list[Any] = []
+    monkeypatch.setattr("vix.cli.replay.locate_layer", lambda m, _: modes.extend(b.activation_checkpointing for b in m.blocks))
+    saved["config"]["trainer"]["activation_checkpointing"] = "full"
+    torch.save(saved, tmp_path / "run" / "nonfinite.pt")
+    repeat_step(tmp_path / "run")
+    assert modes == ["full"]
 
     def too_large(*_: Any) -> str:
         raise torch.OutOfMemoryError("CUDA out of memory")

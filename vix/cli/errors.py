@@ -19,7 +19,7 @@ def one_line_errors(
     """Context manager that exits with a one-line message for errors of usage, invalid overrides, and lack of memory.
 
     overrides, flags: of the command line.
-    batches: the option with which less memory is needed.
+    batches: the option with which less memory is needed; empty where there is none.
 
     With HYDRA_FULL_ERROR=1 the errors are raised.
     """
@@ -29,7 +29,8 @@ def one_line_errors(
         if os.environ.get("HYDRA_FULL_ERROR", "0") != "0":
             raise
         if out_of_memory(error):
-            sys.exit(f"error: out of memory; use a smaller {batches}, or the CPU")
+            smaller = f"a smaller {batches}, or " if batches else ""
+            sys.exit(f"error: out of memory; use {smaller}the CPU (CUDA_VISIBLE_DEVICES='' hides the GPU)")
         if not (isinstance(error, UserError) or is_hydra_error(error)):
             raise
         sys.exit(f"error: {format_error(error, overrides, flags)}")

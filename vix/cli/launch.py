@@ -37,6 +37,7 @@ from vix.composition.compose import (
     left_out_messages,
     naming_file,
     no_jobs,
+    os_error,
     refused_reason,
     sweep_outputs,
 )
@@ -260,7 +261,7 @@ def raised_by(main: Callable[[], Any]) -> BaseException | None:
     try:
         main()
     except ValueError as error:
-        return error.__cause__ if isinstance(error.__cause__, OSError) else error  # logging cannot open the log file
+        return os_error(error)  # logging cannot open the log file
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         return error
     return None

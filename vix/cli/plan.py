@@ -243,6 +243,7 @@ def resolve_state(job: PlannedRun, experiment: Experiment, model: nn.Module, dir
     identity = {"image_set": job.image_set, **init_identity(trainer.init_from)}
     run = RunDirectory(directory, identity, job.config or {}, rerun)
     if experiment.rerun and not run.belongs_to_rerun():
+        run.check_weights_stay()
         job.state = "again" if run.previous_results else "new"
     elif run.finished_results(trainer.resume):
         job.state, job.left = "finished", 0

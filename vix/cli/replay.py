@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
 import vix
 from vix.build import load_weights
+from vix.cli.errors import one_line_errors
+from vix.layers.checkpointing import set_activation_checkpointing
 from vix.reporting.console import protect_output
 from vix.runs.checkpoint import read_tensors
 from vix.system.device import resolve_device
@@ -33,9 +36,16 @@ def main() -> None:
     if not (directory / FILE).is_file():
         sys.exit(f"error: {directory} contains no {FILE}: no run in it stopped at a non-finite loss or gradient")
     use_given_cpus()
+    with one_line_errors((), batches=""):
+        print(repeat_step(directory))
+
+
+def repeat_step(directory: Path) -> str:
+    """Repeat the step saved in a run's directory, on the device and with the activation checkpointing of the run."""
     state = read_tensors(directory / FILE, STEP)
     device = saved_device(state["device"])
     tensors = ("images", "labels", "class_weights")
     state |= {name: state[name].to(device) for name in tensors if state.get(name) is not None}
     model = load_weights(vix.build_model(OmegaConf.create(state["config"])), state["model"], directory / FILE)
-    print(locate_layer(model.to(device), state))
+    set_activation_checkpointing(model, state["config"]["trainer"].get("activation_checkpointing"))
+    return locate_layer(model.to(device), state)

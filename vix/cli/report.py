@@ -231,12 +231,16 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
     Raises UserError where that fails, or the directory contains a report.md of something else.
     """
     page = out / "report.md"
-    if page.is_file() and not page.read_bytes().startswith(HEADING.encode()):
-        raise UserError(f"{page}: is not a report of this command; choose another directory with --out, or use --no-files")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot create this directory ({error.strerror}); choose another with --out") from error
+    try:
+        ours = not page.is_file() or page.read_bytes().startswith(HEADING.encode())
+    except OSError as error:
+        raise UserError(f"{page}: {error.strerror}; choose another directory with --out, or use --no-files") from error
+    if not ours:
+        raise UserError(f"{page}: is not a report of this command; choose another directory with --out, or use --no-files")
     for name, content in files.items():
         atomic_write(out / name, content)
 

@@ -7,6 +7,7 @@ Importing this module replaces Hydra's config loader by :class:`Loader`. It vali
 
 import copy
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
@@ -324,9 +325,9 @@ def explain(error: Exception, arguments: Sequence[str], flags: Flags | None) -> 
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
-        path = error.filename or "the directory of the run"  # a full disk has no name
+        path = f"{error.filename}: " if error.filename else ""  # a full disk has no name
         where = "choose another directory with hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
-        return f"{path}: {error.strerror}; fix the cause, or {where}"
+        return f"{path}{error.strerror}; fix the cause, or {where}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return missing_file(error, flags or Flags())
     if isinstance(error, OverrideParseException):
@@ -434,10 +435,22 @@ def dotted_keys(cfg: DictConfig) -> list[str]:
     return keys
 
 
-def no_jobs(overrides: Sequence[str]) -> UserError:
-    """The error for a sweep whose overrides have no values."""
-    empty = ", ".join(override for override in overrides if "glob(" in override) or "the sweep"
-    return UserError(f"{empty}: matches nothing, so there is no run; a glob chooses among the files of a group in conf/")
+def os_error(error: Exception) -> Exception:
+    """The OSError that a library, such as logging, has reported by another ``error``; any other ``error`` as it is."""
+    cause = error.__cause__
+    return cause if isinstance(cause, OSError) and not isinstance(error, UserError) else error
+
+
+def no_jobs(overrides: Sequence[str]) -> UserError | None:
+    """The error for a sweep without jobs, which names the overrides that have no values; None where all have some."""
+    sweeps = [parsed for override in overrides if (parsed := parse_or_none(override)) and parsed.is_sweep_override()]
+    if globs := [str(parsed.input_line) for parsed in sweeps if isinstance(parsed.value(), Glob)]:
+        return UserError(
+            f"{', '.join(globs)}: matches nothing, so there is no run; a glob chooses among the files of a group in conf/"
+        )
+    ranges = [parsed for parsed in sweeps if isinstance(parsed.value(), RangeSweep)]
+    empty = [str(parsed.input_line) for parsed in ranges if not [*parsed.sweep_iterator()]]
+    return UserError(f"{', '.join(empty)}: has no values, so there is no run") if empty else None
 
 
 def guarded_run_job(*arguments: Any, **options: Any) -> JobReturn:
@@ -449,9 +462,8 @@ def guarded_run_job(*arguments: Any, **options: Any) -> JobReturn:
         return run_job(*arguments, **options)
     except (OSError, ValueError) as error:  # ValueError: logging cannot open the log file
         cfg = options["config"]
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         failed = JobReturn(overrides=list(cfg.hydra.overrides.task), status=JobStatus.FAILED)
-        failed.return_value = UserError(format_error(cause, failed.overrides or ()))
+        failed.return_value = UserError(format_error(os_error(error), failed.overrides or ()))
         if folder := cfg.hydra.job.env_set.get(FOLDER):
             record_end(Path(folder), cfg.hydra.job.num, failed.overrides or (), "failed", str(failed._return_value))
         return failed
@@ -464,3 +476,6 @@ OmegaConf.register_new_resolver("oc.env", oc_env, replace=True)
 hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
 run_job = hydra.core.utils.run_job
 hydra.core.utils.run_job = guarded_run_job  # before Hydra imports the launchers, which take it from there
+for _name, _module in [*sys.modules.items()]:  # a worker of joblib, Ray or submitit imports its launcher before this module
+    if _name.startswith("hydra_plugins.") and getattr(_module, "run_job", None) is run_job:
+        _module.run_job = guarded_run_job  # type: ignore[attr-defined]

@@ -116,7 +116,7 @@ class RunDirectory:
             self.add_identity(started_by_rerun=self.rerun_token or True)
         if rerun and not belongs:
             return None
-        if belongs and self.previous_results.get("status") != "finished":
+        if belongs and self.previous_results.get("status", "finished") != "finished":
             log.info("Resuming an interrupted rerun; delete its checkpoint*.pt to start over")
         finished_results = self.finished_results(resume)
         if finished_results and finished_results["status"] != read_results(self.results_path).get("status"):
@@ -126,12 +126,13 @@ class RunDirectory:
         return finished_results
 
     def check_weights_stay(self) -> None:
-        """Raises ConfigError where ``trainer.init_from`` is this run's own directory, whose files are to be archived."""
+        """Raises ConfigError where ``trainer.init_from`` is one of this run's own files, which are to be archived."""
         source = self.config["trainer"].get("init_from")
         if source is None:
             return
-        path = Path(source).expanduser().resolve()
-        if self.directory.resolve() in (path, path.parent):
+        path = Path(source).expanduser()
+        path = path / self.checkpoint_path.name if path.is_dir() else path
+        if path.name in KEPT and path.parent.resolve() == self.directory.resolve():
             raise ConfigError(
                 f"trainer.init_from={source}: rerun=true moves the files of that run; choose another directory for this one "
                 "with hydra.run.dir=DIR"
@@ -142,7 +143,8 @@ class RunDirectory:
         if any(path.exists() for path in (self.checkpoint_path, self.previous_path)):
             return False
         if self.previous_results:
-            lost = self.previous_results["status"] != "finished" and bool(self.previous_results.get("epochs"))
+            trained = self.previous_results.get("epochs") or (self.directory / "metrics.csv").exists()
+            lost = self.previous_results["status"] != "finished" and bool(trained)
         else:
             lost = any((self.directory / name).exists() for name in ("results.json", "metrics.csv"))
         if lost:
@@ -193,7 +195,7 @@ class RunDirectory:
         if not self.has_initial_weights(config, results):
             source = self.config.get("trainer", {}).get("init_from")
             if source is not None and not Path(source).expanduser().exists():
-                raise ConfigError(f"trainer.init_from={source}: there is no such run or file; pass one, or leave it out")
+                raise ConfigError(f"trainer.init_from={source}: there is no such run or file; pass one that exists")
             began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none or missing ones")
             raise ConfigError(
                 f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: "
@@ -202,7 +204,8 @@ class RunDirectory:
         if changed and resume != "force":
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
             resumable = self.checkpoint_path.exists() or self.previous_path.exists()
-            other = "continue under the new config with trainer.resume=force" if resumable else "choose another directory"
+            force = "continue under the new config with trainer.resume=force"
+            other = force if resumable else "choose another directory with hydra.run.dir=DIR"
             raise ConfigError(
                 f"trainer.resume: {self.directory} holds a run with another config ({keys}); "
                 f"start over with rerun=true, or {other}"
@@ -231,9 +234,17 @@ class RunDirectory:
             write_json(self.results_path, self.results)
 
     def write_failure(self, **fields: Any) -> None:
-        """``write_results`` for a start that failed; the results of a finished run that it did not resume are kept."""
-        if self.begun or read_results(self.results_path).get("status") != "finished":
-            self.write_results(**fields)
+        """``write_results`` for a start that failed.
+
+        Where it failed before it resumed or archived an earlier run, the results of that run are kept: only the status of an
+        unfinished one changes, and of a file that cannot be read, nothing.
+        """
+        if not self.begun and self.results_path.exists():
+            previous = read_results(self.results_path)
+            if not previous or previous["status"] == "finished":
+                return
+            self.results = previous
+        self.write_results(**fields)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt atomically, and keep the previous one as checkpoint.previous.pt.

@@ -102,7 +102,7 @@ class Sweep:
 
     def __enter__(self) -> Self:
         self.made = [path for path in self.folder.parents if not os.path.lexists(path)]
-        continues = self.rerun is not None and self.rerun.exists()
+        continues = self.rerun is not None and os.path.exists(self.rerun)
         try:
             self.folder.mkdir(parents=True)
             if self.rerun and not continues:

@@ -21,6 +21,7 @@ from vix.errors import UserError
 
 log = logging.getLogger(__name__)
 NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 warned: set[str] = set()  # topics of the warnings that this process has logged
 
 
@@ -102,19 +103,20 @@ def user_path(text: str) -> Path:
 def out_file(text: str) -> Path:
     """The ``type`` of an argparse argument that is a file to write: as ``user_path``, but refuses a directory."""
     path = user_path(text)
-    if not path.name or path.is_dir():
+    if not path.name or os.path.isdir(path):  # unlike Path.is_dir, False where a directory above is not accessible
         raise argparse.ArgumentTypeError(f"{text or 'an empty name'} is not the name of a file")
     return path
 
 
 def atomic_write(path: Path, contents: bytes | memoryview) -> None:
-    """Write a temporary file, flush it to disk, and rename it to ``path``. A device or a pipe is written to in place.
+    """Write a temporary file, flush it to disk, and rename it to ``path``. A device, a pipe, or what stands in for one, such as
+    /dev/stdout redirected to a file, is written to in place.
 
     Raises UserError where the disk is full or not writable; the previous contents of ``path`` are then kept.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and (not path.is_file() or path.parent in DEVICES):
             with open(path, "wb") as device:
                 device.write(contents)
             return
@@ -185,14 +187,23 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
 def waiting_lock(path: Path) -> Iterator[None]:
     """Context manager that locks the file ``path``, which is created, and waits for other processes that hold the lock."""
     with open(path, "w") as file:
-        try_lock(file, fcntl.LOCK_EX)
+        lock_or_wait(file, fcntl.LOCK_EX)
         yield
 
 
 def wait_for_lock(path: Path) -> None:
     """Wait for other processes that hold :func:`waiting_lock` of the file ``path``. Writes nothing."""
     with suppress(OSError), open(path) as file:
-        try_lock(file, fcntl.LOCK_SH)
+        lock_or_wait(file, fcntl.LOCK_SH)
+
+
+def lock_or_wait(file: IO[Any], operation: int) -> None:
+    """:func:`try_lock`, with a line in the log where another process holds the lock and this one waits for it."""
+    try:
+        try_lock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("Waiting for another process that has locked %s", file.name)
+        try_lock(file, operation)
 
 
 @contextmanager

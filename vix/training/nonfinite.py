@@ -111,6 +111,7 @@ def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
         if not found:
             (part * state["scale"]).backward()
         loss += part.detach().float()
+        del part  # its activations, where there was no backward pass
     if not found and not loss.isfinite():
         found.append("the loss")
     if not found:

@@ -184,10 +184,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: di
         pairs = zip(saved["param_groups"], groups, strict=True)
         groups = [{**old, **{key: value for key, value in new.items() if key in options}} for old, new in pairs]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+    parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for i, (parameter, group) in enumerate(parameters):
         # NAdam keeps it on the host, like the step, but load_state_dict copies it to the parameter's device, for which every
-        # step would wait.
-        if "mu_product" in state.get(i, {}):
+        # step would wait. With capturable=True it belongs there.
+        if "mu_product" in state.get(i, {}) and not group.get("capturable"):
             optimizer.state[parameter]["mu_product"] = state[i]["mu_product"].cpu()
 
 
