@@ -11,7 +11,7 @@ import sys
 from itertools import product
 from typing import Any
 
-from benchmarks.isolated import Refused, isolated, processes
+from benchmarks.isolated import Refused, gap_kind, isolated, processes
 from benchmarks.measure import ceilings
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.variants import KINDS, MODELS, ON_CPUS, ON_GPUS, OURS, THEIRS, step_cost
@@ -152,7 +152,7 @@ def main() -> None:
     elsewhere = ON_CPUS if device.type == "cuda" else ON_GPUS
     kinds = chosen.kinds or [kind for kind in KINDS if kind not in elsewhere]
     results: dict[tuple[str, int], list[dict[str, Any]]] = {(m, b): [] for b in batches for m in chosen.models}
-    refused: list[dict[str, Any]] = []
+    gaps: dict[str, list[dict[str, Any]]] = {"refused": [], "errors": []}
     tops = []
     for number in range(rounds):
         top = isolated(context, chosen.threads, ceilings, device, resolve_precision("auto", device), chosen.quick, limit=LIMIT)
@@ -166,17 +166,18 @@ def main() -> None:
                 cost = isolated(context, chosen.threads, step_cost, kind, name, device, batch_size, chosen.quick, limit=LIMIT)
                 results[name, batch_size][number][kind] = cost
             except (Refused, RuntimeError) as reason:  # an error in one variant does not lose the others
-                refused.append({"model": name, "batch": batch_size, "kind": kind, "round": number, "reason": str(reason)})
+                gap = {"model": name, "batch": batch_size, "kind": kind, "round": number, "reason": str(reason)}
+                gaps[gap_kind(reason)].append(gap)
                 print(f"  not measured: {reason}", file=sys.stderr)
             record = summarize_all(results, tops)
-            path = write("side-by-side", device, chosen, {**record, "refused": refused})  # after each, so that none is lost
+            path = write("side-by-side", device, chosen, {**record, **gaps})  # after each, so that none is lost
 
     for table in tables(json.loads(path.read_text(encoding="utf-8"))):
         table.print()
     top = record["ceilings"]
     print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s for a matrix product, {top['copy'] / 1e9:.1f} GB/s for a copy")
     print(f"Written: {path}")
-    if refused:
+    if refused := [*gaps["refused"], *gaps["errors"]]:
         missing = ", ".join(f"{gap['model']} ({gap['kind']})" for gap in refused)
         sys.exit(f"error: not measured: {missing}; the reasons are in the file")
 

@@ -63,6 +63,12 @@ def trained(directory: Path, record: Mapping[str, Any]) -> list[Trained]:
     return sorted(rows, key=lambda row: -row.top1)
 
 
+def not_measured(directory: Path, record: Mapping[str, Any]) -> list[str]:
+    """The mixers of runs of the protocol whose costs ``record`` lacks."""
+    found = {str(run.results["attention"]) for run in find_runs([directory]) if run.experiment == "compact"}
+    return sorted(found - {row["mixer"] for row in record["rows"]})
+
+
 def table(rows: Sequence[Trained]) -> Table:
     """The table of docs/compact.md, by accuracy."""
     fast = pareto_front((row.seconds, row.top1) for row in rows)
@@ -104,19 +110,26 @@ def picture(rows: Sequence[Trained]) -> bytes:
 def main() -> None:
     """The command."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description="Accuracy against time and memory.")
-    options.add_argument("--runs", type=user_path, default=RUNS, help="directory of the runs (default: results/compact)")
+    options.add_argument(
+        "--runs", metavar="DIR", type=user_path, default=RUNS, help="folder of the runs (default: results/compact)"
+    )
     options.add_argument(
         "--costs", type=user_path, default=RECORD, help="file of python -m benchmarks.compact (default: the kept one)"
     )
-    options.add_argument("--picture", type=user_path, default=ROOT / "docs/accuracy.png", help="PNG file to write")
+    default = "docs/accuracy.png for the kept runs, else DIR/accuracy.png"
+    options.add_argument("--picture", type=user_path, help=f"PNG file to write (default: {default})")
     chosen = options.parse_args()
+    folder = ROOT / "docs" if chosen.runs.resolve() == RUNS else chosen.runs
     if not chosen.costs.exists():
         raise UserError(f"{chosen.costs}: no such file; pass the one that python -m benchmarks.compact writes")
-    rows = trained(chosen.runs, json.loads(chosen.costs.read_text(encoding="utf-8")))
+    record = json.loads(chosen.costs.read_text(encoding="utf-8"))
+    rows = trained(chosen.runs, record)
     if not rows:
         raise UserError(f"{chosen.runs}: no finished run of ./sweep.sh compact that is measured in {chosen.costs}")
     print(table(rows).markdown())
-    chosen.picture.write_bytes(picture(rows))
+    (chosen.picture or folder / "accuracy.png").write_bytes(picture(rows))
+    if absent := not_measured(chosen.runs, record):
+        print(f"Trained, but not measured in {chosen.costs}: {', '.join(absent)}.")
     if missing := [name for name in NAMES if name not in {row.mixer for row in rows}]:
         print(f"Not trained yet: {', '.join(missing)}.")
 

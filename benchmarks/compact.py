@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from benchmarks.isolated import Refused, isolated, processes
+from benchmarks.isolated import Refused, exit_with_errors, gap_kind, isolated, processes
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.scaling import MIXERS
 from benchmarks.variants import compact_step
@@ -36,18 +36,21 @@ def main() -> None:
     chosen = options.parse_args()
     device = chosen_device(chosen.device)
     context = processes("benchmarks.variants")
-    record: dict[str, Any] = {"rows": [], "refused": []}
+    record: dict[str, Any] = {"rows": [], "refused": [], "errors": []}
     for mixer in chosen.mixers:
         print(f"compact: {mixer}", file=sys.stderr)
         try:
             cost = isolated(context, chosen.threads, compact_step, mixer, device, chosen.quick, limit=1800)
             record["rows"].append({"mixer": mixer, **cost})
         except (Refused, RuntimeError) as reason:  # an error in one mixer does not lose the others
-            record["refused"].append({"mixer": mixer, "reason": str(reason)})
+            record[gap_kind(reason)].append({"mixer": mixer, "reason": str(reason)})
         path = write("compact", device, chosen, record)
     for table in tables(record):
         table.print()
+    for gap in (*record["refused"], *record["errors"]):
+        print(f"Not measured: {gap['mixer']}: {gap['reason']}")
     print(f"Written: {path}")
+    exit_with_errors(record["errors"])
 
 
 if __name__ == "__main__":

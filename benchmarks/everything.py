@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import __main__ as side_by_side
 from benchmarks import compact, overhead, rows, scaling
+from benchmarks.isolated import first_line
 from benchmarks.record import RESULTS, chosen_device, hardware, machine, parser, versions
 from benchmarks.scaling_plot import comparable, draw
 from benchmarks.variants import MODELS
@@ -159,7 +160,10 @@ def measure(piece: Piece, folder: Path, timeout: float | None) -> str | None:
             os.killpg(process.pid, signal.SIGKILL)  # its measuring processes as well
     if process.returncode < 0:
         return f"ended by signal {-process.returncode}"
-    if process.returncode and not (new.exists() and json.loads(new.read_text(encoding="utf-8")).get("refused")):
+    record = json.loads(new.read_text(encoding="utf-8")) if new.exists() else {}
+    if record.get("errors"):  # the next call tries again
+        return first_line(record["errors"][0])
+    if process.returncode and not record.get("refused"):
         return (errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
     new.rename(path)
     too_slow(folder, piece).unlink(missing_ok=True)
@@ -188,7 +192,7 @@ def write_page(folder: Path, every: list[Piece]) -> None:
             parts.append("\n".join(f"- {line}" for line in record["sentences"]) + "\n")
         for gap in (*record.get("refused", ()), *record.get("skipped", ())):
             what = ", ".join(str(value) for key, value in gap.items() if key != "reason")
-            parts.append(f"Not measured: {what}: {gap['reason'].splitlines()[0]}\n")
+            parts.append(f"Not measured: {what}: {first_line(gap)}\n")
         missing = [piece.name for piece in mine if not kept(folder, piece).exists()]
         if missing:
             parts.append(f"Not measured yet: {', '.join(missing)}.\n")
@@ -196,6 +200,13 @@ def write_page(folder: Path, every: list[Piece]) -> None:
     command = "python -m benchmarks everything"
     heading = f"# Benchmarks on {device}\n\nWritten by `{command}` from the JSON files in this folder.\n\n"
     (folder / "README.md").write_text(heading + "\n".join(page), encoding="utf-8")
+
+
+def page_is_old(folder: Path, every: list[Piece]) -> bool:
+    """Whether the page lacks a kept piece, because an earlier call was killed."""
+    page = folder / "README.md"
+    written = page.stat().st_mtime_ns if page.exists() else 0
+    return any(path.stat().st_mtime_ns > written for piece in every if (path := kept(folder, piece)).exists())
 
 
 def measure_all(missing: list[Piece], every: list[Piece], folder: Path, minutes: float | None) -> list[str]:
@@ -208,18 +219,19 @@ def measure_all(missing: list[Piece], every: list[Piece], folder: Path, minutes:
     failed: list[str] = []
     for number, piece in enumerate(missing, 1):
         left = None if end is None else end - time.monotonic()
-        if left is not None and durations and left < 1.5 * statistics.median(durations):
+        if left is not None and left < (1.5 * statistics.median(durations) if durations else 0):
             break
         print(f"{number} of {len(missing)}: {piece.kind}, {piece.name}", file=sys.stderr)
         began = time.monotonic()
         try:
             reason = measure(piece, folder, left)
         except subprocess.TimeoutExpired:
-            if not durations:  # it had the whole call
-                too_slow(folder, piece).write_text(f"{minutes}")
+            if not durations and left and minutes:  # it had all of the call that failed pieces, if any, did not take
+                too_slow(folder, piece).write_text(f"{minutes if left > 54 * minutes else left / 60}")
             break
-        durations.append(time.monotonic() - began)
-        if reason is not None:
+        if reason is None:
+            durations.append(time.monotonic() - began)
+        else:
             failed.append(f"{piece.kind}, {piece.name}: {reason}")
             print(f"  failed: {reason}", file=sys.stderr)
         write_page(folder, every)
@@ -250,10 +262,11 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that ``measure`` ends its processes
     missing = [piece for piece in every if not kept(folder, piece).exists()]
     missing.sort(key=lambda piece: too_slow(folder, piece).exists())
-    failed = measure_all(missing, every, folder, chosen.minutes)
+    shown = [p for p in pieces(Namespace(**{**vars(chosen), "only": None})) if p in every or kept(folder, p).exists()]
+    if page_is_old(folder, shown):
+        write_page(folder, shown)
+    failed = measure_all(missing, shown, folder, chosen.minutes)
     left_over = [piece for piece in every if not kept(folder, piece).exists()]
-    if len(left_over) < len(every):
-        write_page(folder, every)  # an earlier call may have been killed before
     print(f"{len(every) - len(left_over)} of {len(every)} pieces are measured; the tables are in {folder / 'README.md'}")
     if failed:
         raise UserError(f"{len(failed)} failed, the first: {failed[0]}")

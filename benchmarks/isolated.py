@@ -3,7 +3,8 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,6 +19,23 @@ PRELOAD = ("torch", "torch._dynamo", "vix.cli.summary", "vix.layers.posenc", "be
 
 class Refused(Exception):
     """A measurement failed for lack of memory or time; the message is the reason."""
+
+
+def gap_kind(error: Exception) -> str:
+    """The key of a record for what was not measured: ``errors``, or ``refused`` for lack of memory or time, which stays so."""
+    return "refused" if isinstance(error, Refused) else "errors"
+
+
+def exit_with_errors(errors: Sequence[Mapping[str, Any]]) -> None:
+    """Exit with status 1 and one line where a record has errors."""
+    if errors:
+        missing = dict.fromkeys(" ".join(str(value) for key, value in gap.items() if key != "reason") for gap in errors)
+        sys.exit(f"error: not measured: {', '.join(missing)}; the reasons are in the file, the first: {first_line(errors[0])}")
+
+
+def first_line(gap: Mapping[str, Any]) -> str:
+    """The first line of the reason why something was not measured."""
+    return (str(gap["reason"]).strip().splitlines() or ["unknown error"])[0]
 
 
 def processes(*preload: str) -> multiprocessing.context.ForkServerContext:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.compact import IMAGES
+from benchmarks.isolated import exit_with_errors
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.steps import composed, ours
 from vix.analysis.cost import training_memory
@@ -78,7 +79,7 @@ def show(path: Path) -> None:
         raise UserError(f"--show {path}: {error.strerror}; pass a file that python -m benchmarks.rows wrote") from error
     for table in tables(record):
         table.print()
-    for gap in record["refused"]:
+    for gap in (*record["refused"], *record.get("errors", ())):
         print(f"not measured: {gap['row']}, {gap['kind']}: {gap['reason']}")
 
 
@@ -101,16 +102,20 @@ def main() -> None:
     batch_size = chosen.batch or (2 if chosen.quick else 64)
     rows: dict[str, Any] = {row: {} for row in chosen.rows}
     refused: list[dict[str, str]] = []
+    errors: list[dict[str, str]] = []
     for row, kind in product(chosen.rows, chosen.kinds):
         print(f"{row}, {kind}", file=sys.stderr)
         try:
             rows[row][kind] = row_cost(row, device, batch_size, kind, 0.02 if chosen.quick else 1.0)
         except (RuntimeError, UserError) as error:  # an error in one row does not lose the others
-            reason = "out of memory" if out_of_memory(error) else str(error).partition("\n")[0]
-            refused.append({"row": row, "kind": kind, "reason": reason})
-        path = write("rows", device, chosen, {"batch": batch_size, "rows": rows, "refused": refused})  # so that none is lost
+            memory = out_of_memory(error)
+            gap = {"row": row, "kind": kind, "reason": "out of memory" if memory else str(error).partition("\n")[0]}
+            (refused if memory or isinstance(error, UserError) else errors).append(gap)
+        record = {"batch": batch_size, "rows": rows, "refused": refused, "errors": errors}
+        path = write("rows", device, chosen, record)  # so that none is lost
     show(path)
     print(f"Written: {path}")
+    exit_with_errors(errors)
 
 
 if __name__ == "__main__":

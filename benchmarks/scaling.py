@@ -15,25 +15,27 @@ from typing import Any
 import torch
 
 from benchmarks.crossover import curve, growth, sentence
-from benchmarks.isolated import Refused, isolated, processes
+from benchmarks.isolated import Refused, exit_with_errors, isolated, processes
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.scaling_plot import comparable, draw
 from benchmarks.variants import mixer_cost
+from vix.composition.command import CONFIG_DIR
 from vix.errors import UserError
 from vix.reporting.table import Table
 
-# Name → overrides. The others are compared with the first. The attentions of LeViT and CvT are softmax attention.
+# The mixers of conf/attention in the order of the tables: softmax, what approximates it, what replaces it, the floors, and then
+# further ones. The attentions of LeViT and CvT are softmax attention.
+ORDER = (
+    *("softmax", "performer", "linformer", "nystrom", "linear", "agent", "latent", "external", "cross_covariance"),
+    *("spatial_reduction", "window", "neighbourhood", "fourier", "global_filter", "token_mlp", "gating"),
+    *("convolution", "focal", "mamba2", "pooling", "random", "identity"),
+)
+FURTHER = sorted({path.stem for path in (CONFIG_DIR / "attention").glob("*.yaml")} - {*ORDER, "levit", "cvt"})
+# Name → overrides. The others are compared with the first.
 MIXERS: dict[str, tuple[str, ...]] = {
     "softmax": ("attention=softmax",),
     "softmax-explicit": ("attention=softmax", "attention.implementation=explicit"),
-    **{
-        name: (f"attention={name}",)
-        for name in (
-            *("performer", "linformer", "nystrom", "linear", "agent", "latent", "external", "cross_covariance"),
-            *("spatial_reduction", "window", "neighbourhood", "fourier", "global_filter", "token_mlp", "gating"),
-            *("convolution", "focal", "mamba2", "pooling", "random", "identity"),
-        )
-    },
+    **{name: (f"attention={name}",) for name in (*ORDER[1:], *FURTHER)},
 }
 PASSES = ("forward", "training")
 
@@ -119,6 +121,7 @@ def main() -> None:
     context = processes("benchmarks.variants")
     points: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
+    errors: list[dict[str, Any]] = []
     for tokens in sizes:  # outer loop, so that one size of all mixers is measured in close succession
         for mixer in chosen.mixers:
             for name in PASSES:
@@ -135,9 +138,10 @@ def main() -> None:
                     taken = max(cost["allocated"], cost["reserved"] or 0, cost["resident"] or 0)
                     points.append({**key, **cost, "bytes": cost["allocated"], "taken": taken})
                 except (Refused, RuntimeError) as refusal:  # an error in one mixer does not lose the others
-                    skipped.append({**key, "reason": str(refusal)})
-    record = {"batch": batch_size, "points": points, "skipped": skipped, "sentences": sentences(points)}
+                    (skipped if isinstance(refusal, Refused) else errors).append({**key, "reason": str(refusal)})
+    record = {"batch": batch_size, "points": points, "skipped": skipped, "errors": errors, "sentences": sentences(points)}
     show(write("scaling", device, chosen, record))
+    exit_with_errors(errors)
 
 
 def show(path: Path) -> None:
@@ -146,7 +150,7 @@ def show(path: Path) -> None:
     for table in tables(record):
         table.print()
     print("\n".join(record["sentences"]))
-    for gap in record["skipped"]:
+    for gap in (*record["skipped"], *record.get("errors", ())):
         print(f"Not measured: {gap['mixer']}, {gap['pass']}, {gap['tokens']:,} tokens: {gap['reason']}")
     written = [str(path)]
     if comparable(record["points"]):

@@ -30,6 +30,7 @@ from benchmarks.waiting import WAYS
 from vix import build_model
 from vix.errors import UserError
 from vix.models.counts import training_flops
+from vix.runs.results import published_rows
 
 
 def run_benchmark(module: str, out: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -200,6 +201,51 @@ def test_a_killed_piece_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     piece = Piece("compact", "softmax", "killed", ())
     assert everything.measure(piece, tmp_path, None) == "ended by signal 9"
     assert not kept(tmp_path, piece).exists()
+
+
+def test_a_piece_with_an_error_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call tries again, unlike after a lack of memory."""
+    gap = {"mixer": "softmax", "reason": "device busy\nwait"}
+    for name, record in (("error", {"refused": [], "errors": [gap]}), ("memory", {"refused": [gap]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+        (tmp_path / f"{name}.py").write_text(f"import shutil, sys\nshutil.copy('{name}.json', sys.argv[-1])\nsys.exit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    assert everything.measure(Piece("compact", "softmax", "error", ()), tmp_path, None) == "device busy"
+    assert not [*tmp_path.glob("pieces/*.json")]
+    assert everything.measure(Piece("compact", "softmax", "memory", ()), tmp_path, None) is None
+    assert len([*tmp_path.glob("pieces/*.json")]) == 1
+
+
+def test_what_fails_does_not_hide_what_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are the pieces behind it lost, and the page keeps what --only leaves out."""
+    tried: list[str] = []
+
+    def measure(piece: Piece, folder: Path, timeout: float | None) -> str | None:
+        tried.append(piece.name)
+        if piece.name == "vil_rope":
+            raise subprocess.TimeoutExpired(piece.module, timeout or 0.0)
+        return "is not installed" if piece.name == "fnet" else None
+
+    shown: list[list[str]] = []
+    monkeypatch.setattr(everything, "measure", measure)
+    monkeypatch.setattr(everything, "write_page", lambda _, every: shown.append([piece.name for piece in every]))
+    monkeypatch.setattr(everything.signal, "signal", lambda *_: None)
+    (tmp_path / "pieces").mkdir()
+    common = ("--device", "cpu", "--threads", "1", "--minutes", "9", "--out", str(tmp_path))
+    settings = {
+        "device": {"name": hardware(torch.device("cpu"))},
+        "options": {"threads": 1, "quick": False, "rounds": 1},
+        "versions": {"torch": torch.__version__},
+    }
+    (tmp_path / "pieces/rows-hybrid_vin.json").write_text(json.dumps(settings))
+    rows = [name for name in published_rows() if name in ("fnet", "vil_rope", "mixer")]
+    for _ in range(2):
+        with pytest.raises(UserError, match="1 failed, the first: rows, fnet: is not installed"):
+            everything.main([*common, "--only", *rows])
+    first, second = tried[: tried.index("vil_rope") + 1], tried[tried.index("vil_rope") + 1 :]
+    assert second[-1] == "vil_rope"
+    assert {*first} | {*second} == {*rows}
+    assert all({*names} == {*rows, "hybrid_vin"} for names in shown)
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def expand(arguments: Sequence[str], flags: Flags | None = None) -> list[list[st
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     hydra_overrides = typed_overrides(master.hydra.overrides.hydra)
     if not jobs:
-        raise no_jobs(arguments)
+        raise no_jobs(arguments) or UserError("the sweep has no jobs")
     return [[*hydra_overrides, *job] for job in jobs]
 
 
