@@ -149,6 +149,20 @@ def test_only_linear_layers_and_convolutions_decay(compose_config: Compose) -> N
         assert len(decayed) + len(others) == len(list(model.parameters()))
 
 
+def test_the_names_without_weight_decay_may_be_a_method() -> None:
+    """As in timm's models, with names of parameters of submodules."""
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def no_weight_decay(self) -> set[str]:
+            return {"inner.weight"}
+
+    assert [len(group["params"]) for group in param_groups_weight_decay(Theirs())] == [0, 2]
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_what_an_optimizer_keeps_on_the_host_stays_there(capturable: bool) -> None:
     """NAdam reads two numbers on the host in each step; after a resume on a GPU, too. Another device stands for the GPU.

@@ -24,7 +24,7 @@ from vix.attention.performer import Performer
 from vix.attention.softmax import Softmax
 from vix.attention.token_mlp import TokenMLP
 from vix.layers import embedding
-from vix.layers.blocks import PreNormBlock
+from vix.layers.blocks import PreNormBlock, StochasticDepth
 from vix.layers.posenc import Rotary
 from vix.models.cct import CCT, CCTBlock
 from vix.models.counts import Shape
@@ -120,7 +120,7 @@ class PublishedLayers:
                 return 2 * n
             case ConvHeadPooling():  # both convolutions and their container; the class token's linear; the pooling itself
                 return 3 * self.size(module.pool[1]) + self.size(module.proj) + n
-            case nn.Identity():
+            case nn.Identity() | StochasticDepth():
                 return 0
             case _:
                 return (0 if isinstance(module, CONTAINERS) else n) + sum(map(self.outputs, module.children()))

@@ -17,7 +17,8 @@ provides an argument that the mixer's constructor does not take.
 
 ``forward`` maps ``x_BND`` to the same shape. An invalid option raises a ``ValueError`` that starts with the option's name.
 Families may set the options ``heads`` and ``dim_head``, where they exist, per stage (:func:`vix.build.mixer_builder`). A
-method ``on_train_step(step)``, if there is one, is called before every training step.
+method ``on_train_step(step)``, if there is one, is called before every training step. An attribute ``no_weight_decay`` names
+parameters with more than one axis that get no weight decay where the option ``no_decay_on_norm_and_bias`` is true.
 
 A mixer with queries, keys and values implements ``forward`` by two methods (:class:`vix.layers.heads.MultiHeadMixer`), so that
 its attention can be inspected (:mod:`vix.attention.inspection`):
@@ -25,4 +26,6 @@ its attention can be inspected (:mod:`vix.attention.inspection`):
     qkv(x_BND): returns queries (B, H, N, E), keys and values (B, G, M, E), after any rotation. H is a multiple of G, and M is
         N unless the keys are on another grid than the queries.
     attend(q, k, v): the mixing alone; returns (B, H, N, E), linear in the values.
+
+One that weighs channels instead of tokens sets ``has_attention_weights = False``.
 """

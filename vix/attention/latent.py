@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Softmax attention of queries (B, N, D) to a context (B, M, D), without biases: → (B, N, D).
 
-    latents: number of learned tokens that ask where no queries are given; None: none.
+    latents: number of learned queries, used where no others are given; None: none.
     """
 
     no_weight_decay = ("latents_ND",)

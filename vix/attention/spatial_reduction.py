@@ -21,7 +21,7 @@ class SpatialReduction(nn.Module):
     stride: rows and columns that the convolution reduces to one. A map that it does not divide is padded with zeros.
     size: side of the pooled map in tokens.
 
-    A class token asks, like all tokens, but is not among the keys.
+    A class token is among the queries, but not among the keys.
 
     Raises ValueError where ``heads`` does not divide ``dim``, ``stride`` exceeds the rows of tokens, or ``size`` does.
     """
@@ -51,15 +51,16 @@ class SpatialReduction(nn.Module):
         kernel = 1 if reduction == "pool" else stride
         self.reduce = nn.Conv2d(dim, dim, kernel, stride=kernel)
         self.norm = nn.LayerNorm(dim)
+        # Otherwise the convolution would leave out the last rows and columns.
+        self.padding = (0, -tokens.width % kernel, 0, -tokens.height % kernel)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = cast_to_autocast(x_BND)
         _, map_BDYX = self.tokens.split(x_BND)
         if self.size is not None:
             map_BDYX = F.adaptive_avg_pool2d(map_BDYX, self.size)
-        else:  # the convolution would leave out the last rows and columns
-            stride = self.reduce.stride[0]
-            map_BDYX = F.pad(map_BDYX, (0, -self.tokens.width % stride, 0, -self.tokens.height % stride))
+        elif any(self.padding):  # F.pad copies also where there is nothing to pad
+            map_BDYX = F.pad(map_BDYX, self.padding)
         (reduced_BMD,) = upcast_fp32(self.reduce(map_BDYX).flatten(2).mT)  # for the norm's gradients, as in Block
         reduced_BMD = self.norm(reduced_BMD)
         if self.size is not None:

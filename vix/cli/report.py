@@ -102,7 +102,7 @@ HOW_TO_READ = (
     "data.validation_size, mean ± sample standard deviation over the seeds. Best of all: the highest top-1 after any epoch of "
     "any seed. Peak GPU GB: PyTorch's peak allocated memory in the training steps, without the data set, in 10⁹ bytes. "
     "Training images/s and total minutes are means over the seeds. Weights and biases is the paper's count; trainable adds "
-    "position embeddings, class tokens and Linformer's projections."
+    "position embeddings, class tokens, Linformer's projections and the norms of CvT."
 )
 HOW_TO_READ_FOLDS = (
     "A line with folds is a cross-validation (data.folds): mean and standard deviation are over all of its runs, one per seed "

@@ -7,7 +7,7 @@ Interface: the constructor takes
     dim: width D of the tokens,
 
 then keyword-only options. ``grid`` holds the numbers of rows and columns of tokens. ``forward`` maps ``images_BCYX`` to the map
-of tokens (B, D, Y, X).
+of tokens (B, D, Y, X). Its first layer must be a convolution, which Muon leaves to AdamW as the layer of the input.
 """
 
 from itertools import pairwise

@@ -9,6 +9,10 @@ The constructor takes
 
 then keyword-only options. ``forward`` maps ``images_BCYX`` to ``logits_BK``.
 
+Other parts of the program find by name the classifier ``head`` (Muon leaves it to AdamW, and weights for other classes may lack
+it) and the ``class_token``; and by their class the blocks (:class:`vix.layers.checkpointing.Block`), whose activations can be
+recomputed.
+
 In families with stages, ``depth`` is a list of the number of blocks per stage. Every other option of a stage is one value for
 all stages, or a list with one value per stage.
 """

@@ -24,7 +24,7 @@ class CCT(nn.Module):
     mlp_ratio: hidden width of the MLPs divided by ``dim``.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
     layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
-    dropout: dropout probability of the mixers' and MLPs' outputs.
+    dropout: dropout probability of the mixers' and MLPs' outputs and the MLPs' hidden layer.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class CvT(nn.Module):
     heads: number H of heads, per stage; None: ``attention.heads``.
     mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
     stride: stride of the 3×3 convolutions before the second and later stages, one value per convolution.
-    dropout: dropout probability of the mixers' and MLPs' outputs.
+    dropout: dropout probability of the mixers' and MLPs' outputs and the MLPs' hidden layer.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
     layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
 

@@ -27,7 +27,7 @@ class PiT(nn.Module):
     mlp_ratio: hidden width of the MLPs divided by ``dim``, per stage.
     stride: stride of the poolings, one value per pooling.
     pool: what the head reads: ``class_token``, a learned token before the others, as in PiT; or the ``mean`` of all tokens.
-    dropout: dropout probability of the mixers' and MLPs' outputs.
+    dropout: dropout probability of the mixers' and MLPs' outputs and the MLPs' hidden layer.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
     layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
 

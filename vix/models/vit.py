@@ -22,7 +22,7 @@ class ViT(nn.Module):
     depth: number of blocks.
     mlp_ratio: hidden width of the MLPs divided by ``dim``.
     pool: ``class_token`` prepends a learned token and classifies from it (ViT); ``mean`` averages all tokens (MLP-Mixer).
-    dropout: dropout probability of the mixers' and MLPs' outputs.
+    dropout: dropout probability of the mixers' and MLPs' outputs and the MLPs' hidden layer.
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
     layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
     """

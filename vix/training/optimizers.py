@@ -50,7 +50,7 @@ class MuonAdamW(Optimizer):
 
         Not hidden are the first convolution, whose input are images, and the head; grouped convolutions have no matrix.
 
-        no_decay: exclude norms, biases and position tables from weight decay.
+        no_decay: exclude the parameters of :func:`param_groups_weight_decay` from weight decay.
         """
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and name != "head"]
