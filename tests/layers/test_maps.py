@@ -74,7 +74,10 @@ def test_a_compiled_depthwise_convolution() -> None:
 
 @pytest.mark.parametrize("mixer", [WindowAttention(16, TokenGrid(16, 16), 1), NeighborhoodAttention(16, TokenGrid(16, 16))])
 def test_windows_are_attended_on_four_axes(mixer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused kernels take no fifth one, and would be replaced by one that stores all attention weights."""
+    """Fused kernels take no fifth one, and would be replaced by one that stores all attention weights.
+
+    Explicit attention on a CPU takes it, and computes the same without copies of the bias.
+    """
     shapes = []
     attend = maps.softmax_attention
 
@@ -83,5 +86,10 @@ def test_windows_are_attended_on_four_axes(mixer: nn.Module, monkeypatch: pytest
         return attend(*tensors)
 
     monkeypatch.setattr(maps, "softmax_attention", record)
-    mixer(torch.randn(2, 256, 16))
+    x = torch.randn(2, 256, 16)
+    explicit = mixer(x)
+    assert shapes == [5, 5, 5, 5]
+    shapes.clear()
+    monkeypatch.setattr(maps, "is_explicit", lambda *_: False)  # as on a GPU
+    torch.testing.assert_close(mixer(x), explicit)
     assert shapes == [4, 4, 4, 4]

@@ -32,7 +32,7 @@ def softmax_attention(
         q_BHNE, k_BHME = upcast_fp32(q_BHNE, k_BHME)
         if bias_1HNM is not None:
             (bias_1HNM,) = upcast_fp32(bias_1HNM)
-        if min(q_BHNE.shape[-2], k_BHME.shape[-2]) <= EXPLICIT_MAX_LEN:
+        if is_explicit(q_BHNE, k_BHME):
             return explicit_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM, dropout)
         # On a CPU the fused backward pass is no faster in bfloat16, and less accurate.
         (v_BHME,) = upcast_fp32(v_BHME)
@@ -41,6 +41,11 @@ def softmax_attention(
         else:
             out_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=bias_1HNM, dropout_p=dropout)
     return out_BHNE.to(dtype)
+
+
+def is_explicit(q_BHNE: Tensor, k_BHME: Tensor) -> bool:
+    """Whether :func:`softmax_attention` stores the N×M matrix; the tensors may then have further leading axes."""
+    return q_BHNE.is_cpu and min(q_BHNE.shape[-2], k_BHME.shape[-2]) <= EXPLICIT_MAX_LEN
 
 
 def explicit_attention(

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vix.errors import nearest_divisors
-from vix.layers.attend import softmax_attention
+from vix.layers.attend import is_explicit, softmax_attention
 from vix.layers.precision import cast_to_autocast
 from vix.layers.tokens import TokenGrid
 
@@ -129,12 +129,16 @@ def merge_windows(x_BWTD: Tensor, height: int, width: int) -> Tensor:
 
 
 def window_attention(q_BWHTE: Tensor, k_BWHKE: Tensor, v_BWHKE: Tensor, bias_1WHTK: Tensor) -> Tensor:
-    """Softmax attention in each of W windows; the windows are computed as heads, because fused kernels take four axes only.
+    """Softmax attention in each of W windows.
+
+    For fused kernels, which take four axes only, the windows are heads, each with its copy of the bias.
 
     q_BWHTE, k_BWHKE, v_BWHKE: queries (B, W, H, T, E), keys and values (B, W, H, K, E).
     bias_1WHTK: bias on the attention logits, (1, W, H, T, K); W and H may be 1.
     Returns (B, W, H, T, E).
     """
+    if is_explicit(q_BWHTE, k_BWHKE):
+        return softmax_attention(q_BWHTE, k_BWHKE, v_BWHKE, bias_1WHTK.to(q_BWHTE.dtype))
     windows, heads = q_BWHTE.shape[1:3]
     bias_1FTK = bias_1WHTK.expand(1, windows, heads, -1, -1).flatten(1, 2).to(q_BWHTE.dtype)  # F = W·H
     out_BFTE = softmax_attention(q_BWHTE.flatten(1, 2), k_BWHKE.flatten(1, 2), v_BWHKE.flatten(1, 2), bias_1FTK)
