@@ -709,7 +709,7 @@ def test_standard_output_is_not_replaced_where_it_is_a_file(tmp_path: Path, monk
 def test_only_a_checkpoint_can_be_continued_under_another_config(tmp_path: Path) -> None:
     config = {"trainer": {"epochs": 1}}
     run = RunDirectory(tmp_path, {}, {"trainer": {"epochs": 2}})
-    with pytest.raises(ConfigError, match=r"start over with rerun=true, or choose another directory$"):
+    with pytest.raises(ConfigError, match=r"start over with rerun=true, or choose another directory with hydra.run.dir=DIR$"):
         run.check_same_run(config, {}, "auto")
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(ConfigError, match=r"or continue under the new config with trainer\.resume=force$"):
