@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from benchmarks.compact import NAMES
 from benchmarks.record import errors_in_one_line
@@ -94,14 +96,16 @@ def table(rows: Sequence[Trained]) -> Table:
 
 
 def picture(rows: Sequence[Trained]) -> bytes:
-    """PNG of accuracy against seconds per epoch, and against peak memory."""
+    """PNG of accuracy, on a logarithmic scale of the errors, against seconds per epoch, and against peak memory."""
     with rc_context({"font.size": 9}):
-        figure = Figure((11, 4.8), DPI)
+        figure = Figure((11, 5.6), DPI)
         panels = figure.subplots(1, 2)
-        figure.subplots_adjust(left=0.06, right=0.99, top=0.96, bottom=0.11, wspace=0.14)
+        figure.subplots_adjust(left=0.06, right=0.99, top=0.98, bottom=0.09, wspace=0.14)
         quantities = (("seconds", "seconds per epoch of 50,000 images"), ("megabytes", "peak memory of a training step, MB"))
         for axes, (quantity, label) in zip(panels, quantities, strict=True):
             axes.grid(alpha=0.25)
+            axes.set_yscale("function", functions=(lambda top1: -np.log(101 - top1), lambda scaled: 101 - np.exp(-scaled)))
+            axes.yaxis.set_major_locator(MultipleLocator(5))
             costs = [Cost(getattr(row, quantity), row.top1, row.std, row.mixer, row.mixer) for row in rows]
             pareto_panel(figure, axes, costs, label)
         return png(figure)

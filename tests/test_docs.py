@@ -18,6 +18,7 @@ import torch
 import yaml
 from conftest import ROOT
 from hydra.types import RunMode
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from test_config import GROUPS, OWN_MIXER
 
@@ -225,6 +226,15 @@ def test_compact_benchmark() -> None:
         softmax = next(row for row in rows if row.mixer == "softmax")
         assert any(row.top1 > softmax.top1 for row in rows)
         assert any(row.seconds < softmax.seconds and row.megabytes < softmax.megabytes for row in rows)
+
+
+def test_every_mixer_has_its_label_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(accuracy, "png", figures.append)
+    rows = accuracy.trained(accuracy.RUNS, json.loads(accuracy.RECORD.read_text()))
+    accuracy.picture(rows)
+    for panel in figures[0].axes:
+        assert {label.get_text() for label in panel.texts} == {row.mixer for row in rows}
 
 
 def from_tokens(points: list[dict], mixer: str, quantity: str) -> str:

@@ -354,19 +354,26 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
         low = near + size * (np.sign(OFFSETS) - 1) / 2
         boxes = np.concatenate([low, low + size], axis=1)
         free = (low > frame.min).all(axis=1) & (low + size < frame.max).all(axis=1) & ~overlap(boxes, solid)
-        labels = solid[len(points) :]  # leaders may cross points, which often lie close together, but no labels
-        for k in (*np.flatnonzero(free & ~overlap(boxes, thin)), *np.flatnonzero(free)):
+        others, labels = np.delete(solid[: len(points)], i, 0), solid[len(points) :]
+        places = dict.fromkeys([*np.flatnonzero(free & ~overlap(boxes, thin)), *np.flatnonzero(free)])
+        chosen = None
+        for k in places:
             leader = along(pixels[i], near[k])
             if not overlap(leader, labels).any():
-                dx, dy = OFFSETS[k]
-                label.set(position=(dx, dy), ha=ACROSS[np.sign(dx)], va=UP[np.sign(dy)])
-                solid = np.concatenate([solid, boxes[k : k + 1], leader])
-                if k >= len(SIDES):  # labels next to their point need no leader
-                    leaders.append((near[k], pixels[i]))
-                    leader_colors.append(color)
-                break
-        else:
+                if not overlap(leader, others).any():
+                    chosen = k
+                    break
+                # Leaders cross points, which often lie close together, only where there is no other place.
+                chosen = k if chosen is None else chosen
+        if chosen is None:
             label.remove()
+            continue
+        dx, dy = OFFSETS[chosen]
+        label.set(position=(dx, dy), ha=ACROSS[np.sign(dx)], va=UP[np.sign(dy)])
+        solid = np.concatenate([solid, boxes[chosen : chosen + 1], along(pixels[i], near[chosen])])
+        if chosen >= len(SIDES):  # labels next to their point need no leader
+            leaders.append((near[chosen], pixels[i]))
+            leader_colors.append(color)
     # One artist for all leaders: an arrow per label would take most of the report's time.
     ends = [axes.transData.inverted().transform((start, end)) for start, end in leaders]
     axes.add_collection(LineCollection(ends, colors=leader_colors, linewidths=0.5, zorder=2), autolim=False)
