@@ -301,5 +301,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path} has the weights of another model than its config describes; restore or replace it") from error
+        raise UserError(
+            f"{path} has the weights of another model than its config describes: if an older version of this program wrote it "
+            "(git_commit in results.json), use that one, else restore the file"
+        ) from error
     return model

@@ -43,8 +43,8 @@ def check_weights_fit(changed: Changes, model: nn.Module, saved: Mapping[str, Te
     if here != {name: tensor.shape for name, tensor in saved.items()}:
         if not changed:
             raise UserError(
-                f"the checkpoint in {directory} has the weights of another model, although its config is the same; "
-                "start over with rerun=true"
+                f"the checkpoint in {directory} has the weights of another model, although its config is the same "
+                "(an older version of this program may have written it); start over with rerun=true"
             )
         model_keys = {key: values for key, values in changed.items() if key.partition(".")[0] in MODEL_GROUPS}
         raise cannot_resume(directory, model_keys or changed, "its weights do not match this model")
