@@ -239,11 +239,10 @@ class RunDirectory:
         Where it failed before it resumed or archived an earlier run, the results of that run are kept: only the status of an
         unfinished one changes, and of a file that cannot be read, nothing.
         """
-        if not self.begun and self.results_path.exists():
-            previous = read_results(self.results_path)
-            if not previous or previous["status"] == "finished":
+        if not self.begun and (self.results_path.exists() or self.previous_results):
+            if self.previous_results.get("status", "finished") == "finished":
                 return
-            self.results = previous
+            self.results = dict(self.previous_results)
         self.write_results(**fields)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
