@@ -11,7 +11,7 @@ import sys
 from itertools import product
 from typing import Any
 
-from benchmarks.isolated import Refused, gap_kind, isolated, processes
+from benchmarks.isolated import Refused, exit_with_errors, gap_kind, isolated, processes
 from benchmarks.measure import ceilings
 from benchmarks.record import chosen_device, errors_in_one_line, parser, write
 from benchmarks.variants import KINDS, MODELS, ON_CPUS, ON_GPUS, OURS, THEIRS, step_cost
@@ -177,9 +177,7 @@ def main() -> None:
     top = record["ceilings"]
     print(f"Ceilings: {top['matmul'] / 1e12:.2f} TFLOP/s for a matrix product, {top['copy'] / 1e9:.1f} GB/s for a copy")
     print(f"Written: {path}")
-    if refused := [*gaps["refused"], *gaps["errors"]]:
-        missing = ", ".join(f"{gap['model']} ({gap['kind']})" for gap in refused)
-        sys.exit(f"error: not measured: {missing}; the reasons are in the file")
+    exit_with_errors([*gaps["refused"], *gaps["errors"]])
 
 
 if __name__ == "__main__":

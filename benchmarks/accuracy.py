@@ -96,7 +96,7 @@ def table(rows: Sequence[Trained]) -> Table:
 
 
 def picture(rows: Sequence[Trained]) -> bytes:
-    """PNG of accuracy, on a logarithmic scale of the errors, against seconds per epoch, and against peak memory."""
+    """PNG of accuracy, on an axis that is logarithmic in the error rate, against seconds per epoch, and against peak memory."""
     with rc_context({"font.size": 9}):
         figure = Figure((11, 5.6), DPI)
         panels = figure.subplots(1, 2)

@@ -226,8 +226,8 @@ def measure_all(missing: list[Piece], every: list[Piece], folder: Path, minutes:
         try:
             reason = measure(piece, folder, left)
         except subprocess.TimeoutExpired:
-            if not durations and left and minutes:  # it had all of the call that failed pieces, if any, did not take
-                too_slow(folder, piece).write_text(f"{minutes if left > 54 * minutes else left / 60}")
+            if not durations:  # no piece was measured before it in this call
+                too_slow(folder, piece).write_text(f"{minutes}")
             break
         if reason is None:
             durations.append(time.monotonic() - began)

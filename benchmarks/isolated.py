@@ -27,7 +27,7 @@ def gap_kind(error: Exception) -> str:
 
 
 def exit_with_errors(errors: Sequence[Mapping[str, Any]]) -> None:
-    """Exit with status 1 and one line where a record has errors."""
+    """Exit with status 1 and one line where something was not measured."""
     if errors:
         missing = dict.fromkeys(" ".join(str(value) for key, value in gap.items() if key != "reason") for gap in errors)
         sys.exit(f"error: not measured: {', '.join(missing)}; the reasons are in the file, the first: {first_line(errors[0])}")

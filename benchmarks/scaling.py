@@ -23,8 +23,7 @@ from vix.composition.command import CONFIG_DIR
 from vix.errors import UserError
 from vix.reporting.table import Table
 
-# The mixers of conf/attention in the order of the tables: softmax, what approximates it, what replaces it, the floors, and then
-# further ones. The attentions of LeViT and CvT are softmax attention.
+# The mixers of the kept measurement, in the order of its tables. The attentions of LeViT and CvT are softmax attention.
 ORDER = (
     *("softmax", "performer", "linformer", "nystrom", "linear", "agent", "latent", "external", "cross_covariance"),
     *("spatial_reduction", "window", "neighbourhood", "fourier", "global_filter", "token_mlp", "gating"),

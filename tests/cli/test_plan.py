@@ -120,7 +120,7 @@ MODELS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS, ids=" ".join)
-def test_memory_told_beforehand(compose_config: Compose, model: tuple[str, ...], precision: str) -> None:
+def test_estimated_memory(compose_config: Compose, model: tuple[str, ...], precision: str) -> None:
     """Within a tenth of what PyTorch's profiler sees a real step allocate."""
     smaller = ("embedding.patch_size=2",) if model[0] != "experiment=cvn" else ()
     smaller += ("model.depth=2",) if model[0] not in ("experiment=cvn", "experiment=levit") else ()

@@ -279,7 +279,7 @@ def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
     assert len(names("--where", "optimizer.lr=1e-3", "--where", "trainer.clip_norm=null", "--where", "rerun=false")) == 3
 
 
-def test_wrong_arguments_are_told_in_one_line(real: dict[str, Any], tmp_path: Path) -> None:
+def test_wrong_arguments_are_reported_in_one_line(real: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "outputs/vin/results.json", as_row(real, "vin", 0))
     outputs = tmp_path / "outputs"
     line = first_paragraph(module("report", outputs, "--sort", "top55"))

@@ -429,11 +429,11 @@ def test_choices_that_are_no_names(tmp_path: Path, forked: Forked, words: list[s
     assert output.splitlines()[-1].startswith(f"error: {message}")
 
 
-def test_the_cause_of_an_error_is_told_only_where_the_error_is_a_librarys() -> None:
+def test_the_cause_of_an_error_is_reported_only_for_errors_of_libraries() -> None:
     cause = PermissionError(13, "Permission denied")
-    for error, told in ((ValueError("no handler"), True), (ConfigError("mine.yaml: cannot be read"), False)):
+    for error, replaced in ((ValueError("no handler"), True), (ConfigError("mine.yaml: cannot be read"), False)):
         error.__cause__ = cause
-        assert os_error(error) is (cause if told else error)
+        assert os_error(error) is (cause if replaced else error)
 
 
 def test_directories_of_runs_need_no_quotes() -> None:

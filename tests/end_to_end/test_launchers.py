@@ -98,7 +98,7 @@ def test_the_launchers_processes_compose_as_the_program_does(
     assert f"--config-dir {tmp_path}/mine" in results["good"]["command"]
 
 
-def test_a_missing_plugin_is_told(tmp_path: Path) -> None:
+def test_a_missing_plugin_is_reported(tmp_path: Path) -> None:
     done = run_train(tmp_path, "-m", "hydra/launcher=nosuch", *TINY)
     assert done.returncode == 1
     assert "hydra/launcher=nosuch: no such option, or its plugin is not installed: pip install -r" in done.stderr

@@ -221,7 +221,7 @@ def test_the_same_command_again(tmp_path: Path) -> None:
     assert all(len((directory / name / "metrics.csv").read_text().splitlines()) == 3 for name in (".", "previous-1"))
 
 
-def test_a_second_process_is_told_who_writes(tmp_path: Path, forked: Forked) -> None:
+def test_the_error_of_a_second_process_names_the_first(tmp_path: Path, forked: Forked) -> None:
     arguments = (*TINY, "trainer.epochs=100000")
     process = forked.start(tmp_path, *arguments)
     while not list(tmp_path.glob("outputs/*/*/results.json")):

@@ -84,7 +84,7 @@ def test_it_goes_on_top_of_any_model(compose_config: Compose, experiment: str) -
     assert modern.trainer.epochs == (10 if experiment == "quickstart" else modern.trainer.epochs)
 
 
-def test_an_unknown_recipe_is_told_the_known_ones(compose_config: Compose) -> None:
+def test_the_error_for_an_unknown_recipe_names_the_known_ones(compose_config: Compose) -> None:
     with pytest.raises(MissingConfigException) as error:
         compose_config("recipe=modrn")
     assert format_error(error.value, ["recipe=modrn"]) == ("recipe=modrn: conf/recipe/ has no such file; nearest: modern")

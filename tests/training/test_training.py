@@ -248,8 +248,8 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
     saved = torch.load(tmp_path / "run" / "nonfinite.pt", weights_only=True)
     sizes, activations = [], []
     model.register_forward_hook(lambda _, arguments, __: sizes.append(len(arguments[0])))
-    model.register_forward_pre_hook(lambda *_: activations.append([ref() for ref in refs]))
     refs: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: activations.append([ref() for ref in refs]))
     model.blocks[0].register_forward_hook(lambda _, __, output: refs.append(weakref.ref(output)))
     model.load_state_dict(saved["model"])
     assert "the output of blocks.0" in locate_layer(model, saved)
