@@ -60,13 +60,13 @@ def given_threads(
 
     environment: environment variables.
     root: of the file system that contains /proc and the control groups.
-    affinity: number of CPUs in the affinity mask; None: read it.
+    affinity: number of CPUs in the affinity mask, which is then the parent's, too; None: read both.
     parent: ID of the parent process; None: read it.
     """
     chosen = chosen_threads(environment, root, os.getppid() if parent is None else parent)
     if chosen:
         return Threads(chosen, "OMP_NUM_THREADS")
-    processes = 1 if has_own_mask() else positive(environment.get("LOCAL_WORLD_SIZE")) or 1
+    processes = 1 if affinity is None and has_own_mask() else positive(environment.get("LOCAL_WORLD_SIZE")) or 1
     bounds = [divided(Threads(affinity or visible_cpus(), "the CPUs of this process's affinity mask"), processes)]
     slurm = slurm_cpus(environment)
     if slurm:  # of a task, which is the process itself, or torchrun, which started it
