@@ -1,6 +1,7 @@
 """``python -m vix COMMAND …``, also installed as ``vix``: one table from command to function."""
 
 import importlib
+import os
 import sys
 
 from vix.errors import UserError
@@ -34,6 +35,10 @@ def main() -> None:
     module = importlib.import_module(f"vix.cli.{COMMANDS[name][0]}")
     del sys.argv[1]
     try:
+        if "WORLD_SIZE" in os.environ:
+            from vix.system.distributed import check_environment  # imports PyTorch, which not every command needs
+
+            check_environment()
         module.main()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from vix.config import check_value, to_plain, validated_partial
 from vix.data.augment import Augmentation
 from vix.data.dataset import ImageData
-from vix.errors import ConfigError, DataError, UserError, nearest
+from vix.errors import ConfigError, DataError, UserError, first_paragraph, nearest
 from vix.layers.heads import head_width
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
 from vix.reporting.logger import RunLogger
 from vix.runs.checkpoint import read_checkpoint
 from vix.system.files import user_path
+from vix.system.memory import out_of_memory
 from vix.training.param_groups import param_groups_weight_decay
 from vix.training.trainer import Trainer
 from vix.types import Seed
@@ -119,6 +120,24 @@ class Experiment:
         else:
             params = param_groups_weight_decay(model) if no_decay else model.parameters()
         return construct("optimizer", make, params=params)
+
+    def check_optimizer_step(self) -> None:
+        """Try a step of PyTorch's optimizers on the trainer's device, with one small matrix.
+
+        Raises ConfigError where an option, or the optimizer itself, does not work there: their constructors accept it.
+        """
+        make = self.part("optimizer")
+        if hasattr(make.func, "param_groups_of"):  # it depends on the model
+            return
+        parameter = nn.Parameter(torch.zeros(2, 2, device=self.trainer.torch_device))
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = construct("optimizer", make, params=[parameter])
+        try:
+            optimizer.step()
+        except (AssertionError, RuntimeError, TypeError) as error:
+            if out_of_memory(error):
+                raise
+            raise ConfigError(f"optimizer: {make.func.__name__} cannot train here ({first_paragraph(error)})") from error
 
 
 def parse(cfg: DictConfig) -> Experiment:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common import table_after
+from common import fit, table_after
 from conftest import ROOT, TINY, run_train
 from forked import Forked, signal_at_file
+from omegaconf import DictConfig
 from PIL import Image
 
 import vix
@@ -619,6 +621,33 @@ def test_what_nothing_can_continue_is_moved_aside(tmp_path: Path, files: dict[st
     assert "epochs" not in run.results
     assert {path.name: path.read_text() for path in (tmp_path / "previous-1").iterdir()} == files
     assert [path.name for path in tmp_path.iterdir()] == ["previous-1"]
+
+
+def test_a_damaged_checkpoint_never_replaces_the_previous_one(
+    compose_config: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the next one cannot be written, such as on a full disk."""
+    fit(compose_config(*TINY), tmp_path)
+    path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    good = previous.read_bytes()
+    run = RunDirectory(tmp_path, {}, {})
+    state = run.read_newest_checkpoint()
+    assert state
+
+    def full(*_: Any) -> None:
+        raise UserError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vix.runs.run.write_tensors", full)
+        with pytest.raises(UserError, match="full"):
+            run.save_checkpoint(state)
+    assert previous.read_bytes() == good
+    run.save_checkpoint(state)
+    assert previous.read_bytes() == good
+    written = path.read_bytes()
+    run.save_checkpoint(state)
+    assert previous.read_bytes() == written  # from then on as always
 
 
 def test_a_run_stopped_before_its_first_epoch_starts_in_place(tmp_path: Path) -> None:

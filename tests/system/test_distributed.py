@@ -14,7 +14,11 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vix
+from vix.__main__ import main
 from vix.build import parse
+from vix.cli.launch import launch
+from vix.errors import UserError
+from vix.system.distributed import check_environment, world_size
 from vix.training.evaluate import accuracy
 
 # 41 images in batches of 20: the last batch has one, so the second process has a share of none.
@@ -132,6 +136,36 @@ def test_stops_and_continues(tmp_path: Path) -> None:
     scores = accuracy(vix.load_model(run), test.eval_batches(50), torch.autocast("cpu", enabled=False), test.classes)
     assert scores["test_loss"] == pytest.approx(results["test_loss"], rel=1e-5)
     assert [(tmp_path / f"evaluated-{rank}").read_text() for rank in range(2)] == ["11", "10"]  # halves of 21
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "without LOCAL_RANK"),
+        (dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "x"), "which is no number"),
+        ({"WORLD_SIZE": ""}, ""),
+        ({"WORLD_SIZE": "1"}, ""),
+    ],
+)
+def test_variables_that_torchrun_did_not_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], reason: str
+) -> None:
+    """Such as those of a cluster."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not reason:
+        check_environment()
+        assert world_size() == 1
+        return
+    with pytest.raises(UserError, match=f"^WORLD_SIZE=.* is set in the environment, {reason}"):
+        check_environment()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert launch(lambda: None) == 2
+    monkeypatch.setattr(sys, "argv", ["vix", "report"])
+    with pytest.raises(SystemExit, match=r"^error: WORLD_SIZE="):
+        main()
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE=")
 
 
 @pytest.mark.slow

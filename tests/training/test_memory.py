@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_train
-from omegaconf import DictConfig
+from conftest import TINY, run_train
+from omegaconf import DictConfig, open_dict
 
 from vix.analysis.cost import training_memory
 from vix.build import parse
+from vix.cli.launch import oom_message
 from vix.errors import ConfigError
 from vix.system.memory import check_memory_limit, limit_memory, out_of_memory
 
@@ -57,6 +58,16 @@ def test_too_little_memory_is_one_line(compose_config: Compose, tmp_path: Path, 
     failed = results(tmp_path, arguments[-1])
     assert failed["status"] == "failed"
     assert line == f"error: {failed['error']}"
+
+
+def test_it_is_said_for_options_that_the_trainers_file_leaves_out(compose_config: Compose) -> None:
+    cfg = compose_config(*TINY)
+    with open_dict(cfg):
+        for option in ("micro_batch", "eval_batch_size", "activation_checkpointing", "memory_limit_gb"):
+            del cfg.trainer[option]
+    assert str(oom_message(cfg, MemoryError())).startswith(
+        "out of memory, with micro-batches of 20 images (trainer.batch_size=20) in training and trainer.eval_batch_size=256"
+    )
 
 
 @pytest.mark.slow

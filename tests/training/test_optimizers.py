@@ -1,18 +1,20 @@
 """Optimizers of this program next to independent ones: PyTorch's Muon and AdamW by hand, and timm's Lion."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from common import fit
-from conftest import ROOT
+from conftest import ROOT, TINY
 from omegaconf import DictConfig
 from torch import nn
 
 from vix import build_model
 from vix.build import parse
+from vix.errors import ConfigError
 from vix.training.optimizers import Lion, MuonAdamW
 from vix.training.param_groups import param_groups_weight_decay
 from vix.training.state import load_optimizer
@@ -193,3 +195,22 @@ def test_the_learning_rate_of_every_part_follows_the_schedule(compose_config: Co
     optimizer = MuonAdamW(MuonAdamW.param_groups_of(model, True), lr=1e-2)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     assert all(torch.equal(a, b) for a, b in zip(train(model, optimizer, steps=1), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["optimizer._target_=torch.optim.LBFGS"], "LBFGS cannot train here (LBFGS.step() missing 1 required"),
+        (["+optimizer.differentiable=true", "optimizer.fused=null"], "AdamW cannot train here (a leaf Variable that requires"),
+        (["+optimizer.capturable=true", "optimizer.fused=null"], "AdamW cannot train here (If capturable=True, params and"),
+    ],
+)
+def test_what_fails_only_in_a_step_is_refused_before(compose_config: Compose, overrides: list[str], reason: str) -> None:
+    cfg = compose_config(*TINY, *overrides)
+    with pytest.raises(ConfigError, match="^optimizer: " + re.escape(reason)):
+        parse(cfg).check_optimizer_step()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf" / "optimizer").glob("*.yaml"))])
+def test_every_optimizer_can_take_a_step(compose_config: Compose, name: str) -> None:
+    parse(compose_config(*TINY, f"optimizer={name}")).check_optimizer_step()

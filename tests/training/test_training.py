@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 import vix
 from vix.build import parse
 from vix.cli.replay import repeat_step
+from vix.errors import ConfigError
 from vix.runs.run import RunDirectory
 from vix.system.device import resolve_device, resolve_precision
 from vix.system.rng import get_rng_state, set_rng_state
@@ -270,6 +271,12 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
         NonFiniteError, match=r"not finite at step \d+; the memory does not suffice to locate the layer; `python"
     ):
         fit(cfg, tmp_path / "again")
+
+
+def test_a_trainer_without_a_number_of_epochs_is_refused(compose_config: Compose) -> None:
+    """Its checkpoints could not be continued."""
+    with pytest.raises(ConfigError, match=r"^trainer\.epochs"):
+        _ = parse(compose_config(*TINY, "~trainer.epochs")).trainer
 
 
 @pytest.mark.parametrize("attention", ["levit", "softmax"])

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,13 +49,22 @@ from vix.runs.identity import git_commit, run_name_parts
 from vix.runs.run import RunDirectory
 from vix.runs.snapshot import undo_start
 from vix.runs.sweep import RERUN, JobStatus, Sweep, rerun_file
-from vix.system.distributed import PeerLostError, broadcast_from_rank0, peer_lost, process_group, rank, world_size
+from vix.system.distributed import (
+    PeerLostError,
+    broadcast_from_rank0,
+    check_environment,
+    peer_lost,
+    process_group,
+    rank,
+    world_size,
+)
 from vix.system.files import LockedError, exclusive_lock
 from vix.system.memory import gpu_out_of_memory, limit_memory, out_of_memory
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
 from vix.training.compile import release_compiled
 from vix.training.init_from import fit_weights, init_identity
+from vix.training.trainer import Trainer
 
 REPORT = "VIX_REPORT"  # environment variable that sweep.sh sets: print the report of all runs after the sweep
 log = logging.getLogger("vix")
@@ -157,6 +167,7 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         model = experiment.build_model()
         experiment.build_optimizer(model)
         trainer, data, augmentation = experiment.trainer, experiment.data, experiment.augmentation
+        experiment.check_optimizer_step()
         check_batches(experiment.build_model, data, trainer)
         make_logger = experiment.logger
     run.add_identity(image_set=data.image_set, **init_identity(trainer.init_from))
@@ -192,18 +203,20 @@ def free_memory() -> None:
 def oom_message(cfg: DictConfig, error: Exception) -> UserError:
     """The error for an out-of-memory error of the GPU or of the machine, with the options that reduce memory."""
     kind = "GPU memory" if gpu_out_of_memory(error) else "memory"
-    limit = cfg.trainer.memory_limit_gb
+    defaults = {field.name: field.default for field in fields(Trainer)}  # of options that the trainer's file leaves out
+    options = defaults | OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[operator]
+    limit, batch_size, eval_batch = options["memory_limit_gb"], options["batch_size"], options["eval_batch_size"]
     under = f" under trainer.memory_limit_gb={limit}" if limit else ""
-    micro_batch, eval_batch = cfg.trainer.micro_batch or cfg.trainer.batch_size, cfg.trainer.eval_batch_size
+    micro_batch = options["micro_batch"] or batch_size
     if micro_batch == "auto":
         return UserError(
             f"out of {kind}{under}, with trainer.micro_batch=auto; if in training, even the smallest micro-batch does not fit: "
             f"use a smaller model or more memory; if in evaluation, reduce trainer.eval_batch_size={eval_batch}"
         )
-    full = cfg.trainer.activation_checkpointing == "full"
+    full = options["activation_checkpointing"] == "full"
     checkpointing = "" if full else "trainer.activation_checkpointing=full stores fewer activations, "
     return UserError(
-        f"out of {kind}{under}, with micro-batches of {micro_batch} images (trainer.batch_size={cfg.trainer.batch_size}) in "
+        f"out of {kind}{under}, with micro-batches of {micro_batch} images (trainer.batch_size={batch_size}) in "
         f"training and trainer.eval_batch_size={eval_batch} in evaluation; {checkpointing}"
         f"trainer.micro_batch={max(1, micro_batch // 2)} uses smaller micro-batches and trains the same, "
         "trainer.micro_batch=auto finds a size that fits"
@@ -222,6 +235,7 @@ def launch(main: Callable[[], Any]) -> int:
     # Processes started by a launcher must be able to import vix, whatever the working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
     try:
+        check_environment()
         sys.argv[1:] = expand_arguments(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -56,6 +56,7 @@ class RunDirectory:
         self.previous_path = directory / "checkpoint.previous.pt"
         self.identity = identity
         self.begun = False  # whether this start has written results or a checkpoint
+        self.checkpoint_damaged = False  # checkpoint.pt: then checkpoint.previous.pt is the only good one, and must stay
         self.results: dict[str, Any] = {}
         self.reset_results({})
 
@@ -253,11 +254,12 @@ class RunDirectory:
         self.begun = True
         if rank() > 0:
             return
-        if self.checkpoint_path.exists():
+        if self.checkpoint_path.exists() and not self.checkpoint_damaged:
             link_or_copy(self.checkpoint_path, self.previous_path)  # checkpoint.pt exists at all times
         kept = {key: value for key, value in self.results.items() if key not in NOT_IN_CHECKPOINT}
         plain = json.loads(json.dumps(nan_to_none(kept)))  # types that weights_only=True can load
         write_tensors(self.checkpoint_path, {**state, "config": self.config, "results": plain})
+        self.checkpoint_damaged = False
 
     def read_newest_checkpoint(self) -> dict[str, Any] | None:
         """Load checkpoint.pt, or checkpoint.previous.pt where the former is damaged or missing; None where both are missing.
@@ -275,6 +277,7 @@ class RunDirectory:
                 continue
             for message in damaged:
                 log.warning("%s; continuing from %s instead", message, path.name)
+            self.checkpoint_damaged = bool(damaged)
             return state
         if damaged:
             raise UserError(f"{'; '.join(damaged)}; start over with rerun=true")

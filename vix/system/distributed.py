@@ -18,14 +18,30 @@ from vix.errors import UserError
 
 T = TypeVar("T")
 
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 class PeerLostError(UserError):
     """Another process of this run has ended or cannot be reached."""
 
 
+def check_environment() -> None:
+    """Raises UserError where WORLD_SIZE says that there are several processes, but torchrun has not started them."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size == "1":
+        return
+    missing = [name for name in TORCHRUN_VARIABLES if not os.environ.get(name)]
+    if missing or not size.isdecimal() or int(size) < 1:
+        reason = f"without {', '.join(missing)}" if missing else "which is no number of processes"
+        raise UserError(
+            f"WORLD_SIZE={size} is set in the environment, {reason}: start several processes with torchrun, or for one "
+            "process, unset WORLD_SIZE"
+        )
+
+
 def world_size() -> int:
     """Number of processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:

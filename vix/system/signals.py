@@ -36,17 +36,19 @@ class SignalHandler:
             raise SystemExit(128 + self.signal)
 
     @contextmanager
-    def interruptible(self, save_and_exit: Callable[[], None]) -> Iterator[None]:
+    def interruptible(self, leave: Callable[[], None]) -> Iterator[None]:
         """Context manager for a long operation that may be interrupted: a signal raises SystemExit in it immediately.
 
-        save_and_exit: called after a signal, before SystemExit propagates.
+        leave: called after a signal, before SystemExit propagates. The state that the operation changes may be incomplete.
         """
         self.raise_immediately = True
         try:
+            if self.signal:  # received before
+                raise SystemExit(128 + self.signal)
             yield
         except SystemExit:
-            self.raise_immediately = False  # a second signal does not interrupt the saving
-            save_and_exit()
+            self.raise_immediately = False  # a second signal does not interrupt what follows
+            leave()
             raise
         finally:
             self.raise_immediately = False
@@ -61,7 +63,10 @@ class SignalHandler:
         if world_size() > 1:  # all processes must stop at the same step
             if not communicate:
                 return None
-            self.signal = all_reduce_max(self.signal or 0) or None
+            agreed = all_reduce_max(self.signal or 0)
+            if not agreed:
+                return None  # a signal that this process received meanwhile is communicated at the next call
+            self.signal = agreed
         return self.signal
 
     def __exit__(self, *_: object) -> None:

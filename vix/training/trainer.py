@@ -71,7 +71,7 @@ class Trainer:
         the options of this one. An option that cannot change in the middle of a run is refused (vix/runs/identity.py).
     """
 
-    epochs: Positive = 40
+    epochs: Positive
     patience: Positive | None = None
     init_from: str | None = None
     batch_size: Positive = 64
@@ -128,7 +128,8 @@ class Trainer:
         state = session.state
         logged = LoggedRun(run, state.progress.epoch + 1, state.eval_model, session.test, data.class_names, self.probe)
         with session.signals, make_logger(logged) if rank() == 0 else nullcontext() as board:
-            self.compile_train_step(session)
+            if not self.is_over(state.progress):
+                self.compile_train_step(session)
             try:
                 while not self.is_over(state.progress):
                     loss = self.train_epoch(session)
@@ -213,8 +214,12 @@ class Trainer:
         return TrainStep(state, micro_batch, self.clip_norm, self.label_smoothing, self.activation_checkpointing)
 
     def compile_train_step(self, session: "Session") -> None:
-        """Compile forward and backward if configured. A signal may interrupt the compilation, because all is saved before."""
-        with session.signals.interruptible(lambda: self.save_and_exit(session)):
+        """Compile forward and backward if configured.
+
+        A signal may interrupt the compilation, because all is saved before, and nothing is saved then: the dry runs of the
+        compilation may not have been undone.
+        """
+        with session.signals.interruptible(lambda: self.exit_interrupted(session)):
             steps = self.epochs * session.steps_per_epoch
             session.state.progress.seconds += compile_step(
                 session.step, self.compile, steps, *session.first_batch(self.batch_size)
@@ -307,6 +312,10 @@ class Trainer:
     def save_and_exit(self, session: "Session") -> NoReturn:
         """Save the state and exit with status 128 + the number of the received signal."""
         self.save_checkpoint(session)
+        self.exit_interrupted(session)
+
+    def exit_interrupted(self, session: "Session") -> NoReturn:
+        """Exit with status 128 + the number of the received signal, after the state was saved."""
         progress, number = session.state.progress, session.signals.signal
         session.run.write_results(status="interrupted", epochs=progress.epoch, **session.state.peak_memory.gigabytes)
         log.warning("Stopped by signal %d; the same command continues the run", number)
@@ -319,8 +328,15 @@ class Trainer:
         session.step.found_nonfinite.zero_()
         progress = session.state.progress
         first = progress.epoch * session.steps_per_epoch + progress.batch
-        batches = session.train_batches(self.batch_size)
-        return locate_step(session.step, batches, first, session.run.directory, session.run.config)
+        log.info("A loss or gradient is not finite: repeating the steps since the last checkpoint to locate it")
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in session.train_batches(self.batch_size):
+                if session.signals.received(communicate=True):
+                    self.exit_interrupted(session)
+                yield batch
+
+        return locate_step(session.step, batches(), first, session.run.directory, session.run.config)
 
 
 @dataclass
