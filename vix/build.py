@@ -213,7 +213,7 @@ def mixer_builder(attention: functools.partial[nn.Module]) -> Callable[..., nn.M
         """
         if tokens.prefix and getattr(attention.func, "map_only", False):
             raise ConfigError(
-                f"attention: {name} mixes the map alone, so a class token would never see the image; use model.pool=mean"
+                f"attention: {name} passes nothing to a class token, which would never see the image; use model.pool=mean"
             )
         supplied: dict[str, Any] = {"layer": layer} if "layer" in takes else {}
         for parameter, offer in posenc.attention_kwargs(tokens).items():

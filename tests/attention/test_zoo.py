@@ -27,7 +27,8 @@ from vix.attention.pooling import Pooling
 from vix.attention.random import Random
 from vix.attention.spatial_reduction import SpatialReduction
 from vix.attention.window import WindowAttention
-from vix.build import parse
+from vix.build import build_model, parse
+from vix.errors import ConfigError
 from vix.layers.tokens import TokenGrid
 
 D, GRID, PAPER = 32, TokenGrid(8, 8), TokenGrid(32, 32)
@@ -422,6 +423,16 @@ def test_external() -> None:
     assert_same(ours, theirs, tokens())
 
 
+def test_external_of_a_token_far_below_the_others() -> None:
+    """Its softmax over the tokens is 0 in float32 for all entries; their ratios are not."""
+    ours = made(ExternalAttention, memory_size=6)
+    with torch.no_grad():
+        ours.keys.weight[:, 0] = 500.0
+    x_BND = tokens()
+    x_BND[:, 0, 0] = -2.0
+    torch.testing.assert_close(ours.float()(x_BND.float()), ours.double()(x_BND).float(), atol=1e-3, rtol=1e-3)
+
+
 ALL = {
     "convolution": Convolution,
     "pooling": Pooling,
@@ -472,6 +483,14 @@ REFUSED = [
 def test_refused(mixer: Callable[..., nn.Module], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("[", r"\[").replace("]", r"\]")):
         mixer(D, GRID, **options)
+
+
+def test_a_class_token_that_would_see_nothing_is_refused(compose_config: Callable[..., Any]) -> None:
+    """It is the first token, and without mixing it has none but itself."""
+    for options in (["attention=mamba2", "attention.bidirectional=false"], ["attention=identity"]):
+        with pytest.raises(ConfigError, match=r"would never see the image; use .*model\.pool=mean$"):
+            build_model(compose_config("model=vit", "embedding=linear", "data=digits", *options))
+        build_model(compose_config("model=vit", "model.pool=mean", "embedding=linear", "data=digits", *options))
 
 
 def test_table_of_mixers(compose_config: Callable[..., Any]) -> None:

@@ -160,12 +160,34 @@ def test_splits_and_other_images(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_held_out_a_fold(tmp_path: Path) -> None:
+    """The fold and the test images are two things; the other folds are what it was trained on."""
+    folds = ("data.train_size=null", "data.test_size=null", "data.folds=5", "data.fold=0", "trainer.epochs=1")
+    results = train(tmp_path, *TINY, *folds)
+
+    def evaluated(split: Any, *overrides: str) -> dict[str, Any]:
+        return evaluate(load_trained_run(tmp_path / "run", "last", overrides), split)
+
+    for split in (None, "validation"):
+        fold = evaluated(split)
+        assert (fold["tested_on"], fold["test_images"], fold["top1"]) == ("validation", 288, results["top1"])
+    test = evaluated("test")
+    assert (test["tested_on"], test["test_images"]) == ("test", 360)
+    with pytest.raises(UserError, match=r"^data.folds=5, data.fold=1: .* held out other images \(data.folds=5, data.fold=0\)"):
+        evaluated(None, "data.fold=1")
+
+
+@pytest.mark.slow
 def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one line with the cause; the other runs are evaluated."""
     monkeypatch.chdir(folder)
     refused = {
         ("run", "validation"): "--split validation: run held out no validation images; use --split test",
-        ("held out", "validation", "data.validation_size=6"): "held out 12 validation images",
+        (
+            "held out",
+            "validation",
+            "data.validation_size=6",
+        ): "held out other images (data.validation_size=12)",
         ("run", None, "data=digits"): "data: digits has 10 classes, but the model of run has 3",
         ("run", None, "data=cifar10"): "data: cifar10 has 32 pixels a side, but the model of run has 8",
         ("run", None, "data.rot=x"): "data.rot: ",

@@ -188,9 +188,10 @@ def test_memory_of_a_block_on_a_gpu_by_hand(compose_config: Compose, precision: 
 
     CUDA's autocast keeps a norm's output in float32, and the rounded weights until the backward pass.
     """
-    batch, tokens, dim = 64, 65, 32
-    model = ("model=vit", "attention=identity", "embedding=linear", f"model.dim={dim}", "data=digits", "embedding.patch_size=1")
-    run = (*model, f"trainer.precision={precision}", f"trainer.batch_size={batch}", "trainer.device=cpu")
+    batch, tokens, dim = 64, 64, 32
+    model = ("model=vit", "model.pool=mean", "attention=identity", f"model.dim={dim}")
+    images = ("data=digits", "embedding=linear", "embedding.patch_size=1")
+    run = (*model, *images, f"trainer.precision={precision}", f"trainer.batch_size={batch}", "trainer.device=cpu")
     two, three = (training_memory(parse(compose_config(*run, f"model.depth={n}")), GPU) for n in (2, 3))
     matrices, vectors = 4 * dim * dim, 4 * dim + 3 * dim
     norms = 2 * 2 * 4  # mean and reciprocal standard deviation

@@ -27,6 +27,7 @@ from vix.training.evaluate import TOP, evaluated_logits, predictions, scores
 Weights = Literal["last", "best"]
 # Of the trainer, what does not change the model.
 TRAINER_KEYS = ("trainer.device", "trainer.precision", "trainer.eval_batch_size", "trainer.mirror_eval")
+HELD_OUT = ("validation_size", "folds", "fold")  # of data: which training images are evaluated
 IMAGE_FOLDER, EVALUATED_FOLDER = (f"{kind.__module__}.{kind.__name__}" for kind in (ImageFolder, EvaluatedFolder))
 
 
@@ -165,17 +166,17 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
     Raises UserError where it has no such split, or its images are not those of the run although no others are chosen.
     """
     options, recorded = run.config.data, run.checkpoint["results"].get("image_set")
-    own = OmegaConf.create(run.checkpoint["config"]).data.get("validation_size")
+    trained = run.checkpoint["config"]["data"]
     options.train_size = None
     if split == "test":
-        options.validation_size = None
+        options.update(dict.fromkeys(HELD_OUT))
     others = bool(run.overridden & {"data", "data.root"})
     if others and options._target_ == IMAGE_FOLDER and not is_image_set(run.config, recorded):
         options._target_ = EVALUATED_FOLDER
-        for size in {"test_size", "validation_size"}:
-            if f"data.{size}" not in run.overridden:
-                options[size] = None
-    if split == "validation" and not options.validation_size:
+        for option in ("test_size", *HELD_OUT):
+            if f"data.{option}" not in run.overridden:
+                options[option] = None
+    if split == "validation" and not (options.get("validation_size") or options.get("folds")):
         raise UserError(f"--split validation: {run.directory} held out no validation images; use --split test")
     data: ImageData = construct("data", parse_group(run.config, "data"))
     if not others and recorded and data.image_set != recorded:
@@ -183,10 +184,14 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
             f"data.root={options.get('root')}: contains other images ({data.image_set}) than {run.directory} was evaluated on "
             f"({recorded}); pass data.root=DIR to evaluate on others"
         )
-    if data.image_set == recorded and data.validation_size not in (None, own):
+    held_out = {option: getattr(data, option) for option in HELD_OUT}
+    if data.image_set == recorded and data.held_out_size and held_out != {option: trained.get(option) for option in HELD_OUT}:
+        chosen, own = (
+            ", ".join(f"data.{option}={of[option]}" for option in HELD_OUT if of.get(option) is not None)
+            for of in (held_out, trained)
+        )
         raise UserError(
-            f"data.validation_size={data.validation_size}: {run.directory} held out {own or 'no'} validation images, and was "
-            "trained on the others; use --split test"
+            f"{chosen}: {run.directory} held out other images ({own or 'none'}), and was trained on these; use --split test"
         )
     return data
 

@@ -23,7 +23,9 @@ class ExternalAttention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         logits_BNS = self.keys(x_BND)
+        dtype = logits_BNS.dtype
         with no_autocast(logits_BNS):
-            weights_BNS = upcast_fp32(logits_BNS)[0].softmax(dim=1)
-            weights_BNS = weights_BNS / weights_BNS.sum(dim=2, keepdim=True)
-        return F.linear(weights_BNS.to(logits_BNS.dtype), self.values.weight)
+            # Both normalizations in one softmax: the first one alone may be 0 for all entries of a token.
+            (logits_BNS,) = upcast_fp32(logits_BNS)
+            weights_BNS = (logits_BNS - logits_BNS.logsumexp(dim=1, keepdim=True)).softmax(dim=2)
+        return F.linear(weights_BNS.to(dtype), self.values.weight)

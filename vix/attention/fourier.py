@@ -15,6 +15,8 @@ class Fourier(nn.Module):
     It has no parameters and no options.
     """
 
+    needs_norm = True  # read by LeViT: without one, values grow by about √(N·D) in each block
+
     def __init__(self, dim: int, tokens: TokenGrid) -> None:
         super().__init__()
 

@@ -6,7 +6,12 @@ from vix.layers.tokens import TokenGrid
 
 
 class Identity(nn.Module):
-    """Returns 0, so that a residual block is its MLP: no token sees another. No parameters."""
+    """Returns 0, so that a residual block is its MLP: no token sees another. No parameters.
+
+    The authors' block adds the normalized tokens instead of 0; neither mixes them.
+    """
+
+    map_only = True  # read by vix.build.mixer_builder: a class token would never see the image
 
     def __init__(self, dim: int, tokens: TokenGrid) -> None:
         super().__init__()

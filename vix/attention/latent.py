@@ -13,6 +13,8 @@ from vix.types import Positive
 class LatentAttention(nn.Module):
     """Learned latents attend to the tokens, then the tokens attend to the result: linear in the number of tokens.
 
+    These are ISAB's two attentions without its residual connection of the latents, feed-forward layers and norms.
+
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
     latents: number M of them.
 

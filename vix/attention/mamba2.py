@@ -18,7 +18,9 @@ CHUNK = 64  # tokens whose mixing is one matrix product; between chunks a state 
 class Mamba2(nn.Module):
     """A selective state space over the token sequence, read forwards and backwards with weights of their own, added.
 
-    Linear in the number of tokens, in chunks of matrix products: no kernel of its own has to be built.
+    Computed in chunks, by matrix products: no kernel of its own has to be built. Linear in the number of tokens but for the
+    states between chunks, whose share of the operations grows from 2 % at 1,024 tokens to 28 % at 16,384 (width 128). Vision
+    Mamba's two directions share the projections and the gate; here each has its own.
 
     heads: number h of heads of the inner width, each with one decay per token.
     state: size S of the state.
@@ -26,7 +28,7 @@ class Mamba2(nn.Module):
     conv_kernel: taps of the causal depthwise convolution along the tokens.
     bidirectional: whether the sequence is read backwards as well; forwards only, a token sees those before it alone.
 
-    Raises ValueError where ``heads`` does not divide the inner width.
+    Raises ValueError where ``heads`` does not divide the inner width, or where nothing is passed to the class token.
     """
 
     def __init__(
@@ -41,6 +43,10 @@ class Mamba2(nn.Module):
         bidirectional: bool = True,
     ) -> None:
         super().__init__()
+        if tokens.prefix and not bidirectional:
+            raise ValueError(
+                "bidirectional=false: the class token is the first and would never see the image; use true, or model.pool=mean"
+            )
         inner = max(1, round(expand * dim))
         if inner % heads:
             near = nearest_divisors(inner, heads)

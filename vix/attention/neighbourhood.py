@@ -15,7 +15,7 @@ class NeighborhoodAttention(MapMixer):
     """Softmax attention of each token to the kernel × kernel tokens nearest to it; at the edges the window stays on the map.
 
     Computed in tiles of up to 8×8 tokens, each with the keys that its tokens need together, so that no N×N matrix exists: the
-    rest of a tile's keys is masked.
+    rest of a tile's keys is masked. Unlike the authors', without a learned relative position bias.
 
     heads, dim_head: number of heads H and width E of one; ``dim_head`` None means dim / heads.
     kernel: side of the neighborhood in tokens; odd, and at most the rows and columns of the map.

@@ -203,7 +203,8 @@ def free_memory() -> None:
 def oom_message(cfg: DictConfig, error: Exception) -> UserError:
     """The error for an out-of-memory error of the GPU or of the machine, with the options that reduce memory."""
     kind = "GPU memory" if gpu_out_of_memory(error) else "memory"
-    defaults = {field.name: field.default for field in fields(Trainer)}  # of options that the trainer's file leaves out
+    # The trainer's file may leave options out.
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(Trainer)}
     options = defaults | OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[operator]
     limit, batch_size, eval_batch = options["memory_limit_gb"], options["batch_size"], options["eval_batch_size"]
     under = f" under trainer.memory_limit_gb={limit}" if limit else ""

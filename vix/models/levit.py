@@ -16,8 +16,9 @@ from vix.types import Fraction, Positive, PositiveFloat
 class LeViT(nn.Module):
     """LeViT (Graham et al., 2021), without a class token.
 
-    Embedding, position encoding, stages of residual blocks, average over the tokens, linear head. The blocks have no norms;
-    only the mixer ``attention=levit`` contains BatchNorms. The published models have one stage.
+    Embedding, position encoding, stages of residual blocks, average over the tokens, linear head. The blocks have no norms, but
+    some mixers do, such as ``attention=levit``. The published models have one stage. A transition between stages has the index
+    of the block behind it (``layer`` of its mixer).
 
     dim: width D of the tokens, per stage.
     depth: number of blocks, per stage.
@@ -28,7 +29,8 @@ class LeViT(nn.Module):
     stochastic_depth: probability of dropping a branch in the last block; it increases linearly from 0 in the first block.
     layer_scale: initial value of a learned gain per channel of the branches' outputs; None: none.
 
-    Raises ValueError where a list's length does not match the number of stages, or a stride exceeds the rows of tokens.
+    Raises ValueError where a list's length does not match the number of stages, a stride exceeds the rows of tokens, or the
+    mixer needs a norm.
     """
 
     def __init__(
@@ -71,6 +73,11 @@ class LeViT(nn.Module):
                 tokens = downsample.out_tokens
             for i in range(sum(depth[:stage]), sum(depth[: stage + 1])):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, layer=i, heads=all_heads[stage])
+                if getattr(mixer, "needs_norm", False):
+                    raise ValueError(
+                        f"LeViT's blocks have no norms, and {type(mixer).__name__} multiplies its input by hundreds: the first "
+                        "loss would be 10⁹; use another model, such as model=vit"
+                    )
                 mlp = MLP(dims[stage], ratios[stage], dropout)
                 self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, nn.Identity, rates[i], layer_scale))
         self.head = nn.Linear(dims[-1], classes)
