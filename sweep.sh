@@ -14,8 +14,9 @@ Train all models of a table of the paper, or any sweep, and print the report of 
 
   ./sweep.sh --config-dir DIR …      with an additional directory of config files
 
-Overrides are Hydra's: key=value, or key=a,b,c to sweep over values. Finished runs are skipped, and interrupted
-runs are resumed, so the same command continues an interrupted sweep.
+Overrides are Hydra's: key=value, or key=a,b,c to sweep over values; paths in them are relative to the
+directory of this script, like outputs/. Finished runs are skipped, and interrupted runs are resumed, so the same
+command continues an interrupted sweep.
 
   ./sweep.sh table1 seed=0,1,2 trainer.epochs=10
   ./sweep.sh all
@@ -46,6 +47,7 @@ while [[ ${1:-} == -* ]]; do
         --plan) plan=(python -m vix plan) ;;
         --measure) flags+=("$1") ;;
         -m | --multirun) ;;
+        -cd=*) flags+=("--config-dir=$(absolute "${1#*=}")") ;;
         -cd | -cp | -cn | --config-dir | --config-path | --config-name)
             [[ $# -ge 2 ]] || { echo "error: $1: requires a value" >&2; exit 2; }
             value=$2

@@ -150,6 +150,7 @@ def main() -> None:
 
     context = processes("benchmarks.packages", "benchmarks.variants")
     elsewhere = ON_CPUS if device.type == "cuda" else ON_GPUS
+    part = bool(chosen.kinds or chosen.batch) or {*chosen.models} != {*MODELS}
     kinds = chosen.kinds or [kind for kind in KINDS if kind not in elsewhere]
     results: dict[tuple[str, int], list[dict[str, Any]]] = {(m, b): [] for b in batches for m in chosen.models}
     gaps: dict[str, list[dict[str, Any]]] = {"refused": [], "errors": []}
@@ -170,7 +171,8 @@ def main() -> None:
                 gaps[gap_kind(reason)].append(gap)
                 print(f"  not measured: {reason}", file=sys.stderr)
             record = summarize_all(results, tops)
-            path = write("side-by-side", device, chosen, {**record, **gaps})  # after each, so that none is lost
+            # After each, so that none is lost.
+            path = write("side-by-side", device, chosen, {**record, **gaps}, part=part)
 
     for table in tables(json.loads(path.read_text(encoding="utf-8"))):
         table.print()

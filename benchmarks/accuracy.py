@@ -67,7 +67,8 @@ def trained(directory: Path, record: Mapping[str, Any]) -> list[Trained]:
 
 def not_measured(directory: Path, record: Mapping[str, Any]) -> list[str]:
     """The mixers of runs of the protocol whose costs ``record`` lacks."""
-    found = {str(run.results["attention"]) for run in find_runs([directory]) if run.experiment == "compact"}
+    runs = [run for run in find_runs([directory]) if run.status == "finished" and run.experiment == "compact"]
+    found = {str(run.results["attention"]) for run in runs}
     return sorted(found - {row["mixer"] for row in record["rows"]})
 
 
@@ -132,9 +133,10 @@ def main() -> None:
         raise UserError(f"{chosen.runs}: no finished run of ./sweep.sh compact that is measured in {chosen.costs}")
     print(table(rows).markdown())
     (chosen.picture or folder / "accuracy.png").write_bytes(picture(rows))
-    if absent := not_measured(chosen.runs, record):
+    absent = not_measured(chosen.runs, record)
+    if absent:
         print(f"Trained, but not measured in {chosen.costs}: {', '.join(absent)}.")
-    if missing := [name for name in NAMES if name not in {row.mixer for row in rows}]:
+    if missing := [name for name in NAMES if name not in {*absent, *(row.mixer for row in rows)}]:
         print(f"Not trained yet: {', '.join(missing)}.")
 
 

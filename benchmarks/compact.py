@@ -44,7 +44,7 @@ def main() -> None:
             record["rows"].append({"mixer": mixer, **cost})
         except (Refused, RuntimeError) as reason:  # an error in one mixer does not lose the others
             record[gap_kind(reason)].append({"mixer": mixer, "reason": str(reason)})
-        path = write("compact", device, chosen, record)
+        path = write("compact", device, chosen, record, part={*chosen.mixers} != {*NAMES})
     for table in tables(record):
         table.print()
     for gap in (*record["refused"], *record["errors"]):

@@ -33,7 +33,8 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options.add_argument("--threads", type=int, default=cores, help=f"CPU threads per process (default: {cores})")
-    options.add_argument("--out", type=user_path, help="JSON file to write (default: a file in benchmarks/results/)")
+    default = "a file in benchmarks/results/, whose name ends in -quick or -part where it is no whole measurement"
+    options.add_argument("--out", type=user_path, help=f"JSON file to write (default: {default})")
     options.add_argument(
         "--quick", action="store_true", help="small models and few repeats: a smoke test without meaningful results"
     )
@@ -77,13 +78,17 @@ def machine(device: torch.device, threads: int) -> str:
     return slug if device.type == "cuda" else f"{slug}-{threads}-threads"
 
 
-def write(benchmark: str, device: torch.device, options: argparse.Namespace, measured: dict[str, Any]) -> Path:
+def write(
+    benchmark: str, device: torch.device, options: argparse.Namespace, measured: dict[str, Any], part: bool = False
+) -> Path:
     """Write the measurements with hardware, versions, commit and options, and return the path.
 
     benchmark: its name, which begins the file name.   measured: the measurements.
+    part: whether they are only some of the benchmark's. Neither these nor those of ``--quick`` replace whole ones.
     """
     name = hardware(device)
-    path: Path = options.out or RESULTS / f"{benchmark}-{machine(device, options.threads)}.json"
+    kind = "-quick" if options.quick else "-part" if part else ""
+    path: Path = options.out or RESULTS / f"{benchmark}-{machine(device, options.threads)}{kind}.json"
     record = {
         "benchmark": benchmark,
         "device": {"type": device.type, "name": name, "threads": options.threads, "cores": os.cpu_count()},

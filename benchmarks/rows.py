@@ -111,8 +111,9 @@ def main() -> None:
             memory = out_of_memory(error)
             gap = {"row": row, "kind": kind, "reason": "out of memory" if memory else str(error).partition("\n")[0]}
             (refused if memory or isinstance(error, UserError) else errors).append(gap)
+        part = {*chosen.rows} != {*every} or "plain" not in chosen.kinds or bool(chosen.batch)
         record = {"batch": batch_size, "rows": rows, "refused": refused, "errors": errors}
-        path = write("rows", device, chosen, record)  # so that none is lost
+        path = write("rows", device, chosen, record, part=part)  # so that none is lost
     show(path)
     print(f"Written: {path}")
     exit_with_errors(errors)

@@ -139,7 +139,8 @@ def main() -> None:
                 except (Refused, RuntimeError) as refusal:  # an error in one mixer does not lose the others
                     (skipped if isinstance(refusal, Refused) else errors).append({**key, "reason": str(refusal)})
     record = {"batch": batch_size, "points": points, "skipped": skipped, "errors": errors, "sentences": sentences(points)}
-    show(write("scaling", device, chosen, record))
+    part = {*chosen.mixers} != {*MIXERS} or bool(chosen.tokens or chosen.batch)
+    show(write("scaling", device, chosen, record, part))
     exit_with_errors(errors)
 
 

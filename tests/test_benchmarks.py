@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from benchmarks import everything
+from benchmarks import record as records
 from benchmarks.crossover import crossover
 from benchmarks.everything import KINDS, UNFINISHED, Piece, join_side_by_side, kept
 from benchmarks.measure import traffic
@@ -297,13 +298,13 @@ def test_everything_in_pieces(tmp_path: Path) -> None:
     again = {path for path, time in kept.items() if path.stat().st_mtime_ns != time}
     assert again == {tmp_path / "machine/pieces/compact-identity.json"}
     page = (tmp_path / "machine/README.md").read_text()
-    records = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in ("scaling", "compact", "rows")}
-    assert [row["mixer"] for row in records["compact"]["rows"]] == ["softmax", "identity"]
-    assert f"| {records['compact']['rows'][0]['parameters']:,} |" in page
-    assert list(records["rows"]["rows"]) == ["fnet", "vil_rope"]
-    assert f"| vil_rope | {1e3 * records['rows']['rows']['vil_rope']['plain']['seconds']:,.1f} |" in page
-    assert all(line in page for line in records["scaling"]["sentences"])
-    assert len(records["scaling"]["sentences"]) == 1
+    written = {kind: json.loads((tmp_path / f"machine/{kind}.json").read_text()) for kind in ("scaling", "compact", "rows")}
+    assert [row["mixer"] for row in written["compact"]["rows"]] == ["softmax", "identity"]
+    assert f"| {written['compact']['rows'][0]['parameters']:,} |" in page
+    assert list(written["rows"]["rows"]) == ["fnet", "vil_rope"]
+    assert f"| vil_rope | {1e3 * written['rows']['rows']['vil_rope']['plain']['seconds']:,.1f} |" in page
+    assert all(line in page for line in written["scaling"]["sentences"])
+    assert len(written["scaling"]["sentences"]) == 1
     assert "Not measured yet" not in page
     assert (tmp_path / "machine/scaling.png").exists()
 
@@ -430,3 +431,14 @@ def test_what_the_next_size_takes_follows_from_the_growth() -> None:
     assert expected([], 400, "seconds") is None
     assert expected(points[:1], 400, "seconds") == pytest.approx(16)
     assert expected(points, 1600, "seconds") == pytest.approx(4 * 4**1.25)
+
+
+def test_a_smoke_test_or_a_part_does_not_replace_a_whole_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    for arguments, part in (([], False), (["--quick"], False), ([], True), (["--quick"], True)):
+        options = records.parser("x", "").parse_args(["--threads", "1", *arguments])
+        records.write("compact", torch.device("cpu"), options, {}, part)
+    machine = records.machine(torch.device("cpu"), 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"compact-{machine}{kind}.json" for kind in ("-part", "-quick", "")
+    ]

@@ -122,15 +122,15 @@ class Experiment:
         return construct("optimizer", make, params=params)
 
     def check_optimizer_step(self) -> None:
-        """Try a step of PyTorch's optimizers on the trainer's device, with one small matrix.
+        """Try a step of the optimizer on the trainer's device, with one small matrix, unless it depends on the model.
 
         Raises ConfigError where an option, or the optimizer itself, does not work there: their constructors accept it.
         """
         make = self.part("optimizer")
-        if hasattr(make.func, "param_groups_of"):  # it depends on the model
+        if hasattr(make.func, "param_groups_of"):
             return
         parameter = nn.Parameter(torch.zeros(2, 2, device=self.trainer.torch_device))
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.eye(2, device=parameter.device)  # some optimizers invert a matrix of gradients
         optimizer = construct("optimizer", make, params=[parameter])
         try:
             optimizer.step()

@@ -127,3 +127,13 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, 
         main()
     assert str(refused.value.code).startswith(message)
     assert "\n" not in str(refused.value.code)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_cost_is_that_of_the_evaluation(compose_config: Compose, mirror: bool) -> None:
+    experiment = parse(compose_config(*TINY, f"trainer.mirror_eval={mirror}"))
+    model = experiment.build_model()
+    passes: list[int] = []
+    model.register_forward_hook(lambda _, images, __: passes.append(len(images[0])))
+    inference.Inference(experiment, model, 0.0, compiled=False).forward(3)()
+    assert passes == [3] * (1 + mirror)

@@ -173,7 +173,7 @@ def test_a_run_that_held_out_a_fold(tmp_path: Path) -> None:
         assert (fold["tested_on"], fold["test_images"], fold["top1"]) == ("validation", 288, results["top1"])
     test = evaluated("test")
     assert (test["tested_on"], test["test_images"]) == ("test", 360)
-    with pytest.raises(UserError, match=r"^data.folds=5, data.fold=1: .* held out other images \(data.folds=5, data.fold=0\)"):
+    with pytest.raises(UserError, match=r"^data.folds=5, data.fold=1: .* held out data.folds=5, data.fold=0, and"):
         evaluated(None, "data.fold=1")
 
 
@@ -187,7 +187,7 @@ def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path, monkeypatch: pyt
             "held out",
             "validation",
             "data.validation_size=6",
-        ): "held out other images (data.validation_size=12)",
+        ): "held out data.validation_size=12, and was trained",
         ("run", None, "data=digits"): "data: digits has 10 classes, but the model of run has 3",
         ("run", None, "data=cifar10"): "data: cifar10 has 32 pixels a side, but the model of run has 8",
         ("run", None, "data.rot=x"): "data.rot: ",

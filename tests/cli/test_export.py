@@ -17,6 +17,7 @@ from vix.cli import export
 from vix.composition.compose import compose
 from vix.data.digits import Digits
 from vix.data.loader import normalize
+from vix.training.evaluate import evaluated_logits
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,16 @@ def test_a_missing_package_or_folder_is_one_line(trained: Path, monkeypatch: pyt
         export_run(monkeypatch, str(trained), "--out", str(tmp_path / "nosuch" / "m.onnx"))
     with pytest.raises(SystemExit, match=r"^error: there is no .*checkpoint\.pt: pass the directory of a run"):
         export_run(monkeypatch, str(tmp_path))
+
+
+def test_what_is_exported_is_what_was_evaluated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With trainer.mirror_eval, the mean of the logits of images and mirror images: the accuracy of the run is that of both."""
+    fit(compose((*TINY, "trainer.epochs=1", "trainer.mirror_eval=true")), tmp_path)
+    export_run(monkeypatch, str(tmp_path), "--format", "torch_export")
+    classify, about = torch_file(tmp_path / "model.pt2")
+    images, model = torch.rand(3, 1, 8, 8) * 2 - 1, vix.load_model(tmp_path)
+    with torch.no_grad():
+        expected = evaluated_logits(model, images, torch.autocast("cpu", enabled=False), mirror=True)
+        assert not torch.allclose(model(images), expected, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(classify(images.numpy())), expected, atol=1e-5, rtol=1e-5)
+    assert about["mirror_eval"] is True

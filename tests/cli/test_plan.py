@@ -35,6 +35,15 @@ def only(arguments: Sequence[str]) -> PlannedRun:
     return job
 
 
+def test_an_optimizer_that_cannot_take_a_step_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is refused; of a GPU that this machine lacks, it is not known."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, "+optimizer.capturable=true", "optimizer.fused=null"]
+    job = only(arguments)
+    assert (job.state, job.reason.partition(" (")[0]) == ("refused", "optimizer: AdamW cannot train here")
+    assert [job.state for job in plan(arguments, device="cuda")] == ["new"]
+
+
 @pytest.mark.slow
 def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, refusals and states are those of the real sweep; the time is the measured one, and unknown before."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import resource
 import shutil
@@ -16,7 +17,7 @@ from conftest import HANGS, ROOT, TINY, run_train
 
 from vix.cli.report import parse_arguments, report
 from vix.errors import UserError
-from vix.runs.results import find_runs, group_seeds
+from vix.runs.results import filter_runs, find_runs, group_seeds
 
 pytestmark = pytest.mark.xdist_group("report")  # one real run for all of them
 PICTURES = ["accuracy_parameters.png", "accuracy_time.png", "figure4.png", "learning_curves.png"]
@@ -98,6 +99,60 @@ def test_what_makes_another_line(real: dict[str, Any], tmp_path: Path) -> None:
     groups, others = group_seeds(find_runs([tmp_path]))
     assert {len(group.runs): group.distinction.endswith("8 processes)") for group in groups} == {4: False, 1: True}
     assert not others
+
+
+def test_runs_of_several_versions_are_named(real: dict[str, Any], tmp_path: Path) -> None:
+    for seed, (name, commit) in enumerate((("vin", "a"), ("vin", "b"), ("vit", "a"), ("vit", "a"))):
+        write(tmp_path / f"{seed}/results.json", as_row(real, name, seed, git_commit=commit))
+    report_rows(tmp_path)
+    assert "Averages of runs of several commits or versions of PyTorch (" in (tmp_path / "report.md").read_text()
+    assert "shows which): vin." in (tmp_path / "report.md").read_text()
+
+
+def test_runs_whose_config_changed_are_marked(real: dict[str, Any], tmp_path: Path) -> None:
+    change = [{"epochs_before": 1, "steps_before": 0, "changed": {"trainer.epochs": [1, 2]}}]
+    for seed in range(4):
+        fields = {"config_changes": change} if seed < 2 else {}
+        write(tmp_path / f"{seed}/results.json", as_row(real, "vin", seed, **fields))
+    names = [(row["experiment"], row["seeds"]) for row in report_rows(tmp_path)]
+    assert sorted(names) == [("vin", "2"), ("vin (resumed under another config)", "2")]
+
+
+def test_seeds_that_ended_after_different_epochs(real: dict[str, Any], tmp_path: Path) -> None:
+    """The mean of their numbers, and curves of those that reached an epoch."""
+    for seed, epochs in enumerate((2, 2, 1)):
+        write(tmp_path / f"{seed}/results.json", as_row(real, "vin", seed, epochs=epochs))
+    (row,) = report_rows(tmp_path)
+    assert float(row["epochs"]) == pytest.approx(5 / 3)
+    assert "| 1.7 |" in (tmp_path / "report.md").read_text()
+    from vix.reporting.plots import mean_curve
+
+    means, deviations = mean_curve([[1, 2, 3], [3, 4], [5]])
+    assert means == [3, 3, 3]
+    assert deviations[:2] == pytest.approx([2, 2**0.5])
+    assert math.isnan(deviations[2])
+
+
+def test_initial_weights_are_one_wherever_they_are(real: dict[str, Any], tmp_path: Path) -> None:
+    """Equal by their content, and different ones at one path are told apart by it."""
+    for seed, (path, digest) in enumerate((("a", "1"), ("b", "1"), ("a", "2"))):
+        row = as_row(real, "vin", seed, f"trainer.init_from={path}", init_weights=digest)
+        row["config"] = {**row["config"], "trainer": {**row["config"]["trainer"], "init_from": path}}
+        write(tmp_path / f"{seed}/results.json", row)
+    groups, _ = group_seeds(find_runs([tmp_path]))
+    assert {group.name: len(group.runs) for group in groups} == {
+        "vin trainer.init_from=a (initial weights 1)": 2,
+        "vin trainer.init_from=a (initial weights 2)": 1,
+    }
+
+
+def test_costs_of_inference_with_other_threads_are_not_averaged(real: dict[str, Any], tmp_path: Path) -> None:
+    for seed, (threads, latency) in enumerate(((1, 2.0), (1, 4.0), (16, 200.0))):
+        write(tmp_path / f"{seed}/results.json", as_row(real, "vin", seed))
+        variant = {"latency_ms": latency, "latency_p95_ms": latency, "images_per_second": 1.0, "batches": []}
+        write(tmp_path / f"{seed}/cost.json", {"device": "cpu", "precision": "fp32", "threads": threads, "eager": variant})
+    (row,) = report_rows(tmp_path)
+    assert (float(row["latency_ms"]), row["inference_on"]) == (3.0, "cpu, fp32, 1 CPU thread")
 
 
 def test_costs_of_inference_on_two_devices_are_not_averaged(real: dict[str, Any], tmp_path: Path) -> None:
@@ -277,6 +332,16 @@ def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
     assert names("--where", "attention=performer") == ["vip"]
     assert names("--where", "attention=nystrom", "--where", "experiment=vin") == ["vin"]
     assert len(names("--where", "optimizer.lr=1e-3", "--where", "trainer.clip_norm=null", "--where", "rerun=false")) == 3
+
+
+def test_an_option_that_a_run_predates_is_null(real: dict[str, Any], tmp_path: Path) -> None:
+    for name, data in (("old", {}), ("new", {"folds": None}), ("folds", {"folds": 5})):
+        config = {**real["config"], "data": data}
+        write(tmp_path / name / "results.json", as_row(real, "vin", 0) | {"config": config})
+    found = filter_runs(find_runs([tmp_path]), ["data.folds=null"])
+    assert sorted(run.path.parent.name for run in found) == ["new", "old"]
+    with pytest.raises(UserError, match="no run matches"):
+        filter_runs(find_runs([tmp_path]), ["data.folds=3"])
 
 
 def test_wrong_arguments_are_reported_in_one_line(real: dict[str, Any], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from conftest import TINY, run_train
 from sklearn.datasets import load_digits
 
 import vix
+from vix.analysis.trained_run import evaluate, load_trained_run
 from vix.data.arrays import Arrays
 from vix.errors import ConfigError, DataError, UserError
 
@@ -122,3 +123,18 @@ def test_a_run(tmp_path: Path) -> None:
     assert results["image_set"] == gray(path).image_set
     Path(path).unlink()
     assert vix.load_model(found.parent)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_on_the_test_images_of_another_file(tmp_path: Path) -> None:
+    """Whatever images of its own it held out."""
+    root, labels = written(tmp_path / "x.npz"), digits()["labels"]
+    few = {"images": digits()["images"][:20], "labels": labels[:20]}
+    other = written(tmp_path / "other.npz", **few)
+    data = ("data=arrays", f"data.root={root}", "data.image_size=8", "data.channels=1", "data.train_size=null")
+    for held_out in (["data.folds=3", "data.fold=0"], ["data.validation_size=30"]):
+        run = (*TINY, *data, "data.test_size=null", "trainer.epochs=1", *held_out, "hydra.run.dir=run", "rerun=true")
+        done = run_train(tmp_path, *run)
+        assert done.returncode == 0, done.stderr
+        found = evaluate(load_trained_run(tmp_path / "run", "last", [f"data.root={other}"]))
+        assert (found["tested_on"], found["test_images"]) == ("test", 297)

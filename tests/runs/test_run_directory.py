@@ -667,6 +667,14 @@ def test_a_rerun_does_not_move_the_weights_it_starts_from(tmp_path: Path, source
     assert (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(("source", "reason"), [("", "contains no weights"), ("nowhere", "there is no such run or file")])
+def test_initial_weights_that_are_none(tmp_path: Path, source: str, reason: str) -> None:
+    """Other weights than those of the earlier run are not the cause."""
+    run = RunDirectory(tmp_path, {}, {"trainer": {"init_from": str(tmp_path / source)}})
+    with pytest.raises(ConfigError, match=rf"^trainer\.init_from=.*: {reason}; pass the directory of a run"):
+        run.check_same_run({"trainer": {}}, {}, "auto")
+
+
 @pytest.mark.parametrize("source", ["weights.pt", "previous-1", "previous-1/checkpoint.pt"])
 def test_a_rerun_starts_from_weights_that_it_does_not_move(tmp_path: Path, source: str) -> None:
     (tmp_path / "previous-1").mkdir()

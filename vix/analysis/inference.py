@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,13 +13,15 @@ from vix.build import Experiment
 from vix.system.device import resolve_precision
 from vix.system.memory import out_of_memory, release_memory
 from vix.training.compile import release_compiled
+from vix.training.evaluate import evaluated_logits
 
 log = logging.getLogger(__name__)
 WORTHWHILE, MAX_BATCH = 1.05, 4096  # the batch size is doubled as long as throughput rises by this factor, up to MAX_BATCH
 
 
 class Inference:
-    """Measures forward passes on random images, without gradients and under the run's autocast, as in its evaluation.
+    """Measures the evaluation of random images: forward passes without gradients, under the run's autocast, and with
+    ``trainer.mirror_eval`` also of the mirror images.
 
     experiment: the parsed config.
     model: its model, which is moved to the trainer's device and set to eval mode.
@@ -32,19 +34,20 @@ class Inference:
         self.device, self.shape = trainer.torch_device, (data.channels, data.image_size, data.image_size)
         dtype = resolve_precision(trainer.precision, self.device)
         self.autocast = torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not torch.float32)
+        self.mirror = trainer.mirror_eval
         self.model, self.seconds, self.compiled = model.to(self.device).eval(), seconds, compiled
 
     def forward(self, batch_size: int) -> Callable[[], object]:
         """A function that classifies a batch."""
-        model: Callable[..., Any] = self.model
+        model = self.model
         if self.compiled:
             release_compiled()  # PyTorch recompiles a function only a few times
-            model = torch.compile(self.model, dynamic=False)
+            model = cast(nn.Module, torch.compile(self.model, dynamic=False))
         images = torch.rand(batch_size, *self.shape, device=self.device) * 2 - 1
 
         def classify() -> None:
-            with torch.no_grad(), self.autocast:
-                model(images)
+            with torch.no_grad():
+                evaluated_logits(model, images, self.autocast, self.mirror)
 
         return classify
 

@@ -171,12 +171,15 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
     if split == "test":
         options.update(dict.fromkeys(HELD_OUT))
     others = bool(run.overridden & {"data", "data.root"})
-    if others and options._target_ == IMAGE_FOLDER and not is_image_set(run.config, recorded):
-        options._target_ = EVALUATED_FOLDER
+    if others and not is_image_set(run.config, recorded):
+        if options._target_ == IMAGE_FOLDER:
+            options._target_ = EVALUATED_FOLDER
         for option in ("test_size", *HELD_OUT):
             if f"data.{option}" not in run.overridden:
                 options[option] = None
     if split == "validation" and not (options.get("validation_size") or options.get("folds")):
+        if others and any(trained.get(option) for option in HELD_OUT):
+            raise UserError("--split validation: these are not the images of which the run held out some; use --split test")
         raise UserError(f"--split validation: {run.directory} held out no validation images; use --split test")
     data: ImageData = construct("data", parse_group(run.config, "data"))
     if not others and recorded and data.image_set != recorded:
@@ -191,7 +194,7 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
             for of in (held_out, trained)
         )
         raise UserError(
-            f"{chosen}: {run.directory} held out other images ({own or 'none'}), and was trained on these; use --split test"
+            f"{chosen}: {run.directory} held out {own or 'no images'}, and was trained on all others; use --split test"
         )
     return data
 

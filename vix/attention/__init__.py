@@ -18,7 +18,9 @@ provides an argument that the mixer's constructor does not take.
 ``forward`` maps ``x_BND`` to the same shape. An invalid option raises a ``ValueError`` that starts with the option's name.
 Families may set the options ``heads`` and ``dim_head``, where they exist, per stage (:func:`vix.build.mixer_builder`). A
 method ``on_train_step(step)``, if there is one, is called before every training step. An attribute ``no_weight_decay`` names
-parameters with more than one axis that get no weight decay where the option ``no_decay_on_norm_and_bias`` is true.
+parameters with more than one axis that get no weight decay where the option ``no_decay_on_norm_and_bias`` is true. With the
+class attribute ``map_only = True`` a mixer passes nothing to a class token, and is refused with one; with ``needs_norm = True``
+its values grow without norms, and it is refused in LeViT.
 
 A mixer with queries, keys and values implements ``forward`` by two methods (:class:`vix.layers.heads.MultiHeadMixer`), so that
 its attention can be inspected (:mod:`vix.attention.inspection`):

@@ -49,6 +49,7 @@ def measure_cost(experiment: Experiment, model: nn.Module, options: argparse.Nam
         variants["compiled"] = inference_cost(experiment, model, sizes, options.seconds, compiled=True)
     return {
         **hardware(trainer.torch_device, dtype),
+        "mirror_eval": trainer.mirror_eval,
         "torch": torch.__version__,
         "git_commit": git_commit(),
         "trainable_params": summary.trainable_params,
@@ -73,7 +74,9 @@ def print_cost(title: str, cost: Row) -> None:
         if variant["best_batch_size"]:
             best = f"{variant['images_per_second']:,.1f} images/s at batch size {variant['best_batch_size']:,}"
             print(f"{f'throughput, {name}':<40}{best:>40}")
+    mirror = [("each image and its mirror image", "trainer.mirror_eval")] if cost["mirror_eval"] else []
     for label, value in (
+        *mirror,
         ("trainable parameters", f"{cost['trainable_params']:,}"),
         ("forward pass per image", f"{cost['forward_flops'] / 1e9:.3f} GFLOPs"),
         ("checkpoint (weights)", f"{cost['checkpoint_mb']:.2f} MB"),

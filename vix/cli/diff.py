@@ -13,7 +13,10 @@ from vix.reporting.table import Table
 from vix.runs.results import Row, as_text, flatten, read_run
 from vix.system.files import user_path
 
-VERSIONS = ("git_commit", "torch", "device", "precision")
+VERSIONS = (
+    *("git_commit", "torch", "device", "precision", "threads", "processes", "compiled", "micro_batch"),
+    "init_weights",  # digest of the weights of trainer.init_from
+)
 RESULTS = (
     *("status", "error", "epochs", "top1", "top5", "best_top1", "best_top5", "best_epoch", "train_loss", "test_loss"),
     *(

@@ -33,6 +33,17 @@ DYNAMIC_BATCH = ({0: torch.export.Dim.DYNAMIC},)
 Classify = Callable[[Tensor], Tensor]
 
 
+class Mirrored(nn.Module):
+    """A model evaluated with ``trainer.mirror_eval``: (B, C, Y, X) → the mean logits (B, K) of images and mirror images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCYX: Tensor) -> Tensor:
+        return (self.model(images_BCYX) + self.model(images_BCYX.flip(-1))) / 2
+
+
 def metadata(run: LoadedRun, directory: Path, weights: str) -> dict[str, Any]:
     """Everything that a program needs to use the file, apart from the model."""
     data = run.experiment.data
@@ -49,6 +60,7 @@ def metadata(run: LoadedRun, directory: Path, weights: str) -> dict[str, Any]:
         },
         "run": "/".join(directory.absolute().parts[-2:]),
         "weights": weights,
+        "mirror_eval": run.experiment.trainer.mirror_eval,
         "results": {key: run.results.get(key) for key in ("top1", "best_top1", "image_set", "tested_on")},
         "torch": torch.__version__,
         "git_commit": git_commit(),
@@ -136,6 +148,8 @@ def main() -> None:
     use_given_cpus()
     try:
         run = load_run(options.directory, options.weights)
+        if run.experiment.trainer.mirror_eval:  # the accuracy of the run is that of this
+            run = run._replace(model=Mirrored(run.model).eval())
         path: Path = options.out or options.directory / FORMATS[options.format][1]
         if not path.parent.is_dir():
             raise UserError(f"--out {path}: {path.parent} is not a directory")

@@ -230,13 +230,17 @@ def launch(main: Callable[[], Any]) -> int:
     Returns the exit code: 0, 1 for an error or an unfinished job, 2 for wrong usage, 128 + N after signal N.
     """
     protect_output()
+    try:
+        check_environment()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     # With this variable set, Hydra raises its errors instead of printing them; they are printed in one line below.
     wants_tracebacks = os.environ.setdefault("HYDRA_FULL_ERROR", "0") != "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Processes started by a launcher must be able to import vix, whatever the working directory.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONFIG_DIR.parent), os.environ.get("PYTHONPATH"))))
     try:
-        check_environment()
         sys.argv[1:] = expand_arguments(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -189,6 +189,8 @@ def plan_run(
             absent = device is not None and choose_device(planned, device)
             job.experiment = parse(planned)
             model = check_experiment(job.experiment)
+            if not absent:  # whether an option works depends on the device
+                job.experiment.check_optimizer_step()
         config: Row = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         job.config = config
         job.target = ABSENT_GPU if absent else job.experiment.trainer.torch_device

@@ -101,13 +101,14 @@ HOW_TO_READ = (
     "One line per run, for all of its seeds. Last epoch: percent of the test set, or of the images held out by "
     "data.validation_size, mean ± sample standard deviation over the seeds. Best of all: the highest top-1 after any epoch of "
     "any seed. Peak GPU GB: PyTorch's peak allocated memory in the training steps, without the data set, in 10⁹ bytes. "
-    "Training images/s and total minutes are means over the seeds. Weights and biases is the paper's count; trainable adds "
-    "position embeddings, class tokens, Linformer's projections and the norms of CvT."
+    "Epochs, training images/s and total minutes are means over the seeds. Weights and biases is the paper's count; trainable "
+    "adds position embeddings, class tokens, Linformer's projections and the norms of CvT."
 )
 HOW_TO_READ_FOLDS = (
     "A line with folds is a cross-validation (data.folds): mean and standard deviation are over all of its runs, one per seed "
     "and fold, and each was evaluated on its own part of the training images, not on the test set."
 )
+SEVERAL_VERSIONS = "Averages of runs of several commits or versions of PyTorch (`python -m vix diff RUN_A RUN_B` shows which): "
 HOW_TO_READ_INFERENCE = (
     "Latency (median time of one image), inference images/s (at the best batch size) and inference GB (peak memory at batch "
     "size 64) were measured by `python -m vix cost`, in the variant, compiled or not, with the lower latency, on "
@@ -132,11 +133,12 @@ PROTOCOL = (
 
 def columns(group: Group) -> Row:
     """A group's row of the table: column → value, None where it is unknown."""
-    best, seconds = group.best, group.mean("seconds")
+    best, seconds, epochs = group.best, group.mean("seconds"), group.mean("epochs") or 0.0
     row: Row = {
         "experiment": group.name,
         "seeds": len({run.seed for run in group.runs}),
         "folds": len({run.fold for run in group.runs} - {None}) or None,
+        "epochs": int(epochs) if epochs.is_integer() else epochs,
         "gpu_gb": max(group.values("peak_gpu_allocated_gb"), default=None),
         "gpu_reserved_gb": max(group.values("peak_gpu_reserved_gb"), default=None),
         "images_per_second": group.mean("images_per_second"),
@@ -146,7 +148,7 @@ def columns(group: Group) -> Row:
     }
     for key in ("top1", "top5"):
         row |= {key: group.mean(key), f"{key}_std": group.std(key)}
-    for key in ("best_top1", "best_top5", "epochs", *COUNTS, "checkpoint_mb", "device", "precision"):
+    for key in ("best_top1", "best_top5", *COUNTS, "checkpoint_mb", "device", "precision"):
         row[key] = best.get(key)
     for key, text in group.published.items():
         if key.startswith("published_"):
@@ -175,7 +177,8 @@ def cell(row: Row, key: str) -> str:
     value, column = row[key], COLUMNS[key]
     if value is None or isinstance(value, str):
         return value or "–"
-    text = f"{value:{'+' if column.signed else ''},.{column.digits}f}".replace("-", "−")
+    digits = 1 if key == "epochs" and isinstance(value, float) else column.digits
+    text = f"{value:{'+' if column.signed else ''},.{digits}f}".replace("-", "−")
     std = row.get(f"{key}_std")
     return text if std is None else f"{text} ± {std:.{column.digits}f}"
 
@@ -198,10 +201,11 @@ def tables(rows: Sequence[Row], labels: Mapping[str, str], others: Sequence[RunR
     return [table for table in (ours, comparison, rest) if table.lines]
 
 
-def notes(rows: Sequence[Row], common: Sequence[str]) -> list[str]:
+def notes(rows: Sequence[Row], common: Sequence[str], several_versions: Sequence[str]) -> list[str]:
     """The footnotes of the tables; empty without rows.
 
     common: overrides that all runs share.
+    several_versions: names of the groups whose runs are of several commits or versions of PyTorch.
     """
     published = any(row["published_top1"] is not None for row in rows)
     inference = dict.fromkeys(row[INFERENCE_ON] for row in rows if row[INFERENCE_ON] is not None)
@@ -209,6 +213,7 @@ def notes(rows: Sequence[Row], common: Sequence[str]) -> list[str]:
         *([f"All runs have {' '.join(common)}"] if common else []),
         *([HOW_TO_READ] if rows else []),
         *([HOW_TO_READ_FOLDS] if any(row["folds"] for row in rows) else []),
+        *([f"{SEVERAL_VERSIONS}{join_names(several_versions)}."] if several_versions else []),
         *([f"{HOW_TO_READ_INFERENCE}{' and '.join(inference)}."] if inference else []),
         *(PROTOCOL if published else []),
     ]
@@ -297,7 +302,7 @@ def report(options: argparse.Namespace) -> None:
     in_order = sort_rows(rows, options.sort) if options.sort else rows
     common = shared_overrides(groups)
     labels = {group.name: group.name_without(common) for group in groups}
-    shown, footnotes = tables(in_order, labels, others), notes(rows, common)
+    shown, footnotes = tables(in_order, labels, others), notes(rows, common, [labels[g.name] for g in groups if g.versions > 1])
     for table in shown:
         table.print()
     window = shutil.get_terminal_size((120, 0)).columns

@@ -153,7 +153,7 @@ class ImageFolder(ImageData):
             f"data.root={root}: there is no {absent}; put the images of each class in {root}/train/CLASS/ and "
             f"{root}/val/CLASS/ (or test/), or all in {root}/train/CLASS/ or {root}/CLASS/ with data.validation_size=N, which "
             "holds out N of them for evaluation, or data.folds=N; set the folder that contains them with data.root=DIR or "
-            "VIX_DATA=DIR"
+            "VIX_DATA=DIR; data.classes=N builds the model alone, without images"
         )
 
 

@@ -18,7 +18,7 @@ class LeViT(nn.Module):
 
     Embedding, position encoding, stages of residual blocks, average over the tokens, linear head. The blocks have no norms, but
     some mixers do, such as ``attention=levit``. The published models have one stage. A transition between stages has the index
-    of the block behind it (``layer`` of its mixer).
+    of the block that follows it (``layer`` of its mixer).
 
     dim: width D of the tokens, per stage.
     depth: number of blocks, per stage.
@@ -75,8 +75,8 @@ class LeViT(nn.Module):
                 mixer = attention(dim=dims[stage], tokens=tokens, posenc=self.posenc, layer=i, heads=all_heads[stage])
                 if getattr(mixer, "needs_norm", False):
                     raise ValueError(
-                        f"LeViT's blocks have no norms, and {type(mixer).__name__} multiplies its input by hundreds: the first "
-                        "loss would be 10⁹; use another model, such as model=vit"
+                        f"LeViT's blocks have no norms, without which the values of {type(mixer).__name__} grow from block to "
+                        "block; use another model, such as model=vit"
                     )
                 mlp = MLP(dims[stage], ratios[stage], dropout)
                 self.blocks.append(PreNormBlock(dims[stage], mixer, mlp, dropout, nn.Identity, rates[i], layer_scale))

@@ -236,7 +236,9 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
-    """Training loss and test accuracy per epoch: the mean over a group's seeds, with a band of ± one standard deviation.
+    """Training loss and accuracy per epoch: the mean over a group's seeds, with a band of ± one standard deviation.
+
+    Where seeds ended early, the mean is over those that reached an epoch, and the band ends where only one is left.
 
     None where no run has a history.
     """
@@ -253,24 +255,28 @@ def learning_curves(entries: Sequence[Entry], note: str) -> Figure | None:
     for i, (group, _, label) in enumerate(shown):
         color, line = f"C{i % 10}", LINES[i // 10]
         for axes, key in zip(panels, ("train_loss", "top1"), strict=True):
-            # Not strict: histories end where the loss overflows, which may differ between seeds.
-            seeds = list(zip(*(curve(run.results, key) for run in group.runs), strict=False))
-            epochs, means = range(1, len(seeds) + 1), [statistics.fmean(values) for values in seeds]
+            means, stds = mean_curve([curve(run.results, key) for run in group.runs])
+            epochs = range(1, len(means) + 1)
             axes.plot(epochs, means, lw=1.5, marker="o" if len(means) < 4 else None, ms=4, color=color, ls=line)
-            if len(group.runs) > 1:
-                stds = [statistics.stdev(values) for values in seeds]
-                low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
-                axes.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
+            low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+            axes.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
         text = textwrap.fill(label, 36)
         # matplotlib omits labels that begin with an underscore from a legend.
         handles.append(Line2D([], [], label=f" {text}" if text.startswith("_") else text, color=color, ls=line))
-    for axes, quantity in zip(panels, ("training loss, nats", "top-1 test accuracy, %"), strict=True):
+    for axes, quantity in zip(panels, ("training loss, nats", "top-1 accuracy of the evaluated images, %"), strict=True):
         axes.set_xlabel("epoch")
         axes.set_ylabel(quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
     legend(figure, handles)
     return figure
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Mean and sample standard deviation of curves at every point that one of them has; NaN for the deviation of one value."""
+    values = [[value for value in point if value is not None] for point in itertools.zip_longest(*curves)]
+    deviations = [statistics.stdev(point) if len(point) > 1 else math.nan for point in values]
+    return [statistics.fmean(point) for point in values], deviations
 
 
 def curve(results: Row, key: str) -> list[float]:

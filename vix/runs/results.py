@@ -60,6 +60,16 @@ class RunRecord:
         settings = flatten(config) if isinstance(config, dict) else {}
         return {k: v for k, v in {**settings, **plain}.items() if not k.endswith("._target_")} | {"status": self.status}
 
+    def satisfies(self, key: str, text: str) -> bool:
+        """Whether a field has the value that ``text`` denotes.
+
+        An option that the run predates is off, in the groups whose classes have the same options.
+        """
+        if key in self.fields:
+            return matches(text, self.fields[key])
+        config = isinstance(self.results.get("config"), dict)
+        return config and key.startswith(("data.", "trainer.", "augment.")) and text in ("null", "false", "0")
+
     @property
     def experiment(self) -> str:
         """The experiment, or the model groups where no experiment was chosen."""
@@ -92,12 +102,15 @@ class RunRecord:
         predate such an option.
         """
         items = flatten(self.results["config"]).items()
-        config = {k: v for k, v in items if not is_off(v) and k not in IGNORED_IN_GROUPS and is_of_the_run(k)}
+        # The digest of the initial weights says more than their path, but older runs lack it.
+        ignored = {*IGNORED_IN_GROUPS, *(["trainer.init_from"] if self.results.get("init_weights") else [])}
+        changes = [change for change in self.changes if override_key(change) not in ignored]
+        config = {k: v for k, v in items if not is_off(v) and k not in ignored and is_of_the_run(k)}
         place = tuple(str(self.results.get(key)) for key in ("device", "precision", "init_weights"))
         place += (str(self.results.get("processes", 1)),)
         # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
-        return (self.experiment, *self.changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))
+        return (self.experiment, *changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))
 
 
 @dataclass
@@ -138,6 +151,11 @@ class Group:
     def std(self, key: str) -> float | None:
         """Sample standard deviation over the runs; None for fewer than two values."""
         return statistics.stdev(values) if len(values := self.values(key)) > 1 else None
+
+    @property
+    def versions(self) -> int:
+        """Number of pairs of a commit and a version of PyTorch that trained the runs."""
+        return len({(run.results.get("git_commit"), run.results.get("torch")) for run in self.runs})
 
     @property
     def best(self) -> Row:
@@ -201,7 +219,10 @@ def inference_fields(path: Path) -> Row:
         keys = ("latency_ms", "latency_p95_ms", "images_per_second")
         costs = (*(variant[key] for key in keys), peaks.get(COST_BATCH_SIZE))
         fields = {key: float(cost) for key, cost in zip(INFERENCE_FIELDS, costs, strict=True) if cost is not None}
-        return {**fields, INFERENCE_ON: f"{cost.get('device')}, {cost.get('precision')}"}
+        on = f"{cost.get('device')}, {cost.get('precision')}"
+        if cost.get("device") == "cpu" and cost.get("threads"):
+            on += f", {cost['threads']} CPU thread{'s' * (cost['threads'] > 1)}"
+        return {**fields, INFERENCE_ON: on + ", with mirror images" * bool(cost.get("mirror_eval"))}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
@@ -263,7 +284,7 @@ def filter_runs(runs: list[RunRecord], conditions: Iterable[str]) -> list[RunRec
         known = sorted({k for run in runs for k in run.fields})
         if not equals or (runs and key not in known):
             raise UserError(f"--where {condition}: expected KEY=VALUE with one of these keys: {join_names(known, 200)}")
-        matching = [run for run in runs if key in run.fields and matches(text, run.fields[key])]
+        matching = [run for run in runs if run.satisfies(key, text)]
         if runs and not matching:
             values = sorted({as_text(run.fields[key]) for run in runs if key in run.fields})
             raise UserError(f"--where {condition}: no run matches; values of {key}: {join_names(values)}")
@@ -304,7 +325,7 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
     groups = []
     for of_repeat in repeats.values():
         runs = sorted(of_repeat.values(), key=lambda run: (len(run.seed), run.seed, run.fold or 0))
-        groups.append(Group(runs, paper(runs[0], published)))
+        groups.append(Group(runs, paper(runs[0], published), changed_of(runs[0])))
     order = [*published]
     groups.sort(key=lambda g: (order.index(x) if (x := g.runs[0].experiment) in order else len(order), g.name))
     disambiguate(groups)
@@ -319,8 +340,8 @@ def paper(run: RunRecord, published: Mapping[str, Mapping[str, str]]) -> Mapping
 
 
 def disambiguate(groups: Iterable[Group]) -> None:
-    """Make the names of groups unique: append image set, config changes, or device and precision, else a number."""
-    for distinction in (images_of, changes_of, place_of, None):
+    """Make the names of groups unique: append image set, initial weights, or device and precision, else a number."""
+    for distinction in (images_of, weights_of, place_of, None):
         same: defaultdict[str, list[Group]] = defaultdict(list)
         for group in groups:
             same[group.name].append(group)
@@ -342,9 +363,15 @@ def images_of(group: Group) -> str:
     return image_set(group.best).partition(" (")[0]
 
 
-def changes_of(group: Group) -> str:
-    """``resumed under another config`` where the config changed on resume; else empty."""
-    return "resumed under another config" if group.best.get("config_changes") else ""
+def changed_of(run: RunRecord) -> str:
+    """The distinction of runs whose config changed on resume, in the same way for all of a group; else empty."""
+    return " (resumed under another config)" if run.results.get("config_changes") else ""
+
+
+def weights_of(group: Group) -> str:
+    """The digest of the initial weights; empty where they were random."""
+    weights = group.best.get("init_weights")
+    return f"initial weights {weights}" if weights else ""
 
 
 def place_of(group: Group) -> str:

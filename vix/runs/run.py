@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -195,9 +196,10 @@ class RunDirectory:
             )
         if not self.has_initial_weights(config, results):
             source = self.config.get("trainer", {}).get("init_from")
-            if source is not None and not Path(source).expanduser().exists():
-                raise ConfigError(f"trainer.init_from={source}: there is no such run or file; pass one that exists")
-            began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none or missing ones")
+            if source is not None and "init_weights" not in self.identity:
+                reason = "contains no weights" if os.path.exists(Path(source).expanduser()) else "there is no such run or file"
+                raise ConfigError(f"trainer.init_from={source}: {reason}; pass the directory of a run, or a checkpoint")
+            began, begins = results.get("init_weights", "none"), self.identity.get("init_weights", "none")
             raise ConfigError(
                 f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: "
                 f"{begins}); start over with rerun=true, or choose another directory with hydra.run.dir=DIR"

@@ -43,7 +43,7 @@ class SignalHandler:
         """
         self.raise_immediately = True
         try:
-            if self.signal:  # received before
+            if self.signal and world_size() == 1:  # received before; several processes communicate it at the first step
                 raise SystemExit(128 + self.signal)
             yield
         except SystemExit:

@@ -122,7 +122,7 @@ class Trainer:
         make_logger: constructor of the logger.
 
         Raises DataError where the images cannot be read, NonFiniteError where a loss or gradient is not finite, and SystemExit
-        after a signal, when everything is saved.
+        after a signal, when the state is saved; during compilation, and while a step is located, the last checkpoint stays.
         """
         session = self.start(model, build_optimizer, data, augmentation, run, seed)
         state = session.state
