@@ -7,10 +7,12 @@ first norms: 8 % of a hundred-thousandth of the whole gradient).
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from common import fast_bfloat16
 from conftest import EXPERIMENTS, VARIED
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -52,7 +54,8 @@ def gradients(cfg: DictConfig, dtype: torch.dtype, compiled: bool, batch_size: i
                 pytest.skip(str(error))
             raise
     torch.manual_seed(1)  # of dropout and stochastic depth
-    step.forward_backward(0, images, labels)
+    with nullcontext() if compiled else fast_bfloat16():
+        step.forward_backward(0, images, labels)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
