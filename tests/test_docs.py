@@ -218,11 +218,11 @@ def test_compact_benchmark() -> None:
             (line,) = (line for line in accuracy.table(rows).lines if line[0] == name.replace("`", "").split()[0])
             assert cells == [line[1], *line[3:5]]
         caption = " ".join(README.split("| `identity` (mixes nothing) |")[1].split("\n\n")[1].split())
-        assert f"({record['device']['name']}, one thread, one seed, bfloat16; four mixers in float32)" in caption
+        assert f"({record['device']['name']}, one thread, one seed, bfloat16; five mixers in float32)" in caption
         kept = find_runs([accuracy.RUNS])
         exceptions = sorted(run.results["attention"] for run in kept if run.results["precision"] != "bf16")
-        assert exceptions == ["latent", "neighbourhood", "performer", "window"]
-        assert "`performer`, `window`, `latent` and `neighbourhood` were trained in float32" in PAGES["docs/compact.md"]
+        assert exceptions == ["latent", "neighbourhood", "nystrom", "performer", "window"]
+        assert "`performer`, `window`, `latent`, `neighbourhood` and `nystrom` were trained in float32" in PAGES["docs/compact.md"]
         softmax = next(row for row in rows if row.mixer == "softmax")
         assert any(row.top1 > softmax.top1 for row in rows)
         assert any(row.seconds < softmax.seconds and row.megabytes < softmax.megabytes for row in rows)
