@@ -222,7 +222,9 @@ def test_compact_benchmark() -> None:
         kept = find_runs([accuracy.RUNS])
         exceptions = sorted(run.results["attention"] for run in kept if run.results["precision"] != "bf16")
         assert exceptions == ["latent", "neighbourhood", "nystrom", "performer", "window"]
-        assert "`performer`, `window`, `latent`, `neighbourhood` and `nystrom` were trained in float32" in PAGES["docs/compact.md"]
+        assert (
+            "`performer`, `window`, `latent`, `neighbourhood` and `nystrom` were trained in float32" in PAGES["docs/compact.md"]
+        )
         softmax = next(row for row in rows if row.mixer == "softmax")
         assert any(row.top1 > softmax.top1 for row in rows)
         assert any(row.seconds < softmax.seconds and row.megabytes < softmax.megabytes for row in rows)

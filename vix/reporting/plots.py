@@ -330,7 +330,7 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
 
     points, lines: in data coordinates.
 
-    Labels without a free position are omitted; ``first`` points come first.
+    Labels without a free position are omitted; ``first`` points come first, then those with a color of their own.
     """
     renderer = FigureCanvasAgg(figure).get_renderer()
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # fixes the pixels
@@ -341,7 +341,7 @@ def put_labels(figure: Figure, axes: Axes, points: Sequence[Point], lines: Seque
     thin = np.concatenate([np.empty((0, 4)), *(along(*to_pixels(line)) for line in lines)])
     leaders: list[tuple[Pixels, Pixels]] = []
     leader_colors: list[str] = []
-    order = sorted(range(len(points)), key=lambda i: not points[i].first)
+    order = sorted(range(len(points)), key=lambda i: (not points[i].first, points[i].color == OTHER))
     for i in order[: sum(point.first for point in points) + MOST_LABELS]:
         x, y, text, color, _ = points[i]
         label = axes.annotate(
