@@ -37,7 +37,7 @@ def confusion_matrix(true: Array, predicted: Array, class_names: Sequence[str]) 
     axes = figure.subplots()
     # Square-root color scale: an error rate of 5 % must be visible.
     picture = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
-    axes.set_title(f"Evaluated images by class, top-1 {100 * np.mean(true == predicted):.2f} %")
+    axes.set_title(f"Images by class, top-1 {100 * np.mean(true == predicted):.2f} %")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     figure.colorbar(picture, ax=axes, label="% of the true class", shrink=0.6, ticks=[0, 1, 5, 10, 25, 50, 100])
@@ -67,7 +67,7 @@ def worst_images(images: Array, true: Array, predicted: Array, losses: Array, cl
     colors = ["tab:red" if wrong else "black" for wrong in true != predicted]
     rows = [slice(i, i + COLUMNS) for i in range(0, len(images), COLUMNS)]
     cells = [[square(image) for image in images[row]] for row in rows]
-    title = "Evaluated images with the highest loss: true class → predicted class"
+    title = "Images with the highest loss: true class → predicted class"
     return grid(title, cells, [captions[row] for row in rows], [colors[row] for row in rows])
 
 
