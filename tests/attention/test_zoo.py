@@ -486,7 +486,7 @@ def test_refused(mixer: Callable[..., nn.Module], options: dict[str, Any], messa
 
 
 def test_a_class_token_that_would_see_nothing_is_refused(compose_config: Callable[..., Any]) -> None:
-    """It is the first token, and without mixing it has none but itself."""
+    """Its output would depend on no other token: there is no mixing, or the scan is causal and it is the first token."""
     for options in (["attention=mamba2", "attention.bidirectional=false"], ["attention=identity"]):
         with pytest.raises(ConfigError, match=r"would never see the image; use .*model\.pool=mean$"):
             build_model(compose_config("model=vit", "embedding=linear", "data=digits", *options))

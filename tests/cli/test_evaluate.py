@@ -183,11 +183,7 @@ def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     refused = {
         ("run", "validation"): "--split validation: run held out no validation images; use --split test",
-        (
-            "held out",
-            "validation",
-            "data.validation_size=6",
-        ): "held out data.validation_size=12, and was trained",
+        ("held out", "validation", "data.validation_size=6"): "held out data.validation_size=12, and was trained",
         ("run", None, "data=digits"): "data: digits has 10 classes, but the model of run has 3",
         ("run", None, "data=cifar10"): "data: cifar10 has 32 pixels a side, but the model of run has 8",
         ("run", None, "data.rot=x"): "data.rot: ",

@@ -134,7 +134,7 @@ def test_seeds_that_ended_after_different_epochs(real: dict[str, Any], tmp_path:
 
 
 def test_initial_weights_are_one_wherever_they_are(real: dict[str, Any], tmp_path: Path) -> None:
-    """Equal by their content, and different ones at one path are told apart by it."""
+    """Runs are grouped by the digest of the initial weights; groups of one path and different digests have different names."""
     for seed, (path, digest) in enumerate((("a", "1"), ("b", "1"), ("a", "2"))):
         row = as_row(real, "vin", seed, f"trainer.init_from={path}", init_weights=digest)
         row["config"] = {**row["config"], "trainer": {**row["config"]["trainer"], "init_from": path}}

@@ -93,7 +93,7 @@ def test_one_while_a_step_is_located(compose_config: Compose, tmp_path: Path, mo
 def test_a_run_whose_epochs_are_done_is_not_compiled(
     compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as one that was stopped while the logger evaluated it for the last time."""
+    """For example one that was interrupted in its final evaluation."""
 
     def compile_step(*_: Any) -> NoReturn:
         raise AssertionError("compiled")

@@ -42,6 +42,7 @@ from vix.composition.compose import (
     refused_reason,
     sweep_outputs,
 )
+from vix.config import to_plain
 from vix.errors import ConfigError, UserError, first_paragraph
 from vix.reporting.console import console, protect_output
 from vix.reporting.progress import print_results
@@ -205,7 +206,7 @@ def oom_message(cfg: DictConfig, error: Exception) -> UserError:
     kind = "GPU memory" if gpu_out_of_memory(error) else "memory"
     # The trainer's file may leave options out.
     defaults: dict[str, Any] = {field.name: field.default for field in fields(Trainer)}
-    options = defaults | OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[operator]
+    options = defaults | to_plain(cfg, "trainer")
     limit, batch_size, eval_batch = options["memory_limit_gb"], options["batch_size"], options["eval_batch_size"]
     under = f" under trainer.memory_limit_gb={limit}" if limit else ""
     micro_batch = options["micro_batch"] or batch_size
