@@ -178,6 +178,22 @@ def test_a_run_that_held_out_a_fold(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_without_test_images_has_none_elsewhere(tmp_path: Path) -> None:
+    """All but the fold are training images of the run, also where its folder has been copied to."""
+    digit_folder(tmp_path / "digits", classes=3, side=8)
+    root = tmp_path / "images"
+    (tmp_path / "digits/train").rename(root)
+    train(tmp_path, *FOLDER, f"data.root={root}", "data.folds=3", "data.fold=0")
+    copied = shutil.copytree(root, tmp_path / "copied")
+    for overrides in ([f"data.root={copied}"], ["data=imagefolder", f"data.root={copied}"]):
+        with pytest.raises(UserError, match="test"):
+            evaluate(load_trained_run(tmp_path / "run", "last", overrides), "test")
+    fold = evaluate(load_trained_run(tmp_path / "run", "last", [f"data.root={copied}"]))
+    assert fold == {**evaluate(load_trained_run(tmp_path / "run", "last")), "run": fold["run"]}
+    assert fold["tested_on"] == "validation"
+
+
+@pytest.mark.slow
 def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one line with the cause; the other runs are evaluated."""
     monkeypatch.chdir(folder)

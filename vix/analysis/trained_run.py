@@ -1,5 +1,6 @@
 """Trained models of runs: their evaluation, and their predictions for image files."""
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,10 +169,11 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
     options, recorded = run.config.data, run.checkpoint["results"].get("image_set")
     trained = run.checkpoint["config"]["data"]
     options.train_size = None
+    others = bool(run.overridden & {"data", "data.root"})
+    same = others and is_image_set(run, recorded)
     if split == "test":
         options.update(dict.fromkeys(HELD_OUT))
-    others = bool(run.overridden & {"data", "data.root"})
-    if others and not is_image_set(run.config, recorded):
+    if others and not same:
         if options._target_ == IMAGE_FOLDER:
             options._target_ = EVALUATED_FOLDER
         for option in ("test_size", *HELD_OUT):
@@ -199,8 +201,12 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
     return data
 
 
-def is_image_set(cfg: DictConfig, recorded: str | None) -> bool:
-    """Whether the image set of a config is the one that a run recorded."""
+def is_image_set(run: TrainedRun, recorded: str | None) -> bool:
+    """Whether the chosen image set is the one that a run recorded; it may have no split but those that the run held out."""
+    cfg, trained = copy.deepcopy(run.config), run.checkpoint["config"]["data"]
+    for option in HELD_OUT:
+        if trained.get(option) is not None and f"data.{option}" not in run.overridden:
+            cfg.data[option] = trained[option]
     try:
         return bool(construct("data", parse_group(cfg, "data")).image_set == recorded)
     except UserError:  # another layout
