@@ -18,6 +18,7 @@ COMMANDS = {
     "export": ("export", "write a trained model as an ONNX file, or for torch.export"),
     "replay": ("replay", "repeat the step whose loss or gradient was not finite, and name the layer"),
 }
+READ_ONLY = ("report", "diff")  # the commands that only read results
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     module = importlib.import_module(f"vix.cli.{COMMANDS[name][0]}")
     del sys.argv[1]
     try:
-        if "WORLD_SIZE" in os.environ:
+        if name not in READ_ONLY and os.environ.get("WORLD_SIZE") not in (None, "", "1"):
             from vix.system.distributed import check_environment  # imports PyTorch, which not every command needs
 
             check_environment()

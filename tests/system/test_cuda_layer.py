@@ -166,6 +166,12 @@ def test_each_process_of_a_machine_has_its_gpu(gpus: Driver, monkeypatch: pytest
         resolve_device("auto")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of several machines
     assert resolve_device("cuda:0").index == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.device=cuda: LOCAL_RANK, .* which of 2 GPUs .*, is not set; .* torchrun$"
+    ):
+        resolve_device("cuda")
 
 
 def test_what_is_refused(gpus: Driver) -> None:

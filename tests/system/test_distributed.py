@@ -18,7 +18,7 @@ from vix.__main__ import main
 from vix.build import parse
 from vix.cli.launch import launch
 from vix.errors import UserError
-from vix.system.distributed import check_environment, world_size
+from vix.system.distributed import check_environment, local_rank, local_world_size, rank, world_size
 from vix.training.evaluate import accuracy
 
 # 41 images in batches of 20: the last batch has one, so the second process has a share of none.
@@ -141,9 +141,11 @@ def test_stops_and_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"WORLD_SIZE": "2"}, "without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "without LOCAL_RANK"),
-        (dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "x"), "which is no number"),
+        ({"WORLD_SIZE": "2"}, "without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "without MASTER_ADDR"),
+        (dict.fromkeys(("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"), "x"), "which is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "with RANK=x, which is none"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "with RANK=2, which is none"),
         ({"WORLD_SIZE": ""}, ""),
         ({"WORLD_SIZE": "1"}, ""),
     ],
@@ -162,10 +164,22 @@ def test_variables_that_torchrun_did_not_set(
         check_environment()
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert launch(lambda: None) == 2
-    monkeypatch.setattr(sys, "argv", ["vix", "report"])
+    monkeypatch.setattr(sys, "argv", ["vix", "plan"])
     with pytest.raises(SystemExit, match=r"^error: WORLD_SIZE="):
         main()
     assert capsys.readouterr().err.startswith("error: WORLD_SIZE=")
+    monkeypatch.setattr(sys, "argv", ["vix", "report", str(ROOT / "results" / "full_size"), "--no-files"])
+    main()  # only reads files
+    assert "mixer" in capsys.readouterr().out
+
+
+def test_processes_that_another_launcher_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOCAL_RANK and LOCAL_WORLD_SIZE are torchrun's; training on a CPU needs neither."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    check_environment()
+    assert (world_size(), rank(), local_world_size(), local_rank()) == (4, 3, 4, None)
 
 
 @pytest.mark.slow

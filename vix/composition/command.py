@@ -17,7 +17,7 @@ from vix.config import PACKAGES_VARIABLE
 from vix.errors import naming
 from vix.overrides import as_value, override_key, parse_or_none, quote
 from vix.runs.identity import START_ONLY_KEYS
-from vix.system.distributed import world_size
+from vix.system.distributed import local_world_size, world_size
 from vix.system.files import expand_home
 
 CONFIG_DIR = Path(__file__).parents[2].resolve() / "conf"
@@ -187,7 +187,7 @@ def launch_words() -> list[str]:
     """The beginning of the command: python, or torchrun with its options."""
     if world_size() == 1:
         return ["python"]
-    world, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    world, local = world_size(), local_world_size()
     if local == world:
         return ["torchrun", "--standalone", f"--nproc-per-node={local}"]
     endpoint = f"{os.environ.get('MASTER_ADDR', 'HOST')}:29400"

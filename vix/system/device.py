@@ -67,8 +67,14 @@ def select_gpu(device: torch.device) -> torch.device:
             f"trainer.device={device}: {count} processes on this machine need a GPU each, and it has {available}; "
             f"use --nproc-per-node={available}"
         )
+    index = local_rank() if count > 1 else first
+    if index is None:
+        raise ConfigError(
+            f"trainer.device={device}: LOCAL_RANK, which says which of {available} GPUs this process uses, is not set; "
+            "start the processes with torchrun"
+        )
     if device.index is None:
-        device = torch.device("cuda", local_rank() if count > 1 else first)
+        device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 

@@ -18,7 +18,7 @@ from vix.errors import UserError
 
 T = TypeVar("T")
 
-TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE; torchrun and others set them
 
 
 class PeerLostError(UserError):
@@ -26,13 +26,20 @@ class PeerLostError(UserError):
 
 
 def check_environment() -> None:
-    """Raises UserError where WORLD_SIZE says that there are several processes, but torchrun has not started them."""
+    """Raises UserError where WORLD_SIZE says that there are several processes, but they have not been started as such."""
     size = os.environ.get("WORLD_SIZE") or "1"
     if size == "1":
         return
-    missing = [name for name in TORCHRUN_VARIABLES if not os.environ.get(name)]
-    if missing or not size.isdecimal() or int(size) < 1:
-        reason = f"without {', '.join(missing)}" if missing else "which is no number of processes"
+    index = os.environ.get("RANK", "")
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        reason = f"without {', '.join(missing)}"
+    elif not size.isdecimal() or int(size) < 1:
+        reason = "which is no number of processes"
+    elif not index.isdecimal() or int(index) >= int(size):
+        reason = f"with RANK={index}, which is none of its processes"
+    else:
+        reason = ""
+    if reason:
         raise UserError(
             f"WORLD_SIZE={size} is set in the environment, {reason}: start several processes with torchrun, or for one "
             "process, unset WORLD_SIZE"
@@ -51,12 +58,12 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size()) if world_size() > 1 else 1
 
 
-def local_rank() -> int:
-    """Index of this process on this machine."""
-    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
+def local_rank() -> int | None:
+    """Index of this process on this machine; None where it is unknown: torchrun sets it, and other launchers may not."""
+    return (int(os.environ["LOCAL_RANK"]) if os.environ.get("LOCAL_RANK") else None) if world_size() > 1 else 0
 
 
 @contextmanager
