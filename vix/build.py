@@ -122,12 +122,14 @@ class Experiment:
         return construct("optimizer", make, params=params)
 
     def check_optimizer_step(self) -> None:
-        """Try a step of the optimizer on the trainer's device, with one small matrix, unless it depends on the model.
+        """Try a step of an optimizer of PyTorch or of this program on the trainer's device, with one small matrix.
+
+        Not of others, which may need parameters of other shapes, and not of those whose groups depend on the model.
 
         Raises ConfigError where an option, or the optimizer itself, does not work there: their constructors accept it.
         """
         make = self.part("optimizer")
-        if hasattr(make.func, "param_groups_of"):
+        if hasattr(make.func, "param_groups_of") or not make.func.__module__.startswith(("torch.optim.", "vix.")):
             return
         parameter = nn.Parameter(torch.zeros(2, 2, device=self.trainer.torch_device))
         parameter.grad = torch.eye(2, device=parameter.device)  # some optimizers invert a matrix of gradients

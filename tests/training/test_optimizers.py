@@ -165,6 +165,31 @@ def test_the_names_without_weight_decay_may_be_a_method() -> None:
     assert [len(group["params"]) for group in param_groups_weight_decay(Theirs())] == [0, 2]
 
 
+def test_names_without_weight_decay_hold_for_muon() -> None:
+    """A matrix among them is still Muon's, in the last group; without one, the groups are those of older checkpoints."""
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def kinds(model: nn.Module) -> list[tuple[bool, float | None, int]]:
+        groups = MuonAdamW.param_groups_of(model, no_decay=True)
+        return [(group.get("muon", False), group.get("weight_decay"), len(group["params"])) for group in groups]
+
+    model = Theirs()
+    assert kinds(model) == [(True, None, 2), (False, None, 0), (False, 0.0, 2)]
+    Theirs.no_weight_decay = ("second.weight",)  # type: ignore[attr-defined]
+    assert kinds(model) == [(True, None, 1), (False, None, 0), (False, 0.0, 2), (True, 0.0, 1)]
+    optimizer = MuonAdamW(MuonAdamW.param_groups_of(model, no_decay=True), lr=0.1, weight_decay=0.5)
+    before = [layer.weight.norm().item() for layer in (model.first, model.second)]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = [layer.weight.norm().item() for layer in (model.first, model.second)]
+    assert after == pytest.approx([0.95 * before[0], before[1]])
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_what_an_optimizer_keeps_on_the_host_stays_there(capturable: bool) -> None:
     """NAdam reads two numbers on the host in each step; after a resume on a GPU, too. Another device stands for the GPU.
@@ -209,6 +234,35 @@ def test_what_fails_only_in_a_step_is_refused_before(compose_config: Compose, ov
     cfg = compose_config(*TINY, *overrides)
     with pytest.raises(ConfigError, match="^optimizer: " + re.escape(reason)):
         parse(cfg).check_optimizer_step()
+
+
+class OfTallMatrices(torch.optim.SGD):
+    """An optimizer of a user's own that cannot update every matrix."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert all(len(p) > 2 for group in self.param_groups for p in group["params"])
+        return super().step(closure)
+
+
+def test_an_optimizer_of_ones_own_is_not_tried(compose_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a matrix that may be none of the model's."""
+    monkeypatch.setenv("VIX_PACKAGES", __name__)
+    cfg = compose_config(*TINY, "optimizer=sgd")
+    cfg.optimizer._target_ = f"{__name__}.OfTallMatrices"
+    parse(cfg).check_optimizer_step()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.ns_steps=100", "optimizer.ns_steps=100"),
+        ("optimizer.betas=[2.0,0.9]", "optimizer.betas"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas"),
+    ],
+)
+def test_ranges_of_muon(compose_config: Compose, override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(key)):
+        parse(compose_config(*TINY, "optimizer=muon", override))
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf" / "optimizer").glob("*.yaml"))])

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from vix.training.param_groups import param_groups_weight_decay
-from vix.types import Fraction, NotNegativeFloat, Positive, PositiveFloat
+from vix.types import Fraction, NotNegativeFloat, PositiveFloat
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -24,7 +25,8 @@ class MuonAdamW(Optimizer):
     params: groups of :meth:`param_groups_of`; those with ``muon=True`` contain weights of linear layers and convolutions only.
     lr: learning rate.   weight_decay: decoupled weight decay.
     momentum, nesterov, ns_steps: Muon's momentum, and number of its Newton–Schulz iterations.
-    betas, eps: AdamW's.
+    betas: AdamW's.
+    eps: AdamW's, and the least norm by which Muon divides the momentum of a matrix.
     """
 
     def __init__(
@@ -35,8 +37,8 @@ class MuonAdamW(Optimizer):
         weight_decay: NotNegativeFloat = 0.1,
         momentum: Fraction = 0.95,
         nesterov: bool = True,
-        ns_steps: Positive = 5,
-        betas: tuple[float, float] = (0.9, 0.95),
+        ns_steps: Annotated[int, Field(gt=0, lt=100)] = 5,  # torch.optim.Muon refuses more, in its first step
+        betas: tuple[Fraction, Fraction] = (0.9, 0.95),
         eps: PositiveFloat = 1e-8,
     ) -> None:
         shared = {"lr": lr, "weight_decay": weight_decay, "eps": eps}
@@ -58,9 +60,10 @@ class MuonAdamW(Optimizer):
         groups = param_groups_weight_decay(model)
         if not no_decay:
             groups = [{"params": [p for group in groups for p in group["params"]]}]
-        hidden = [p for group in groups for p in group["params"] if id(p) in matrices]
-        others = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
-        return [{"params": hidden, "muon": True}, *others]
+        hidden, *undecayed = [{**g, "params": [p for p in g["params"] if id(p) in matrices], "muon": True} for g in groups]
+        others = [{**g, "params": [p for p in g["params"] if id(p) not in matrices]} for g in groups]
+        # Last, and only where a module's ``no_weight_decay`` names a matrix: checkpoints contain the groups in this order.
+        return [hidden, *others, *(group for group in undecayed if group["params"])]
 
     def link(self) -> None:
         """Give the groups, and the one state of all parameters, to the optimizers that update them."""
