@@ -273,6 +273,23 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
         fit(cfg, tmp_path / "again")
 
 
+def test_a_step_with_new_features_is_repeated_with_them(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Performer's are drawn again before the step that is not finite."""
+    cfg = compose_config(*TINY, "attention=performer", "attention.redraw_every=3", "optimizer.lr=1e-3")
+    drawn: list[int] = []
+
+    def draw(count: int, width: int) -> torch.Tensor:
+        drawn.append(1)
+        features = torch.randn(count, width)
+        return features if len(drawn) == 1 else torch.full_like(features, torch.nan)  # after those of the only layer
+
+    monkeypatch.setattr("vix.attention.performer.orthogonal_features", draw)
+    with pytest.raises(NonFiniteError, match=r"not finite at step 3: the output of blocks\.0"):
+        fit(cfg, tmp_path / "run")
+
+
 def test_a_trainer_without_a_number_of_epochs_is_refused(compose_config: Compose) -> None:
     """Its checkpoints could not be continued."""
     with pytest.raises(ConfigError, match=r"^trainer\.epochs"):

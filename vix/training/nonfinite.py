@@ -17,7 +17,7 @@ from vix.runs.checkpoint import write_tensors
 from vix.system.distributed import rank
 from vix.system.memory import out_of_memory
 from vix.system.rng import get_rng_state, set_rng_state
-from vix.training.train_step import TrainStep, mean_loss, shard_batch
+from vix.training.train_step import TrainStep, mean_loss, shard_batch, step_hooks
 
 FILE = "nonfinite.pt"
 # Its keys, with their types.
@@ -101,6 +101,8 @@ def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
 
             handles.append(module.register_forward_hook(check_output))
     set_rng_state(state["rng"])
+    for hook in step_hooks(model):
+        hook(state["step"])  # may draw random numbers
     images, labels = state["images"], state["labels"]
     weights, size = state.get("class_weights"), state.get("micro_batch") or len(labels)  # absent in the files of older runs
     loss = torch.zeros((), device=images.device)
@@ -112,14 +114,17 @@ def locate_layer(model: nn.Module, state: dict[str, Any]) -> str:
             (part * state["scale"]).backward()
         loss += part.detach().float()
         del part  # its activations, where there was no backward pass
-    if not found and not loss.isfinite():
-        found.append("the loss")
     if not found:
-        nonfinite = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        found += [f"the gradient of {nonfinite[-1]}"] if nonfinite else ["nothing in the repeated step"]
+        found.append(nonfinite_gradient(model) if loss.isfinite() else "the loss")
     for handle in handles:
         handle.remove()
     return (
         f"not finite at step {state['step']}: {found[0]} (loss {loss.item():.4g}, learning rate {state['lr']:.4g}, "
         f"scale {state['scale']:g})"
     )
+
+
+def nonfinite_gradient(model: nn.Module) -> str:
+    """The gradient that became non-finite first: that of the last parameter."""
+    nonfinite = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return f"the gradient of {nonfinite[-1]}" if nonfinite else "nothing in the repeated step"

@@ -54,7 +54,7 @@ class TrainStep:
     def __post_init__(self) -> None:
         model, device, dtype = self.state.model, self.state.device, self.state.dtype
         set_activation_checkpointing(model, self.activation_checkpointing)
-        self.hooks = [getattr(m, "on_train_step") for m in model.modules() if hasattr(m, "on_train_step")]  # noqa: B009
+        self.hooks = step_hooks(model)
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
         self.found_nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self.forward = wrap_ddp(model) if self.distributed else model
@@ -121,6 +121,11 @@ class TrainStep:
             state.lr_scheduler.step()
         if state.ema:
             state.ema.update(state.model)
+
+
+def step_hooks(model: nn.Module) -> list[Callable[[int], None]]:
+    """The methods ``on_train_step`` of the model's modules, which are called before each step with its number."""
+    return [getattr(m, "on_train_step") for m in model.modules() if hasattr(m, "on_train_step")]  # noqa: B009
 
 
 def mean_loss(
