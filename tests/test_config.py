@@ -84,6 +84,8 @@ REFUSED = {
     "attention.conv_kernel=32": ["attention.conv_kernel=32", "31, 33"],
     "attention=linformer attention.kv_heads=3": ["attention.kv_heads=3", "heads=4"],
     "attention=performer attention.local_heads=5": ["attention.local_heads=5", "at most 4"],
+    "augment.mixup=0.001": ["augment.mixup=0.001", "0.01"],
+    "posenc=rotary model.dim=4": ["dim_head=1 is odd", "nearest even: 2"],
     "attention=softmax attention.dim_head=33 posenc=rotary": ["dim_head=33", "32, 34"],
     "embedding.patch_size=5": ["embedding.patch_size=5", "2, 4"],
     "embedding.hidden=[32,fast]": ["embedding.hidden", "item 2"],

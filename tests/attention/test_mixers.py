@@ -360,6 +360,13 @@ def test_windows_that_see_everything_are_softmax(window: int) -> None:
     assert_close(local(x_BND), full(x_BND), 1e-5)
 
 
+def test_windows_are_no_longer_than_the_sequence() -> None:
+    """A padded one would cost its own length: memory that no machine has."""
+    q_BHNE, k_BHNE, v_BHNE = torch.randn(3, 2, 2, 5, 4)
+    out_BHNE = window_attention(q_BHNE, k_BHNE, v_BHNE, window=2**31 - 1)
+    assert torch.equal(out_BHNE, window_attention(q_BHNE, k_BHNE, v_BHNE, window=5))
+
+
 @with_and_without_rotary
 @pytest.mark.parametrize("implementation", ["fused", "explicit"])
 @pytest.mark.parametrize("grid", [ODD, MANY], ids=["43", "145"])

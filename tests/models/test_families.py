@@ -17,6 +17,7 @@ from vix.build import build_model
 from vix.data.digits import Digits
 from vix.errors import ConfigError
 from vix.layers.blocks import ChannelNorm, StochasticDepth
+from vix.layers.embedding import CCTTokenizer
 from vix.layers.posenc import PositionEncoding, Relative2d, Rotary2d, SinCos
 from vix.layers.tokens import TokenGrid, join
 from vix.models.cct import CCTBlock
@@ -388,6 +389,16 @@ def test_ccts_sequence_pooling(model_of):
         share_N = score_N.exp() / score_N.exp().sum()
         pooled_D = sum(share * token for share, token in zip(share_N, x_ND, strict=True))
         torch.testing.assert_close(logits_K, model.head(pooled_D))
+
+
+@pytest.mark.parametrize("patch_size", [3, 4, 8])
+def test_ccts_last_pooling_reads_every_pixel_of_its_map(patch_size):
+    """Of the map before it, each patch's pixels; the tokens of a mirrored image then are the mirrored tokens."""
+    tokenizer = CCTTokenizer(24, 3, 5, patch_size=patch_size, hidden=(4,))
+    maps = torch.eye(24).view(24, 1, 24, 1).expand(24, 5, 24, 24)  # map i is 1 in row i only
+    pooled = tokenizer.layers[-1](maps)[:, 0, :, 0]
+    assert torch.equal(pooled.argmax(dim=1), torch.arange(24) // patch_size)
+    assert torch.equal(pooled.sum(dim=1), torch.ones(24))
 
 
 def test_cct_starts_as_published(model_of):

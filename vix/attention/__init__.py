@@ -12,6 +12,8 @@ then, if the mixer supports them, the arguments that a position encoding provide
     position_bias: for attention logits, a function from the number of heads H to a module that returns the bias (H, N, N) when
         called without arguments,
 
+and, if it differs between blocks, ``layer``, the index of the block in the model, from 0;
+
 then keyword-only options, exactly the keys of its file in ``conf/attention/``. A config is refused if its position encoding
 provides an argument that the mixer's constructor does not take.
 

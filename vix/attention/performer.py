@@ -126,6 +126,7 @@ def window_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, window: int
     window: tokens T per window.
     """
     heads, count = q_BHNE.shape[1:3]
+    window = min(window, count)
     windows = math.ceil(count / window)
     padding = windows * window - count
     q_BHNE = F.pad(q_BHNE, (0, 0, 0, padding))

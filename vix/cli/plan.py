@@ -212,7 +212,7 @@ def choose_device(cfg: DictConfig, device: str) -> bool:
     absent = device == "cuda" and not torch.cuda.is_available()
     with open_dict(cfg):
         cfg.trainer.device = "cpu" if absent else device
-        if absent and cfg.trainer.compile == "cuda_graphs":  # only a GPU accepts it
+        if absent and cfg.trainer.get("compile") == "cuda_graphs":  # only a GPU accepts it
             cfg.trainer.compile = True
     return absent
 

@@ -16,7 +16,8 @@ from vix.reporting.table import Table
 
 NOTE = """\
 Each row includes the layers below it. Multiply-adds count matrix products and convolutions, and 2.5 n log₂ n for a Fourier
-transform of n values; each is two FLOPs. Training is a forward and a backward pass, without recomputation in fused kernels.
+transform of n complex values, half of it for real ones; each is two FLOPs. Training is a forward and a backward pass,
+without recomputation in fused kernels.
 """
 
 

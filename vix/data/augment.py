@@ -6,14 +6,17 @@ augmentation of an image does not depend on where an interrupted epoch continues
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from vix.errors import ConfigError
-from vix.types import NotNegative, PositiveFloat, UnitInterval
+from vix.types import NotNegative, UnitInterval
+
+Alpha = Annotated[float, Field(ge=0.01, allow_inf_nan=False)]  # of a Beta distribution; smaller ones are inexact in float32
 
 
 @dataclass(kw_only=True)
@@ -25,7 +28,7 @@ class Augmentation:
     crop_padding: pad by this many black pixels and crop at random; 0: off.
     trivial_augment: TrivialAugment (Müller and Hutter, 2021) with at most this magnitude, in (0, 1]; null: off.
     random_erasing: probability of a gray rectangle (Zhong et al., 2020), in (0, 1]; null: off.
-    mixup: α of MixUp's Beta(α, α) distribution (Zhang et al., 2018); null: off.
+    mixup: α ≥ 0.01 of MixUp's Beta(α, α) distribution (Zhang et al., 2018); null: off.
     cutmix: α of CutMix's Beta(α, α) distribution (Yun et al., 2019); null: off. With both, each batch gets one of them.
     """
 
@@ -33,8 +36,8 @@ class Augmentation:
     crop_padding: NotNegative = 0
     trivial_augment: UnitInterval | None = None
     random_erasing: UnitInterval | None = None
-    mixup: PositiveFloat | None = None
-    cutmix: PositiveFloat | None = None
+    mixup: Alpha | None = None
+    cutmix: Alpha | None = None
 
     def check(self, image_size: int) -> None:
         """Check these options against the images' size.

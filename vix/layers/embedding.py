@@ -105,7 +105,7 @@ class CCTTokenizer(Embedding):
             conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(conv.weight)
             self.layers.extend([conv, nn.ReLU(), nn.MaxPool2d(3, stride=1, padding=1)])
-        self.layers[-1] = nn.MaxPool2d(max(3, patch_size), stride=patch_size, padding=1)
+        self.layers[-1] = nn.MaxPool2d(max(3, patch_size), stride=patch_size, padding=1 if patch_size < 3 else 0)
 
     def forward(self, images_BCYX: Tensor) -> Tensor:
         return self.layers(images_BCYX)

@@ -111,9 +111,8 @@ class Rotary(PositionEncoding):
         Raises ValueError where the head width does not divide into pairs.
         """
         if width % 2:
-            raise ValueError(
-                f"dim_head={width} is odd, but posenc=rotary rotates pairs; nearest even: {width - 1}, {width + 1}"
-            )
+            near = ", ".join(str(w) for w in (width - 1, width + 1) if w)
+            raise ValueError(f"dim_head={width} is odd, but posenc=rotary rotates pairs; nearest even: {near}")
         return position_angles(torch.arange(tokens.count), width, self.base)
 
 
