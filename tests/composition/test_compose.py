@@ -405,7 +405,10 @@ def test_a_text_where_a_number_belongs() -> None:
     """In words for users, also where the constructor takes a tensor, too."""
     with pytest.raises(ConfigError) as refused:
         parse(compose(["optimizer.lr='1e-3'"]))
-    assert str(refused.value) == "optimizer.lr=1e-3: input should be a valid number (this is text; remove the quotes)"
+    assert str(refused.value) == (
+        "optimizer.lr=1e-3: input should be a valid number "
+        "(this is text; remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a variable)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -416,6 +419,13 @@ def test_a_text_where_a_number_belongs() -> None:
             "experiment=null: the value is the name of a file in conf/experiment/; leave it out, or use ~experiment",
         ),
         (["logger=null"], "logger=null: the value is the name of a file in conf/logger/; choose one of them"),
+        (["attention=nystrom.yaml"], "attention=nystrom.yaml: use the name without ending: attention=nystrom"),
+        (["experiment=vin.yaml"], "experiment=vin.yaml: use the name without ending: experiment=vin"),
+        (
+            ["experiment=true"],
+            "experiment=true: the value is the name of a file in conf/experiment/; a name such as true needs quotes: "
+            "\"experiment='true'\"",
+        ),
         (["experiment=1"], "experiment=1: the value is the name of a file in conf/experiment/; a name such as 1 needs quotes"),
         (["+experiment=vit"], "+experiment=vit: an option of experiment is already chosen; remove the + to replace it"),
         (["-m", "experiment=glob(quikstart*)"], "experiment=glob(quikstart*): matches nothing, so there is no run"),

@@ -126,6 +126,10 @@ def test_search(tmp_path: Path) -> None:
     best: Any = OmegaConf.load(tmp_path / "outputs" / "optimization_results.yaml")
     assert best.best_value == max(trial["top1"] for trial in trials)
     assert set(best.best_params) == {"optimizer.lr", "model.dim", "attention.landmarks"}
+    first = (tmp_path / "outputs" / "optimization_results.yaml").read_bytes()
+    assert run_train(tmp_path, *search, "trainer.epochs=1").returncode == 0  # another search in the same directory
+    assert (tmp_path / "outputs" / "optimization_results-1.yaml").read_bytes() == first
+    assert (tmp_path / "outputs" / "optimization_results.yaml").read_bytes() != first
 
 
 @pytest.mark.slow

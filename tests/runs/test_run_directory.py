@@ -246,10 +246,39 @@ def test_what_force_cannot_change(tmp_path: Path, forked: Forked) -> None:
     assert forked.run(tmp_path, *IN_R)[0] == 0
     before = snapshot(tmp_path / "r")
     for argument, key in REFUSED.items():
-        status, output = forked.run(tmp_path, *IN_R, argument, "trainer.resume=force")
+        more = [] if key == "trainer.epochs" else ["trainer.epochs=3"]
+        status, output = forked.run(tmp_path, *IN_R, *more, argument, "trainer.resume=force")
         assert status == 1, (argument, output)
         assert f"{key} was " in last_error(output)
         assert snapshot(tmp_path / "r") == before, argument
+
+
+@pytest.mark.slow
+def test_a_finished_run_keeps_its_config(tmp_path: Path, forked: Forked) -> None:
+    """Nothing would be trained under another one, and its results would name a config that did not lead to them."""
+    assert forked.run(tmp_path, *IN_R)[0] == 0
+    before = snapshot(tmp_path / "r")
+    for force in ("auto", "force"):
+        status, output = forked.run(tmp_path, *IN_R, "optimizer.lr=0.1", f"trainer.resume={force}")
+        assert status == 1
+        line = last_error(output)
+        assert (
+            "(optimizer.lr was 0.001 and is 0.1), whose epochs are all done; start over with rerun=true, or train more" in line
+        )
+        assert snapshot(tmp_path / "r") == before
+    sweep = (*TINY, "hydra.sweep.dir=.", "hydra.sweep.subdir=r", "optimizer.lr=0.1")  # the same directory
+    status, output = forked.run(tmp_path, "-m", *sweep)
+    assert status == 1
+    assert "refused" in output
+    after = snapshot(tmp_path / "r")
+    assert {name: content for name, content in after.items() if not name.endswith(".log")} == {
+        name: content for name, content in before.items() if not name.endswith(".log")
+    }
+    status, output = forked.run(tmp_path, *IN_R, "optimizer.lr=0.1", "trainer.epochs=3", "trainer.resume=force")
+    assert status == 0, output
+    status, output = forked.run(tmp_path, *TINY, "hydra.run.dir=other", "trainer.epochs=1", "trainer.resume=force")
+    assert status == 0
+    assert "trainer.resume=force: nothing to continue in " in output
 
 
 @pytest.mark.slow
@@ -744,10 +773,20 @@ def test_standard_output_is_not_replaced_where_it_is_a_file(tmp_path: Path, monk
 
 
 def test_only_a_checkpoint_can_be_continued_under_another_config(tmp_path: Path) -> None:
-    config = {"trainer": {"epochs": 1}}
-    run = RunDirectory(tmp_path, {}, {"trainer": {"epochs": 2}})
+    config = {"trainer": {"epochs": 2}, "optimizer": {"lr": 1.0}}
+    run = RunDirectory(tmp_path, {}, {**config, "optimizer": {"lr": 2.0}})
     with pytest.raises(ConfigError, match=r"start over with rerun=true, or choose another directory with hydra.run.dir=DIR$"):
         run.check_same_run(config, {}, "auto")
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(ConfigError, match=r"or continue under the new config with trainer\.resume=force$"):
-        run.check_same_run(config, {}, "auto")
+        run.check_same_run(config, {"epochs": 1}, "auto")
+    assert run.check_same_run(config, {"epochs": 1}, "force") == {"optimizer.lr": (1.0, 2.0)}
+    for resume in ("auto", "force"):
+        with pytest.raises(
+            ConfigError, match=r"whose epochs are all done; .* more epochs .* trainer.epochs=N trainer\.resume=force$"
+        ):
+            run.check_same_run(config, {"epochs": 2}, resume)
+    longer = RunDirectory(tmp_path, {}, {"trainer": {"epochs": 3}, "optimizer": {"lr": 1.0}})
+    assert longer.check_same_run(config, {"epochs": 2}, "force") == {"trainer.epochs": (2, 3)}
+    shorter = RunDirectory(tmp_path, {}, {"trainer": {"epochs": 1}, "optimizer": {"lr": 1.0}})  # ends an interrupted run
+    assert shorter.check_same_run(config, {"epochs": 1}, "force") == {"trainer.epochs": (2, 1)}

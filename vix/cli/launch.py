@@ -107,7 +107,7 @@ def run_job(cfg: DictConfig) -> float:
             job_status.finished(results, before=results is run.previous_results)
             return float(results["top1"])
     except Exception as error:
-        if isinstance(error, LockedError) and job.mode == RunMode.RUN:
+        if isinstance(error, LockedError):
             undo_start(locked=True)
         if job.mode == RunMode.MULTIRUN:  # the sweep continues, and Hydra reports only the first failure at its end
             log.error("%s: %s", identity["name"], first_paragraph(error))
@@ -185,12 +185,17 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
 
 
 def record_refusal(run: RunDirectory, error: ConfigError) -> None:
-    """Leave no trace of a refused single run; write the reason into the directory of a refused job of a sweep."""
+    """Leave no trace of a refused single run; write the reason into the directory of a refused job of a sweep.
+
+    Where that holds an earlier run, it stays as it is.
+    """
     if HydraConfig.get().mode == RunMode.RUN:
         if rank() == 0 and not run.begun:
             undo_start()
     elif not run.results_path.exists():
         run.write_results(status="refused", error=str(error))
+    elif not run.begun:
+        undo_start(locked=True)
 
 
 def free_memory() -> None:

@@ -40,6 +40,7 @@ from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest,
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.runs.results import read_run
+from vix.runs.snapshot import take_snapshot
 from vix.runs.sweep import FOLDER, record_end
 from vix.system.files import expand_home
 from vix.training.init_from import init_identity
@@ -109,8 +110,11 @@ class Loader(ConfigLoaderImpl):
             group, swept = override.key_or_group, override.is_sweep_override()
             if swept or override.is_delete() or not self.repository.group_exists(group):
                 continue
-            if not isinstance(value := override.value(), str | list | dict):  # a dict sets the group's options
-                way_out = f"a name such as {value} needs quotes: \"{group}='{value}'\""
+            value, typed = override.value(), str(override.input_line).partition("=")[2]
+            if isinstance(value, str) and value.endswith(".yaml"):
+                raise ConfigError(f"{override.input_line}: use the name without ending: {group}={value.removesuffix('.yaml')}")
+            if not isinstance(value, str | list | dict):  # a dict sets the group's options
+                way_out = f"a name such as {typed} needs quotes: \"{group}='{typed}'\""
                 if value is None:
                     way_out = f"leave it out, or use ~{group}" if group in OVERLAYS else "choose one of them"
                 raise ConfigError(f"{override.input_line}: the value is the name of a file in conf/{group}/; {way_out}")
@@ -459,6 +463,7 @@ def guarded_run_job(*arguments: Any, **options: Any) -> JobReturn:
     Otherwise the first such job would end the sweep. Errors of the job itself are in what it returns.
     """
     try:
+        take_snapshot(options["config"], "hydra.sweep.dir", "hydra.sweep.subdir")
         return run_job(*arguments, **options)
     except (OSError, ValueError) as error:  # ValueError: logging cannot open the log file
         cfg = options["config"]

@@ -204,13 +204,18 @@ class RunDirectory:
                 f"trainer.init_from: {self.directory} holds a run that started from other weights ({began}, this run: "
                 f"{begins}); start over with rerun=true, or choose another directory with hydra.run.dir=DIR"
             )
-        if changed and resume != "force":
+        over = all(has_ended(results, trained) for trained in (config, self.config))
+        if changed and (over or resume != "force"):
             keys = ", ".join(f"{key} was {then} and is {now}" for key, (then, now) in changed.items())
             resumable = self.checkpoint_path.exists() or self.previous_path.exists()
-            force = "continue under the new config with trainer.resume=force"
-            other = force if resumable else "choose another directory with hydra.run.dir=DIR"
+            other = "choose another directory with hydra.run.dir=DIR"
+            if resumable and over:
+                other = "train more epochs under the new config with trainer.epochs=N trainer.resume=force"
+            elif resumable:
+                other = "continue under the new config with trainer.resume=force"
+            ended = ", whose epochs are all done" if over else ""
             raise ConfigError(
-                f"trainer.resume: {self.directory} holds a run with another config ({keys}); "
+                f"trainer.resume: {self.directory} holds a run with another config ({keys}){ended}; "
                 f"start over with rerun=true, or {other}"
             )
         return changed
@@ -373,6 +378,13 @@ class RunDirectory:
         for path, back in moved:
             path.rename(back)
         staging.rmdir()
+
+
+def has_ended(results: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a run with these results has nothing left to train with this config."""
+    trainer = config.get("trainer", {})
+    epochs = trainer.get("epochs")
+    return epochs is not None and training_is_over(results.get("epochs", 0), results, epochs, trainer.get("patience"))
 
 
 def training_is_over(epoch: int, best: Mapping[str, Any], epochs: int, patience: int | None) -> bool:

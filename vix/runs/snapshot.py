@@ -1,14 +1,16 @@
 """Snapshot of a run's directory before Hydra writes to it, so that a rejected start leaves no trace."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 SAVED = ("config.yaml", "hydra.yaml", "overrides.yaml")  # written by Hydra into its subdirectory
 
@@ -28,30 +30,60 @@ class DirectoryState:
     log_size: int | None
 
 
-before: DirectoryState | None = None  # None in a sweep
+before: DirectoryState | None = None
 
 
 class DirectorySnapshot(Callback):
-    """Hydra callback that records the state of a single run's directory. A rejected job of a sweep keeps its directory, which
-    records the reason."""
+    """Hydra callback that records the state of a single run's directory, and keeps the result of an earlier search."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Hydra's hook, called before a sweep."""
+        self.search_result = None
+        with suppress(OSError):
+            self.search_result = search_result_path(config).read_bytes()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Hydra's hook, called after a sweep: Optuna's plugin replaces the result of an earlier search in the directory."""
+        path = search_result_path(config)
+        if self.search_result is not None and path.exists() and path.read_bytes() != self.search_result:
+            number = next(n for n in count(1) if not path.with_stem(f"{path.stem}-{n}").exists())
+            path.with_stem(f"{path.stem}-{number}").write_bytes(self.search_result)
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Hydra's hook, called before it creates the directory of a single run."""
-        global before
-        before = None
-        hydra_config = HydraConfig.instance()
-        earlier = hydra_config.cfg
-        try:
-            hydra_config.set_config(config)  # the interpolation of the directory's name needs it
-            with suppress(Exception):  # Hydra reports the error when it creates the directory
-                before = snapshot_directory(config)
-        finally:
-            hydra_config.cfg = earlier
+        take_snapshot(config, "hydra.run.dir")
 
 
-def snapshot_directory(config: DictConfig) -> DirectoryState:
-    """The state of the directory that Hydra will create for this config, with Hydra's part."""
-    directory = Path(os.path.abspath(str(config.hydra.run.dir)))
+def search_result_path(config: DictConfig) -> Path:
+    """The file to which Optuna's plugin writes the best settings."""
+    return Path(str(config.hydra.sweep.dir), "optimization_results.yaml")
+
+
+def take_snapshot(config: DictConfig, *keys: str) -> None:
+    """Record the state of the directory that Hydra will create.
+
+    config: of the run, with Hydra's part.
+    keys: of the directory, and of a subdirectory.
+    """
+    global before
+    before = None
+    hydra_config = HydraConfig.instance()
+    earlier = hydra_config.cfg
+    try:
+        hydra_config.set_config(config)  # the interpolation of the directory's name needs it
+        with suppress(Exception):  # Hydra reports the error when it creates the directory
+            before = snapshot_directory(config, Path(os.path.abspath(os.path.join(*map(str, select(config, keys))))))
+    finally:
+        hydra_config.cfg = earlier
+
+
+def select(config: DictConfig, keys: Sequence[str]) -> list[Any]:
+    """The values of several keys."""
+    return [OmegaConf.select(config, key, throw_on_missing=True) for key in keys]
+
+
+def snapshot_directory(config: DictConfig, directory: Path) -> DirectoryState:
+    """The state of a run's directory, which Hydra will create for this config."""
     subdir = config.hydra.output_subdir
     folder = directory / str(subdir) if subdir else directory
     paths = [directory / ".lock", *(folder / name for name in SAVED if subdir)]
@@ -64,7 +96,7 @@ def snapshot_directory(config: DictConfig) -> DirectoryState:
 def undo_start(locked: bool = False) -> None:
     """Remove what this start created in the directory of its run, and restore the files that it changed.
 
-    locked: whether another process is writing there; then only Hydra's files are restored.
+    locked: whether another process is writing there, or it holds an earlier run; then only Hydra's files are restored.
     """
     if before is None:
         return

@@ -168,6 +168,12 @@ class Trainer:
         changed = run.resume_from(saved)
         check_state_fits(changed, build_optimizer, model, saved, run.directory)
         if not saved:
+            if self.resume == "force":
+                log.warning(
+                    "trainer.resume=force: nothing to continue in %s, so training begins with the first epoch; name the "
+                    "directory of an earlier run with hydra.run.dir=DIR",
+                    run.directory,
+                )
             weights, messages = fit_weights(model, self.init_from)
             model.load_state_dict(weights, strict=False)
             for message in messages:
