@@ -86,8 +86,20 @@ def test_a_model_is_built_without_the_file() -> None:
         ({"images": np.zeros((1500, 8, 8, 3), np.uint8)}, r"^data\.channels=1: images of .* have 3; use data\.channels=3"),
         ({"labels": np.zeros(1500)}, r"labels is float64 \(1500,\), but must be 1500 integers"),
         ({"labels": np.zeros(3, int)}, r"labels is int64 \(3,\), but must be 1500 integers"),
-        ({"labels": np.full(1500, -1)}, r"the labels are -1 to -1, but"),
+        ({"labels": np.full(1500, -1)}, r"the labels of 1500 images are -1 to -1; number them from 0$"),
         ({"class_names": ["a", "b"]}, r"the labels are 0 to 9, but there are 2 class names"),
+        ({"class_names": [*"abcdefghia"]}, r"class_names contains 'a' more than once; rename the classes$"),
+        ({"class_names": np.array("a")}, r"class_names is <U1 \(\), but must be a list of texts"),
+        (
+            {"class_names": [name.encode() for name in "abcdefghij"]},
+            r"class_names is \|S1 \(10,\), but must be a list of texts",
+        ),
+        ({"labels": np.arange(1500) * 10**12}, r"the labels of 1500 images are 0 to 1499\d+; number them from 0$"),
+        ({"labels": np.full(1500, 2**64 - 1, np.uint64)}, r"the labels of 1500 images are 18446744073709551615 to"),
+        (
+            {"test_images": np.zeros((0, 8, 8), np.uint8), "test_labels": np.zeros(0, int)},
+            r"test_images contains no images; .* out",
+        ),
     ],
 )
 def test_a_file_that_does_not_suit_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -106,8 +118,17 @@ def test_no_npz_file(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="is not a readable"):
         gray(str(tmp_path / "x.npz"))
-    with pytest.raises(DataError, match="is not a readable"):
+    with pytest.raises(DataError, match=r"class_names is object \(10,\), but must be a list of texts"):
         gray(written(tmp_path / "code.npz", class_names=np.array([{}] * 10, dtype=object)))
+
+
+def test_labels_with_gaps_are_named(tmp_path: Path) -> None:
+    labels = digits()["labels"]
+    path = written(tmp_path / "x.npz", labels=np.where(labels == 3, 4, labels))
+    with pytest.raises(
+        DataError, match=r"x\.npz: the training labels are not 0 to 9, each with images \(wrong: 3\): the files"
+    ):
+        gray(path).load(torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """A folder of images: layouts, sizes, damage, and a run that trains on one."""
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,7 +176,21 @@ def write_deep(folder: Path) -> None:
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(folder / "val" / "bee" / "1.png")
 
 
-@pytest.mark.parametrize("damage", [break_file, write_text, write_deep])
+def write_deep_color(folder: Path) -> None:
+    """16 bits per channel: Pillow, which cannot write such files, opens them as 8 bits."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + bytes(8 * 3 * 2) for _ in range(8))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path = folder / "val" / "bee" / "1.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert Image.open(path).mode == "RGB"
+
+
+@pytest.mark.parametrize("damage", [break_file, write_text, write_deep, write_deep_color])
 def test_a_file_that_is_no_image_is_named(folder: Path, damage: Callable[[Path], None]) -> None:
     damage(folder)
     with pytest.raises(

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import sys
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -99,19 +100,38 @@ class Arrays(ImageData):
             )
         for split in ("", "test_") if has_test else ("",):
             self.check_headers(split, headers)
-        labels = self.array("labels").astype(np.int64)
-        classes = int(labels.max(initial=-1)) + 1
-        names = tuple(map(str, self.array("class_names"))) if "class_names" in headers else tuple(map(str, range(classes)))
-        if len(names) < classes or labels.min(initial=0) < 0:
+        labels = self.array("labels")
+        classes = int(labels.max()) + 1
+        if labels.min() < 0 or classes > len(labels):
+            raise DataError(
+                f"{self.root}: the labels of {len(labels)} images are {labels.min()} to {classes - 1}; number them from 0"
+            )
+        names = self.names(headers["class_names"]) if "class_names" in headers else tuple(map(str, range(classes)))
+        if len(names) < classes:
             raise DataError(
                 f"{self.root}: the labels are {labels.min()} to {classes - 1}, but there are {len(names)} class names"
             )
         return names, (len(labels), headers["test_images"].shape[0] if has_test else 0)
 
+    def names(self, header: Header) -> tuple[str, ...]:
+        """The array of class names. Raises DataError where they are no list of different texts."""
+        if len(header.shape) != 1 or header.dtype.kind != "U":
+            raise DataError(
+                f"{self.root}: class_names is {header.dtype} {header.shape}, but must be a list of texts, one for each label"
+            )
+        names = tuple(map(str, self.array("class_names")))
+        if repeated := [name for name, number in Counter(names).items() if number > 1]:
+            raise DataError(
+                f"{self.root}: class_names contains {', '.join(map(repr, repeated))} more than once; rename the classes"
+            )
+        return names
+
     def check_headers(self, split: str, headers: dict[str, Header]) -> None:
         """Raises DataError or ConfigError where the images or labels of a split have another shape or dtype."""
         images, labels = headers[f"{split}images"], headers[f"{split}labels"]
         count, *shape = images.shape or (0,)
+        if not count:
+            raise DataError(f"{self.root}: {split}images contains no images; add some" + (", or leave it out" if split else ""))
         if (
             images.dtype != np.uint8
             or len(shape) not in (2, 3)

@@ -168,8 +168,13 @@ class ImageData(ImageSet):
         """For the training and for the evaluated images: the split that contains them, and their positions in it (count,)."""
         train, test = self.read()
         for labeled, name in ((train, "training"), (test, "test")):
-            if labeled and set(np.unique(labeled[1])) != set(range(self.classes)):
-                raise DataError(f"the {name} labels are not 0 to {self.classes - 1}: the files are not those of this image set")
+            if labeled and (wrong := {*map(int, np.unique(labeled[1]))} ^ {*range(self.classes)}):
+                shown = ", ".join(map(str, sorted(wrong)[:5]))
+                where = f"{root}: " if (root := getattr(self, "root", None)) else ""
+                raise DataError(
+                    f"{where}the {name} labels are not 0 to {self.classes - 1}, each with images (wrong: {shown}): the files "
+                    "are not those of this image set, or classes are missing"
+                )
         training = np.arange(len(train[1]))
         if self.held_out_size:
             test, evaluated = train, self.held_out(train)

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -345,7 +346,8 @@ def read_image(path: str, size: int, channels: int) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
+            # Pillow opens color images of 16 bits as 8 bits; what it decodes them from is in its tiles.
+            if image.mode[0] in "IF" or any(re.search(r";16[BLN]", str(tile[3])) for tile in getattr(image, "tile", ())):
                 raise ValueError("more than 8 bits per channel, which would be truncated; convert it")
             # Cameras store the orientation of a picture as EXIF metadata.
             upright = ImageOps.exif_transpose(image).convert(MODES[channels])
