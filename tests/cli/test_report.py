@@ -331,6 +331,7 @@ def test_filters_and_sorting(real: dict[str, Any], tmp_path: Path) -> None:
     assert names("--sort", "-experiment") == ["vip", "vin", "vil"]
     assert names("--where", "attention=performer") == ["vip"]
     assert names("--where", "attention=nystrom", "--where", "experiment=vin") == ["vin"]
+    assert len(names("--where", "optimizer.betas=[0.9,0.999]", "--where", "rerun=False")) == 3
     assert len(names("--where", "optimizer.lr=1e-3", "--where", "trainer.clip_norm=null", "--where", "rerun=false")) == 3
 
 
@@ -535,4 +536,21 @@ def test_another_report_is_not_overwritten(real: dict[str, Any], tmp_path: Path)
         report_rows(tmp_path)
     assert (tmp_path / "report.md").read_text() == "# Mine"
     (tmp_path / "report.md").unlink()
+    (tmp_path / "report.csv").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"report\.csv: is not of a report of this command; choose another directory with --out"
+    ):
+        report_rows(tmp_path)
+    assert (tmp_path / "report.csv").read_text() == "mine"
+    (tmp_path / "report.csv").unlink()
     assert report_rows(tmp_path) == report_rows(tmp_path)
+    written = (tmp_path / "report.md").read_text()
+    for edited in (f"{written}notes", written.replace("# Report", "# Report of May", 1)):
+        (tmp_path / "report.md").write_text(edited)
+        with pytest.raises(
+            UserError, match=r"report\.md: was edited, and would be replaced; move it elsewhere, choose another"
+        ):
+            report_rows(tmp_path)
+        assert (tmp_path / "report.md").read_text() == edited
+    (tmp_path / "report.md").write_text("# Report\n\nas an earlier version wrote it")
+    assert report_rows(tmp_path)

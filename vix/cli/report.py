@@ -6,7 +6,9 @@ Reads only each run's ``results.json``, and imports no torch: 1,000 runs take ab
 import argparse
 import csv
 import difflib
+import hashlib
 import io
+import os
 import shutil
 import sys
 import textwrap
@@ -114,6 +116,7 @@ HOW_TO_READ_INFERENCE = (
     "size 64) were measured by `python -m vix cost`, in the variant, compiled or not, with the lower latency, on "
 )
 HEADING = "# Report"  # first line of report.md
+SIGNATURE = "\n<!-- unchanged since written: "  # begins its last line
 PROTOCOL = (
     "The paper's protocol differs from ours. Each published accuracy is the best test epoch of one unseeded run without a "
     "validation split (the text says best of three), so it is compared with our best over all epochs and seeds. Both are "
@@ -233,21 +236,42 @@ def write_files(out: Path, files: Mapping[str, bytes]) -> None:
 
     files: name → contents.
 
-    Raises UserError where that fails, or the directory contains a report.md of something else.
+    Raises UserError where that fails, or a file would be replaced that is not of an earlier report, or was edited.
     """
     page = out / "report.md"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot create this directory ({error.strerror}); choose another with --out") from error
+    way_out = "choose another directory with --out, or use --no-files"
     try:
-        ours = not page.is_file() or page.read_bytes().startswith(HEADING.encode())
+        earlier = page.read_bytes() if page.is_file() else None
     except OSError as error:
-        raise UserError(f"{page}: {error.strerror}; choose another directory with --out, or use --no-files") from error
-    if not ours:
-        raise UserError(f"{page}: is not a report of this command; choose another directory with --out, or use --no-files")
+        raise UserError(f"{page}: {error.strerror}; {way_out}") from error
+    if earlier is None and (others := [name for name in files if os.path.lexists(out / name)]):
+        raise UserError(f"{out / others[0]}: is not of a report of this command; {way_out}")
+    if earlier is not None and not earlier.startswith(HEADING.encode()):
+        raise UserError(f"{page}: is not a report of this command; {way_out}")
+    if earlier is not None and was_edited(earlier):
+        raise UserError(f"{page}: was edited, and would be replaced; move it elsewhere, {way_out}")
     for name, content in files.items():
         atomic_write(out / name, content)
+
+
+def signed(page: str) -> str:
+    """A page with a last line that contains the digest of the lines above."""
+    return f"{page}{SIGNATURE}{digest(page.encode(errors='backslashreplace'))} -->\n"
+
+
+def was_edited(page: bytes) -> bool:
+    """Whether a page is not the one that was signed; pages of earlier versions have no signature."""
+    above, signature, end = page.rpartition(SIGNATURE.encode())
+    return bool(signature) and end != f"{digest(above)} -->\n".encode()
+
+
+def digest(content: bytes) -> str:
+    """A short digest, which tells whether a page is unchanged."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -317,7 +341,7 @@ def report(options: argparse.Namespace) -> None:
         images = pictures(groups, rows, published_rows())
         links = [f"![{title}]({name})\n" for name, (title, _) in images.items()]
         text = [f"{HEADING}\n", *(table.markdown() for table in shown), *(f"* {note}" for note in footnotes), "", *links]
-        texts = {"report.md": "\n".join(text), "report.csv": as_csv(in_order)}
+        texts = {"report.md": signed("\n".join(text)), "report.csv": as_csv(in_order)}
         # A directory's name need not be valid UTF-8.
         files = {name: content.encode(errors="backslashreplace") for name, content in texts.items()}
         files |= {name: png for name, (_, png) in images.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.errors import UserError
-from vix.overrides import override_key, settings
+from vix.overrides import override_key, parse_or_none, settings
 from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, is_of_the_run, is_off
 from vix.system.files import walk
 
@@ -249,6 +249,8 @@ def find_runs(directories: Iterable[Path]) -> list[RunRecord]:
     """
     paths: dict[Path, Path] = {}  # keyed by real path, because one directory may contain another
     for directory in directories:
+        if directory.is_file():
+            raise UserError(f"{directory}: is a file; pass a directory that contains runs, such as {directory.parent}")
         if not directory.is_dir():
             near = directory.parent if directory.parent.is_dir() else Path()
             there = sorted(p.name for p in near.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -301,8 +303,11 @@ def matches(text: str, value: Any) -> bool:
     """Whether ``text`` denotes the value; numbers are compared numerically (1e-3 equals 0.001)."""
     if as_text(value) == text:
         return True
+    if isinstance(value, bool | list | dict):
+        typed = parse_or_none(f"value={text}")  # with other spaces or letters
+        return typed is not None and not typed.is_sweep_override() and bool(typed.value() == value)
     try:
-        return not isinstance(value, bool | str) and float(text) == value
+        return not isinstance(value, str) and float(text) == value
     except ValueError:
         return False
 
