@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import HANGS, ROOT
 
-from vix.__main__ import COMMANDS
+from vix.__main__ import COMMANDS, main
 
 
 def run(*command: str, directory: Path) -> str:
@@ -45,6 +45,18 @@ def name(requirement: str) -> str:
     found = re.match(r"[\w.-]+", requirement)
     assert found
     return found[0].lower().replace("_", "-")
+
+
+def test_an_interrupted_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vix.cli.diff.main", interrupt)
+    monkeypatch.setattr(sys, "argv", ["vix", "diff", "a", "b"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["nosuch"]])

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 from vix.errors import UserError
@@ -33,9 +34,9 @@ def main() -> None:
             print(usage)
             return
         sys.exit(f"error: {name}: unknown command; valid: {', '.join(COMMANDS)}")
-    module = importlib.import_module(f"vix.cli.{COMMANDS[name][0]}")
-    del sys.argv[1]
     try:
+        module = importlib.import_module(f"vix.cli.{COMMANDS[name][0]}")
+        del sys.argv[1]
         if name not in READ_ONLY and os.environ.get("WORLD_SIZE") not in (None, "", "1"):
             from vix.system.distributed import check_environment  # imports PyTorch, which not every command needs
 
@@ -43,6 +44,9 @@ def main() -> None:
         module.main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

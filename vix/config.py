@@ -137,7 +137,7 @@ def check_value(key: str, value: Any, annotation: Any) -> None:
         message = " or ".join(dict.fromkeys([*(describe(problem["loc"], problem["msg"]) for problem in problems), *null]))
         shown = json.dumps(value) if not isinstance(value, str) else value
         if isinstance(value, str) and is_number(value):
-            message += " (this is text; remove the quotes)"
+            message += " (this is text; remove the quotes, or write ${oc.decode:${oc.env:NAME}} for a variable)"
         raise ConfigError(f"{key}={shown}: {message}") from error
 
 
@@ -159,4 +159,4 @@ def describe(location: tuple[int | str, ...], message: str) -> str:
 @functools.cache
 def adapter_of(annotation: Any) -> TypeAdapter[Any]:
     """pydantic's validator for an annotation."""
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))

@@ -108,17 +108,21 @@ def cost_of_config(overrides: Sequence[str], flags: Flags, options: argparse.Nam
 
 def batch_sizes(text: str) -> list[int]:
     """The ``type`` of ``--batches``: ascending batch sizes, separated by commas."""
-    sizes = sorted({int(size) for size in text.split(",")})
-    if sizes[0] < 1:
-        raise ValueError
-    return sizes
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text}: expected batch sizes such as 1,64")
+    return sorted(set(map(int, sizes)))
 
 
 def seconds(text: str) -> float:
     """The ``type`` of ``--seconds``: a number of at least 0."""
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of seconds")
+    return number
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -40,7 +40,7 @@ def load(directory: Path) -> Row:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; pass the directory of a run, such as outputs/vin/seed=0")
     if not path.is_file():
-        below = [str(p.parent) for p in sorted(directory.glob("*/results.json"))]
+        below = [str(p.parent) for p in sorted(directory.rglob("results.json"))]
         raise UserError(f"{directory}: contains no results.json; subdirectories with one: {', '.join(below) or 'none'}")
     run = read_run(path)
     if not isinstance(run.results.get("config"), dict):
@@ -91,6 +91,11 @@ def diff(run_a: Path, run_b: Path) -> None:
             Table(title, ("key", "A", "B", "B − A"), lines, words=3).print()
         else:
             print(f"{title}: no difference\n")
+    for name, results in (("A", a), ("B", b)):
+        if results.get("config_changes"):
+            print(
+                f"{name} was resumed under another config: its own is that of its last epochs (config_changes in results.json)."
+            )
     epoch, both = first_different_epoch(a, b), min(len(a.get("history") or ()), len(b.get("history") or ()))
     if epoch:
         print(f"Loss and accuracy differ from epoch {epoch} on.")

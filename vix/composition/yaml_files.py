@@ -408,12 +408,12 @@ def check_param(repository: Any, file: Path, key: str, value: Any) -> None:
     raise ConfigError(f"{location(file, key)}: hydra.sweeper.params: {key}: a file may sweep only over the program's own keys")
 
 
-def location(file: Path | None, key: str) -> str:
+def location(file: Path | None, key: Any) -> str:
     """``FILE:LINE`` of the first line that contains the key, for a message; ``FILE`` where no line does."""
     if file is None or not file.is_file():
         return str(file)
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if re.search(rf"(^|[\s/.@'\"{{+]){re.escape(key)}\b", line.partition("#")[0]):
+        if re.search(rf"(^|[\s/.@'\"{{+]){re.escape(str(key))}\b", line.partition("#")[0]):
             return f"{file}:{number}"
     return str(file)
 

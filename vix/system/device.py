@@ -27,7 +27,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu":
-            log.warning("No CUDA GPU found: training on the CPU, which is slow for full-size models")
+            log.warning("No CUDA GPU found: using the CPU, which is slow for full-size models")
     try:
         device = torch.device(name)
         if device.type == "cuda":
