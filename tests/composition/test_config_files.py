@@ -118,7 +118,8 @@ def test_an_experiment_names_no_compiler(tmp_path: Path) -> None:
     assert refused.stderr.startswith("error: ")
     assert "evil.yaml:5: hydra.job.env_set: a file of a group may not set this" in refused.stderr
     assert not (tmp_path / "executed").exists()
-    run_train(tmp_path, *compiled, "experiment=quickstart", f"+hydra.job.env_set.CXX={compiler}", **cache)
+    # In a new interpreter, because PyTorch reads CXX when its compiler is imported.
+    run_train(tmp_path, *compiled, "experiment=quickstart", f"+hydra.job.env_set.CXX={compiler}", fresh=True, **cache)
     assert (tmp_path / "executed").exists()
 
 
