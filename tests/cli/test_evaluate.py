@@ -186,7 +186,7 @@ def test_a_folder_without_test_images_has_none_elsewhere(tmp_path: Path) -> None
     train(tmp_path, *FOLDER, f"data.root={root}", "data.folds=3", "data.fold=0")
     copied = shutil.copytree(root, tmp_path / "copied")
     for overrides in ([f"data.root={copied}"], ["data=imagefolder", f"data.root={copied}"]):
-        with pytest.raises(UserError, match="test"):
+        with pytest.raises(UserError, match=r"^data\.root=.*/copied: there is no "):
             evaluate(load_trained_run(tmp_path / "run", "last", overrides), "test")
     fold = evaluate(load_trained_run(tmp_path / "run", "last", [f"data.root={copied}"]))
     assert fold == {**evaluate(load_trained_run(tmp_path / "run", "last")), "run": fold["run"]}

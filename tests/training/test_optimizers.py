@@ -169,6 +169,8 @@ def test_names_without_weight_decay_hold_for_muon() -> None:
     """A matrix among them is still Muon's, in the last group; without one, the groups are those of older checkpoints."""
 
     class Theirs(nn.Module):
+        no_weight_decay: tuple[str, ...] = ()
+
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -179,7 +181,7 @@ def test_names_without_weight_decay_hold_for_muon() -> None:
 
     model = Theirs()
     assert kinds(model) == [(True, None, 2), (False, None, 0), (False, 0.0, 2)]
-    Theirs.no_weight_decay = ("second.weight",)  # type: ignore[attr-defined]
+    model.no_weight_decay = ("second.weight",)
     assert kinds(model) == [(True, None, 1), (False, None, 0), (False, 0.0, 2), (True, 0.0, 1)]
     optimizer = MuonAdamW(MuonAdamW.param_groups_of(model, no_decay=True), lr=0.1, weight_decay=0.5)
     before = [layer.weight.norm().item() for layer in (model.first, model.second)]

@@ -170,7 +170,7 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
     trained = run.checkpoint["config"]["data"]
     options.train_size = None
     others = bool(run.overridden & {"data", "data.root"})
-    same = others and is_image_set(run, recorded)
+    same = others and is_image_set(run, recorded)  # before the options of the held-out images are removed
     if split == "test":
         options.update(dict.fromkeys(HELD_OUT))
     if others and not same:

@@ -270,7 +270,7 @@ def was_edited(page: bytes) -> bool:
 
 
 def digest(content: bytes) -> str:
-    """A short digest, which tells whether a page is unchanged."""
+    """The first 16 hexadecimal digits of the SHA-256 hash."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -1,7 +1,6 @@
 """Snapshot of a run's directory before Hydra writes to it, so that a rejected start leaves no trace."""
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -72,14 +71,10 @@ def take_snapshot(config: DictConfig, *keys: str) -> None:
     try:
         hydra_config.set_config(config)  # the interpolation of the directory's name needs it
         with suppress(Exception):  # Hydra reports the error when it creates the directory
-            before = snapshot_directory(config, Path(os.path.abspath(os.path.join(*map(str, select(config, keys))))))
+            parts = [str(OmegaConf.select(config, key, throw_on_missing=True)) for key in keys]
+            before = snapshot_directory(config, Path(os.path.abspath(os.path.join(*parts))))
     finally:
         hydra_config.cfg = earlier
-
-
-def select(config: DictConfig, keys: Sequence[str]) -> list[Any]:
-    """The values of several keys."""
-    return [OmegaConf.select(config, key, throw_on_missing=True) for key in keys]
 
 
 def snapshot_directory(config: DictConfig, directory: Path) -> DirectoryState:
