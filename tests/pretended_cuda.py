@@ -31,6 +31,7 @@ class Driver:
 
     def __init__(self, gpus: int, capability: tuple[int, int]) -> None:
         self.gpus, self.capability, self.current, self.calls = gpus, capability, 0, []
+        self.fractions = [1.0] * gpus
         self.generators = tuple(torch.Generator() for _ in range(gpus))
 
     def note(self, name: str, *arguments: Any) -> None:
@@ -69,7 +70,8 @@ class Driver:
         def fraction(value: float, device: int) -> None:
             if type(value) is not float:
                 raise TypeError("expected a float")
-            self.note("setMemoryFraction", value, self.index(device))
+            self.fractions[self.index(device)] = value
+            self.note("setMemoryFraction", value, device)
 
         def stats(device: int) -> dict[str, Any]:
             self.note("memoryStats", self.index(device))
@@ -87,6 +89,7 @@ class Driver:
             "_cuda_exchangeDevice": exchange,
             "_cuda_maybeExchangeDevice": exchange,
             "_cuda_setMemoryFraction": fraction,
+            "_cuda_getMemoryFraction": lambda device: self.fractions[self.index(device)],
             "_cuda_memoryStats": stats,
             "_cuda_resetPeakMemoryStats": lambda device: self.note("resetPeakMemoryStats", self.index(device)),
             "_cuda_emptyCache": lambda: self.note("emptyCache"),
@@ -139,13 +142,15 @@ class Event:
 
 
 def nccl_by_gloo() -> type:
-    """In place of ProcessGroupNCCL, whose C++ constructor counts the GPUs by itself."""
+    """In place of ProcessGroupNCCL and its successor of PyTorch 2.15, whose C++ constructors use the GPUs themselves."""
     from torch.distributed import ProcessGroupGloo, ProcessGroupNCCL
 
     class ProcessGroup:
         Options = ProcessGroupNCCL.Options
 
-        def __new__(cls, store: Any, rank: int, size: int, options: Any) -> Any:
+        def __new__(cls, store: Any, rank: int, size: int, options: Any, device: Any = None) -> Any:
+            if device is not None and device.index != torch.cuda.current_device():
+                raise RuntimeError(f"Expected tensor on {device} but found tensor on cuda:{torch.cuda.current_device()}")
             return ProcessGroupGloo(store, rank, size, options._timeout)
 
     return ProcessGroup
@@ -157,6 +162,7 @@ def pretended_gpus(gpus: int = 1, capability: tuple[int, int] = (8, 0)) -> Itera
     import torch.distributed.distributed_c10d as c10d
 
     driver = Driver(gpus, capability)
+    nccl = {name: nccl_by_gloo() for name in ("ProcessGroupNCCL", "ProcessGroupNCCL2") if hasattr(c10d, name)}
     functions = driver.functions()
     renamed = {"_exchange_device": "_cuda_exchangeDevice", "_maybe_exchange_device": "_cuda_maybeExchangeDevice"}
     state = {"_initialized": False, "_cached_device_count": None, "default_generators": (), "Event": Event}
@@ -167,7 +173,7 @@ def pretended_gpus(gpus: int = 1, capability: tuple[int, int] = (8, 0)) -> Itera
         patch.object(torch.cuda, "_device_count_nvml", lambda: -1),  # as without NVML, which knows only real GPUs
         patch.object(torch.cuda, "_get_device_properties", None, create=True),
         patch.object(torch.cuda, "_queued_calls", []),
-        patch.object(c10d, "ProcessGroupNCCL", nccl_by_gloo()),
+        patch.multiple(c10d, **nccl),
         OnTheCpu(driver),
     ):
         torch.cuda._lazy_call(torch.cuda._check_capability)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import fit
 from conftest import HANGS, ROOT, TINY
 from forked import Forked
@@ -33,7 +34,15 @@ from vix.build import build_model, parse
 from vix.data.loader import Split
 from vix.errors import ConfigError, UserError
 from vix.system.device import device_name, initial_gpu, resolve_device, resolve_precision
-from vix.system.memory import PeakMemory, check_memory_limit, gpu_out_of_memory, limit_memory, out_of_memory
+from vix.system.distributed import process_group
+from vix.system.memory import (
+    PeakMemory,
+    check_memory_limit,
+    gpu_out_of_memory,
+    initial_fraction,
+    limit_memory,
+    out_of_memory,
+)
 from vix.system.rng import get_rng_state, set_rng_state
 from vix.training.ema import ModelEMA
 from vix.training.micro_batch import dry_run, fits, largest_micro_batch
@@ -51,9 +60,11 @@ def gpus() -> Iterator[Driver]:
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's default
     initial_gpu.cache_clear()
+    initial_fraction.cache_clear()
     with pretended_gpus(2) as driver:
         yield driver
     initial_gpu.cache_clear()
+    initial_fraction.cache_clear()
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = tf32
 
@@ -134,6 +145,33 @@ def test_two_processes_from_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_on_the_cpu_of_a_machine_with_a_gpu(tmp_path: Path) -> None:
+    """They need no GPU each, and do not touch it."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = start(tmp_path, "1", "80", *RUN, "trainer.device=cpu", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path)["processes"] == 2
+    for number in range(2):
+        assert json.loads((tmp_path / f"calls-{number}.json").read_text()) == []
+    refused = start(tmp_path, "1", "80", *RUN, launcher=torchrun)
+    assert "2 processes on this machine need a GPU each, and it has 1" in refused.stderr
+
+
+def test_nccl_gets_the_gpu_that_the_process_computes_on(gpus: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several machines with one process each: PyTorch would take the first GPU."""
+    for key, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "RANK": 1, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(key, str(value))
+    made = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.append((backend, options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: made.append("destroyed"))
+    for name in ("cuda:1", "cpu"):
+        with process_group(resolve_device(name)):
+            pass
+    nccl = ("cpu:gloo,cuda:nccl", {"device_id": torch.device("cuda", 1)})
+    assert made == [nccl, "destroyed", ("gloo", {}), "destroyed"]
+
+
+@pytest.mark.slow
 def test_a_gpu_without_kernels_is_one_line(tmp_path: Path) -> None:
     done = start(tmp_path, "1", "60", *RUN)
     assert done.returncode == 1
@@ -202,6 +240,15 @@ def test_functions_of_a_device(gpus: Driver) -> None:
     first = torch.rand(3, generator=gpus.generators[1])
     set_rng_state(state)
     assert torch.equal(torch.rand(3, generator=gpus.generators[1]), first)
+
+
+def test_the_users_own_limit_stays(gpus: Driver) -> None:
+    """That of ``PYTORCH_ALLOC_CONF=per_process_memory_fraction:0.5``, on a GPU of 16 GB."""
+    device = torch.device("cuda", 1)
+    gpus.fractions[1] = 0.5
+    for gigabytes, fraction in {4.0: 0.25, None: 0.5, 12.0: 0.5}.items():
+        limit_memory(device, gigabytes)
+        assert gpus.fractions == [1.0, fraction]
 
 
 def test_benchmarks_measure_on_a_gpu(gpus: Driver) -> None:

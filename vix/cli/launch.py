@@ -100,7 +100,7 @@ def run_job(cfg: DictConfig) -> float:
         parts = [*run_name_parts(choices, overrides, *digests), f"seed={cfg.get('seed')}"]
         outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
         status = JobStatus(parts, number, cfg.get("fail_fast") is True, outputs, directory)
-        with status as job_status, lock, process_group():
+        with status as job_status, lock:
             run = RunDirectory(directory, identity, plain_config(cfg), os.environ.get(RERUN, ""))
             job_status.update(results=run.results)  # for a job that is killed before it writes them
             results = train(cfg, run)
@@ -172,14 +172,15 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         check_batches(experiment.build_model, data, trainer)
         make_logger = experiment.logger
     run.add_identity(image_set=data.image_set, **init_identity(trainer.init_from))
-    results = broadcast_from_rank0(
-        lambda: run.prepare(experiment.rerun, trainer.resume, lambda: fit_weights(model, trainer.init_from))
-    )
-    if results:
-        log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
-        return results
     try:
-        return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed, make_logger)
+        with process_group(trainer.torch_device):
+            results = broadcast_from_rank0(
+                lambda: run.prepare(experiment.rerun, trainer.resume, lambda: fit_weights(model, trainer.init_from))
+            )
+            if results:
+                log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
+                return results
+            return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed, make_logger)
     finally:
         limit_memory(trainer.torch_device, None)  # for the error handling, and the next job of a sweep
 

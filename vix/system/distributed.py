@@ -67,13 +67,20 @@ def local_rank() -> int | None:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Context manager of the process group: NCCL for CUDA tensors, gloo for others. Does nothing for one process."""
+def process_group(device: torch.device) -> Iterator[None]:
+    """Context manager of the process group: gloo, and NCCL for the tensors on a GPU. Does nothing for one process.
+
+    device: on which this process computes. NCCL must know it from the beginning: since PyTorch 2.15 it connects at once, and
+    would otherwise choose a GPU by itself.
+    """
     if world_size() == 1:
         yield
         return
-    # Both are given explicitly: otherwise PyTorch registers only the accelerator's backend, and collectives on the CPU fail.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
+    if device.type == "cuda" and dist.is_nccl_available():
+        # Both are given explicitly: otherwise PyTorch registers only the GPU's backend, and collectives on the CPU fail.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
@@ -82,9 +89,11 @@ def process_group() -> Iterator[None]:
 
 def peer_lost(error: Exception) -> PeerLostError | None:
     """The error for a failed communication with another process of this run; None for other errors."""
-    if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+    by_backend = isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or "NCCL" in str(error))
+    if world_size() == 1 or not (isinstance(error, dist.DistError) or by_backend):
         return None
-    reason = str(error).strip().splitlines()[0].partition("] ")[2].partition(". ")[0] or type(error).__name__
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (line.partition("] ")[2] or line).partition(". ")[0]
     return PeerLostError(
         f"another process of this run was lost ({reason}); the same command continues from the last checkpoint"
     )

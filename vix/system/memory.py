@@ -3,6 +3,7 @@
 import ctypes
 import resource
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def check_memory_limit(device: torch.device, gigabytes: float | None) -> None:
 
 
 def limit_memory(device: torch.device, gigabytes: float | None) -> None:
-    """Limit the memory that the run may allocate on the device; None removes an earlier limit.
+    """Limit the memory that the run may allocate on the device; None removes that of an earlier call.
 
     gigabytes: in GB of 10⁹ bytes. On a GPU, all memory that PyTorch reserves; on a CPU, the writable memory of the process in
         addition to its present size (Linux's RLIMIT_DATA, which child processes inherit).
@@ -120,8 +121,10 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
     during their compilation.
     """
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory / 1e9
-        torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes / total, device)
+        fraction = initial_fraction(device)
+        if gigabytes is not None:
+            fraction = min(fraction, gigabytes * 1e9 / torch.cuda.get_device_properties(device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
         return
     resource.setrlimit(resource.RLIMIT_DATA, INITIAL_LIMIT)
     torch.backends.mkldnn.set_flags(_enabled=gigabytes is None)
@@ -134,6 +137,12 @@ def limit_memory(device: torch.device, gigabytes: float | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (allowed if soft == resource.RLIM_INFINITY else min(allowed, soft), hard))
     if any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)):
         return_freed_memory()
+
+
+@cache
+def initial_fraction(device: torch.device) -> float:
+    """The share of a GPU's memory that PyTorch may use before the first change: 1, or that of ``PYTORCH_ALLOC_CONF``."""
+    return torch.cuda.get_per_process_memory_fraction(device)
 
 
 def release_memory(device: torch.device) -> None:
