@@ -103,7 +103,9 @@ def import_target(group: str, path: Any, kind: type) -> Callable[..., Any]:
     try:
         target = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}={path}: cannot be imported ({error})") from error
+        ours = path.startswith(tuple(f"{package}." for package in PACKAGES))
+        where = "" if ours else "; install its package, or add the folder that contains it to PYTHONPATH"
+        raise ConfigError(f"{key}={path}: cannot be imported ({error}){where}") from error
     if not (inspect.isclass(target) and issubclass(target, kind) and inside(target.__module__)):
         raise ConfigError(f"{key}={path}: must be a {kind.__module__}.{kind.__qualname__} defined in {' or '.join(allowed)}")
     return target

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from vix.data.augment import Augmentation, crop
 from vix.data.cifar import Cifar10, Cifar100
-from vix.data.dataset import balanced_subset
+from vix.data.dataset import LabeledImages, balanced_subset
 from vix.data.digits import Digits
 from vix.data.loader import Split, normalize
 from vix.errors import DataError
@@ -71,6 +71,28 @@ def test_digits_are_scikit_learns() -> None:
     assert train.images.shape[1:] == (1, 8, 8)
     ours = sorted(torch.cat([train.images, test.images]).flatten(1).double().mul(16 / 255).round().tolist())
     assert ours == sorted(load_digits().data.tolist())
+
+
+class Scaled(Digits):
+    """An image set of a user's own, with images from 0 to 1."""
+
+    def read(self) -> tuple[LabeledImages, LabeledImages | None]:
+        (images, labels), test = super().read()
+        return (images[np.arange(len(labels))] / 255, labels), test
+
+
+class Larger(Digits):
+    """An image set of a user's own, whose images are not as large as it says."""
+
+    image_size = 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [(Scaled, r"float64 and shape \(1437, 8, 8, 1\)"), (Larger, r"uint8 and shape \(1437, 8, 8, 1\)")]
+)
+def test_images_of_a_users_own_set_are_checked(kind: type[Digits], found: str) -> None:
+    with pytest.raises(DataError, match=rf"^{kind.__name__}\.read returned images of type {found}; they must be uint8"):
+        kind().load(CPU)
 
 
 @pytest.fixture

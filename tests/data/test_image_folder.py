@@ -316,6 +316,19 @@ def test_refused_in_one_line_and_nothing_left_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
+@pytest.mark.slow
+def test_relative_paths_are_those_of_the_command_with_chdir(tmp_path: Path) -> None:
+    """Hydra then makes the run's directory the current one."""
+    digit_folder(tmp_path / "digits", classes=3, side=8)
+    common = (*TINY, "data=imagefolder", "data.image_size=8", "data.channels=1", "data.root=digits", "data.train_size=null")
+    common = (*common, "data.test_size=null", "hydra.job.chdir=true")
+    assert run_train(tmp_path, *common, "hydra.run.dir=a").returncode == 0
+    done = run_train(tmp_path, *common, "hydra.run.dir=b", "trainer.init_from=a")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "b/results.json").read_text())["init_weights"]
+    assert json.loads((tmp_path / "b/results.json").read_text())["config"]["data"]["root"] == str(tmp_path / "digits")
+
+
 def test_what_systems_leave_behind_is_skipped_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Hidden and system entries are neither classes nor images; other files are counted by their endings."""
     for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):

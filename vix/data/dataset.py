@@ -47,7 +47,7 @@ class ImageData(ImageSet):
     """Base class of image sets, with the options for subsets and folds. Both are class-balanced and the same for every seed.
 
     Subclasses provide ``read`` and the attributes of ``ImageSet`` except ``classes``; also ``digest``, where the content can
-    change.
+    change, as with an option ``root``: the path itself does not identify a run.
 
     train_size: number of training images; null: all.
     test_size: number of evaluated images; null: all.
@@ -158,11 +158,11 @@ class ImageData(ImageSet):
         Raises DataError where the files are missing or invalid.
         """
         train, evaluated = self.read_subsets()
-        return to_device(*train, device, self.classes), to_device(*evaluated, device, self.classes)
+        return to_device(*train, device, self), to_device(*evaluated, device, self)
 
     def load_evaluated(self, device: torch.device) -> Split:
         """Read the evaluated images alone, and copy them to the device. Raises DataError as ``load``."""
-        return to_device(*self.read_subsets()[1], device, self.classes)
+        return to_device(*self.read_subsets()[1], device, self)
 
     def read_subsets(self) -> tuple[tuple[LabeledImages, np.ndarray], tuple[LabeledImages, np.ndarray]]:
         """For the training and for the evaluated images: the split that contains them, and their positions in it (count,)."""
@@ -224,17 +224,26 @@ def subset_indices(labeled: LabeledImages, positions: np.ndarray, size: int | No
     return positions[balanced_subset(labeled[1][positions], size)]
 
 
-def to_device(labeled: LabeledImages, positions: np.ndarray, device: torch.device, classes: int) -> Split:
+def to_device(labeled: LabeledImages, positions: np.ndarray, device: torch.device, image_set: ImageSet) -> Split:
     """Copy the images at these positions, and their labels, to the device.
 
     labeled: images and labels of a split.
     positions: positions (count,) of the images.
     device: where the split is kept.
-    classes: number K of classes.
+    image_set: their shape.
+
+    Raises DataError where the images of a user's own image set are not uint8, or of another shape.
     """
     images, labels = labeled
-    images_BCYX = torch.from_numpy(np.ascontiguousarray(images[positions].transpose(0, 3, 1, 2)))
-    return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device), classes)
+    chosen = images[positions]
+    expected = (len(positions), image_set.image_size, image_set.image_size, image_set.channels)
+    if chosen.dtype != np.uint8 or chosen.shape != expected:
+        raise DataError(
+            f"{type(image_set).__name__}.read returned images of type {chosen.dtype} and shape {chosen.shape}; they must be "
+            f"uint8, from 0 to 255, of shape {expected}"
+        )
+    images_BCYX = torch.from_numpy(np.ascontiguousarray(chosen.transpose(0, 3, 1, 2)))
+    return Split(images_BCYX.to(device), torch.from_numpy(labels[positions].astype(np.int64)).to(device), image_set.classes)
 
 
 def fold_indices(labels: np.ndarray, folds: int, fold: int) -> np.ndarray:

@@ -144,9 +144,9 @@ class ImageFolder(ImageData):
         # A split contains class folders. A class folder may also be named train, val or test, but contains images.
         test = next((folder for name in ("val", "test") if has_folders(folder := root / name)), None)
         if has_folders(train):
-            absent = f"{root}/val or {root}/test"
+            absent = f"{root.absolute()}/val or {root}/test"
         else:
-            absent, train = str(train), root
+            absent, train = str(train.absolute()), root
         works = (test is None and has_folders(root)) if train == root else True
         if works and (test is not None or self.validation_size or self.folds):
             return train, test
