@@ -20,6 +20,7 @@ from torch import nn
 
 import vix
 from vix.analysis.trained_run import evaluate, load_trained_run, predict
+from vix.composition.command import Flags
 from vix.data.digits import Digits
 from vix.data.image_folder import ImageFolder
 from vix.errors import UserError
@@ -203,7 +204,7 @@ def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path, monkeypatch: pyt
         ("run", None, "data=digits"): "data: digits has 10 classes, but the model of run has 3",
         ("run", None, "data=cifar10"): "data: cifar10 has 32 pixels a side, but the model of run has 8",
         ("run", None, "data.rot=x"): "data.rot: ",
-        ("run", None, "data.root=nowhere"): "data.root=nowhere: there is no nowhere/",
+        ("run", None, "data.root=nowhere"): f"data.root=nowhere: there is no {folder}/nowhere/",
         ("run", None, "trainer.device=cuda:9"): "trainer.device=cuda:9",
         ("nowhere", None): "there is no nowhere/checkpoint.pt: pass the directory of a run",
     }
@@ -242,6 +243,12 @@ def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"data\.root=digits: contains other images"):
         evaluate(load_trained_run(folder / "run", "last"))
     assert evaluate(load_trained_run(folder / "run", "last", ["data.root=digits"]))["test_images"] == 11
+    (tmp_path / "mine/data").mkdir(parents=True)
+    shutil.copy(ROOT / "conf/data/imagefolder.yaml", tmp_path / "mine/data/own.yaml")
+    own = load_trained_run(folder / "run", "last", ["data=own", "data.root=digits"], Flags(str(tmp_path / "mine")))
+    assert evaluate(own)["test_images"] == 11
+    done = command(folder, "evaluate", "run", "data=own", f"data.root={tmp_path}/digits", "-cd", f"{tmp_path}/mine", "--json")
+    assert json.loads(done.stdout)[0]["test_images"] == 11
 
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")

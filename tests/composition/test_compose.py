@@ -314,6 +314,16 @@ def test_home_directories_within_a_value(monkeypatch: pytest.MonkeyPatch) -> Non
         ("~recipe", "~recipe"),
     ):
         assert expand_arguments([override]) == [expanded]
+    for override, quoted in (  # characters that Hydra's grammar rejects, in a path
+        ("data.root=/a/Photos (1)", "data.root='/a/Photos (1)'"),
+        ("hydra.run.dir=x/seed=0,y", "hydra.run.dir='x/seed=0,y'"),
+        ("data.root=/a/imgs[1]", "data.root='/a/imgs[1]'"),
+        ("data.root=choice(a,b", "data.root=choice(a,b"),
+        ("data.root=choice(a,b)", "data.root=choice(a,b)"),
+        ("data.root=", "data.root="),
+        ("model.dim=(1)", "model.dim=(1)"),
+    ):
+        assert expand_arguments([override]) == [quoted]
     assert expand_arguments(["-cd", "~/cfg", "--config-dir=~/cfg"]) == ["-cd", "/home/me/cfg", "--config-dir=/home/me/cfg"]
 
 

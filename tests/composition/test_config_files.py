@@ -348,7 +348,7 @@ def test_files_that_hydra_cannot_combine_are_named(tmp_path: Path) -> None:
         (["experiment=z"], None, f"experiment=z: the name of {mine}/experiment/z.yml must end in .yaml"),
         (["hydra.mode=FOO"], None, "hydra.mode=FOO: Invalid value 'FOO', expected one of"),
         (["seed=1,2"], None, "seed=1,2: several values start a sweep with -m"),
-        (["seed=("], None, "seed=(: not in the form key=value; a value with special characters needs quotes"),
+        (["seed=("], None, "seed=(: not in the form key=value; a value with special characters needs two kinds of quotes"),
     ):
         flags = Flags(str(mine), None, name)
         with pytest.raises((HydraException, ConfigError)) as refused:

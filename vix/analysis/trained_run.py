@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vix.build import construct, load_run, parse, parse_group
+from vix.composition.command import Flags
 from vix.composition.compose import compose
 from vix.data.dataset import ImageData
 from vix.data.image_folder import EvaluatedFolder, ImageFolder, Listing, read_image
@@ -71,10 +72,13 @@ def separate(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return paths, overrides
 
 
-def load_trained_run(directory: Path, weights: Weights, overrides: Sequence[str] = ()) -> TrainedRun:
+def load_trained_run(
+    directory: Path, weights: Weights, overrides: Sequence[str] = (), flags: Flags | None = None
+) -> TrainedRun:
     """Load a run, to compute in the precision and with the batch size of its own evaluation, unless overridden.
 
     overrides: of ``TRAINER_KEYS`` and ``data``. Where they choose an image folder, its images are resized to those of the run.
+    flags: where the file of an image set is looked for.
 
     Raises UserError where the directory holds no trained model, and for invalid overrides.
     """
@@ -82,7 +86,7 @@ def load_trained_run(directory: Path, weights: Weights, overrides: Sequence[str]
     cfg = OmegaConf.create(checkpoint["config"])
     cfg.trainer.precision = checkpoint["results"].get("precision") or cfg.trainer.precision
     cfg.trainer.compile, cfg.trainer.memory_limit_gb = False, None
-    overridden = override_config(cfg, overrides, experiment.data)
+    overridden = override_config(cfg, overrides, experiment.data, flags)
     trainer = parse(cfg).trainer
     device, dtype = trainer.torch_device, resolve_precision(trainer.precision, trainer.torch_device)
     names = checkpoint["results"].get("class_names")
@@ -102,10 +106,10 @@ def load_trained_run(directory: Path, weights: Weights, overrides: Sequence[str]
     )
 
 
-def override_config(cfg: DictConfig, overrides: Sequence[str], shape: ImageData) -> frozenset[str]:
+def override_config(cfg: DictConfig, overrides: Sequence[str], shape: ImageData, flags: Flags | None) -> frozenset[str]:
     """Apply overrides to the config of a run, in place, and return their keys.
 
-    shape: the run's image set.
+    shape: the run's image set.   flags: as for ``load_trained_run``.
 
     Raises UserError for an override with several values, and Hydra's exceptions for invalid ones.
     """
@@ -114,7 +118,7 @@ def override_config(cfg: DictConfig, overrides: Sequence[str], shape: ImageData)
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line}: has several values; use one")
     if "data" in values:
-        cfg.data = compose([str(values["data"].input_line)]).data
+        cfg.data = compose([str(values["data"].input_line)], flags).data
         for side in {"image_size", "channels"} & {*cfg.data}:
             cfg.data[side] = getattr(shape, side)
     for key, override in values.items():

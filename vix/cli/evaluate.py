@@ -13,7 +13,7 @@ from typing import Any
 
 from vix.analysis.trained_run import TRAINER_KEYS, check_keys, evaluate, load_trained_run, separate
 from vix.cli.errors import one_line_errors, without_warnings
-from vix.composition.command import expand_arguments
+from vix.composition.command import add_flags, expand_arguments, flags_from
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
@@ -87,21 +87,22 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("test", "validation"), help="test images, or held-out training images (default: as in training)"
     )
+    add_flags(parser)
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", dest="show", action="store_const", const=print_json, help="print JSON")
     formats.add_argument("--csv", dest="show", action="store_const", const=print_csv, help="print CSV: a row per run and class")
     options = parser.parse_intermixed_args(expand_arguments(sys.argv[1:]))
-    runs, overrides = separate(options.words)
+    (runs, overrides), flags = separate(options.words), flags_from(options)
     show: Callable[[Sequence[dict[str, Any]]], None] = options.show or print_tables
     use_given_cpus()
     rows, errors = [], []
-    with one_line_errors(overrides, batches="trainer.eval_batch_size"), without_warnings():
+    with one_line_errors(overrides, flags, batches="trainer.eval_batch_size"), without_warnings():
         check_keys(overrides, ("data", *TRAINER_KEYS))
         if not runs:
             raise UserError("RUN: pass the directory of a run, such as outputs/vin/seed=0")
         for run in runs:
             try:
-                rows.append(evaluate(load_trained_run(Path(run), options.weights, overrides), options.split))
+                rows.append(evaluate(load_trained_run(Path(run), options.weights, overrides, flags), options.split))
             except UserError as error:
                 errors.append(f"error: {error}" if run in str(error) else f"error: {run}: {error}")
     if rows:

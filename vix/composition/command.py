@@ -35,24 +35,28 @@ class Flags(NamedTuple):
 DIRECTORY_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
 # A text in quotes, or a path that begins with ~: as a value or one of several, and as an item of a list.
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+NO_PATH = re.compile(r"""['"~\[{]|\w+\(""")
 HOME_IN_VALUE = re.compile(rf"{QUOTED}|(?<![^,\s])~[^,]*")
 HOME_IN_LIST = re.compile(rf"{QUOTED}|(?<![^,\[\s])~[^,\]]*")
 
 
-# Keys whose values are paths of runs or images, which may contain an equals sign.
+# Keys whose values are paths of runs or images, which may contain an equals sign, parentheses and the like.
 PATH_KEYS = ("trainer.init_from", "data.root", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
 
 
 def quote_path(override: str) -> str:
     """Quote a path that Hydra's grammar rejects: ``~`` is expanded, ``trainer.init_from=x/seed=0`` quoted (see PATH_KEYS).
 
+    What begins as a list, a dictionary or a call such as ``choice(`` is not taken for a path, nor is a list of values of which
+    one is missing.
+
     Paths of runs also contain commas; only where each part is a path are they several values. Other overrides are unchanged.
 
     Raises UserError, which names the key, for the home directory of an unknown user.
     """
     key, equals, value = override.partition("=")
-    if key in PATH_KEYS and "=" in value and value[0] not in "'\"~" and not parse_or_none(override):
-        parts = value.split(",")
+    parts = value.split(",")
+    if key in PATH_KEYS and all(parts) and not any(map(NO_PATH.match, parts)) and not parse_or_none(override):
         several = not os.path.exists(value) and all(map(os.path.exists, parts))
         return f"{key}={','.join(map(quote, parts if several else [value]))}"
     if not equals or "~" not in value or parse_or_none(override):

@@ -335,7 +335,8 @@ def explain(error: Exception, arguments: Sequence[str], flags: Flags | None) -> 
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return missing_file(error, flags or Flags())
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not in the form key=value; a value with special characters needs quotes: key='value'"
+        quotes = "a value with special characters needs two kinds of quotes"
+        return f"{error.override}: not in the form key=value; {quotes}: \"key='value'\""
     missing = re.match(r"(?:Could not override|Could not delete from config\.) '([^'@]+)'", str(error))
     if isinstance(error, HydraException) and missing:
         key = missing[1]
