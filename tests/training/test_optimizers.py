@@ -216,6 +216,25 @@ def test_what_an_optimizer_keeps_on_the_host_stays_there(capturable: bool) -> No
     assert states[1] == {"step": counts, "mu_product": counts, "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
+class PassingOn(torch.optim.SGD):
+    """An optimizer of a user's own, whose group holds options under the names of its base class."""
+
+    def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.5, **options: Any) -> None:
+        super().__init__(params, lr=lr, momentum=beta, **options)
+        for group in self.param_groups:
+            group["seen"] = 0  # state
+
+
+def test_changed_options_of_an_optimizer_of_ones_own_are_used_after_a_resume() -> None:
+    """State in a group is continued."""
+    layer = torch.nn.Linear(2, 2)
+    before, optimizer = PassingOn(layer.parameters()), PassingOn(layer.parameters(), beta=0.9, weight_decay=0.1)
+    before.param_groups[0]["seen"] = 7
+    load_optimizer(optimizer, ["weight", "bias"], before.state_dict(), ["weight", "bias"])
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["seen"]) == (0.9, 0.1, 7)
+
+
 def test_the_learning_rate_of_every_part_follows_the_schedule(compose_config: Compose) -> None:
     model = build_model(compose_config(*SMALL))
     before = [p.detach().clone() for p in model.parameters()]

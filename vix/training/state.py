@@ -179,8 +179,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: di
     state = {index[saved_names[i]]: values for i, values in saved["state"].items()}
     groups = optimizer.state_dict()["param_groups"]
     if names == saved_names and [len(g["params"]) for g in groups] == [len(g["params"]) for g in saved["param_groups"]]:
-        # Entries of a group other than the constructor's options and the scheduler's initial_lr are state of the optimizer.
-        options = {*inspect.signature(type(optimizer)).parameters, "params", "initial_lr"}
+        # Entries of a group other than options and the scheduler's initial_lr are state of the optimizer.
+        options = {*options_of(type(optimizer)), "params", "initial_lr"}
         pairs = zip(saved["param_groups"], groups, strict=True)
         groups = [{**old, **{key: value for key, value in new.items() if key in options}} for old, new in pairs]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -190,6 +190,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: di
         # step would wait. With capturable=True it belongs there.
         if "mu_product" in state.get(i, {}) and not group.get("capturable"):
             optimizer.state[parameter]["mu_product"] = state[i]["mu_product"].cpu()
+
+
+def options_of(kind: type[torch.optim.Optimizer]) -> set[str]:
+    """Names of the arguments of an optimizer's constructor, and of those of its base classes, to which it may pass them on."""
+    return {name for base in kind.__mro__ for name in inspect.signature(base).parameters}
 
 
 def lr_scheduler_at(lr_scheduler: LambdaLR, step: int) -> LambdaLR:
