@@ -20,6 +20,7 @@ from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
 from vix.reporting.logger import RunLogger
 from vix.runs.checkpoint import read_checkpoint
+from vix.runs.identity import is_off
 from vix.system.files import user_path
 from vix.system.memory import out_of_memory
 from vix.training.param_groups import param_groups_weight_decay
@@ -69,6 +70,17 @@ class Experiment:
         if group not in self.parts:
             raise ConfigError(f"{group}: no option of this group is chosen; add {group}=NAME with a file of conf/{group}/")
         return self.parts[group]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options that the config leaves out, with the defaults of their classes: ``GROUP.OPTION`` → value, if not off."""
+        return {
+            f"{group}.{name}": list(default) if isinstance(default, tuple) else default
+            for group, make in self.parts.items()
+            for name, parameter in inspect.signature(make.func).parameters.items()
+            if name not in make.keywords and name not in GROUPS[group][1]
+            if isinstance(default := parameter.default, bool | int | float | str | list | tuple) and not is_off(default)
+        }
 
     @functools.cached_property
     def data(self) -> ImageData:

@@ -234,8 +234,8 @@ def test_runs_that_are_not_seeds_of_one_another_are_apart(real: dict[str, Any], 
     write(tmp_path / "b/results.json", as_row(real, "vin", 1, device="H200", precision="bf16"))
     write(tmp_path / "c/results.json", as_row(real, "vin", 2, config=changed))
     assert {row["experiment"] for row in report_rows(tmp_path)} == {
-        "vin (cpu, fp32) (config 1)",
-        "vin (cpu, fp32) (config 2)",
+        f"vin (cpu, fp32) (optimizer.lr={real['config']['optimizer']['lr']})",
+        "vin (cpu, fp32) (optimizer.lr=0.5)",
         "vin (H200, bf16)",
     }
 

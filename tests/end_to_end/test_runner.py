@@ -270,6 +270,13 @@ def test_fail_fast(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert [row[1] for row in table_after(done.stdout, "jobs of this sweep")] == ["finished", "refused", "not run"]
     assert len(list(tmp_path.glob("outputs/*/*/results.json"))) == 2
+    last = ("-m", *TINY, "attention.landmarks=16")
+    assert run_train(tmp_path, *last).returncode == 0
+    (hydra,) = tmp_path.glob("outputs/*landmarks=16*/*/.hydra/hydra.yaml")
+    kept = hydra.read_text()
+    again = run_train(tmp_path, "-m", *TINY, "attention.landmarks=1000,16", "fail_fast=true", COLUMNS="200")
+    assert [row[1] for row in table_after(again.stdout, "jobs of this sweep")] == ["refused", "not run"]
+    assert hydra.read_text() == kept  # what an earlier sweep has recorded about its run
 
 
 def test_the_command_that_a_run_prints_repeats_it(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from vix.errors import ConfigError, DataError, UserError
 from vix.reporting.logger import hyperparameters
 from vix.runs.checkpoint import read_checkpoint
 from vix.runs.identity import changed_keys
-from vix.runs.results import RunRecord, find_runs, group_seeds
+from vix.runs.results import RunRecord, find_runs, group_seeds, read_run
 from vix.runs.run import RunDirectory
 from vix.system.files import atomic_write, out_file
 
@@ -615,14 +615,34 @@ Cifar10(root={str(tmp_path / "data")!r}).download(Reader, Path("no-archive"))
     assert (tmp_path / "data/cifar-10-batches-py/data_batch_1").read_text() == "from the other"
 
 
+@pytest.mark.slow
+def test_an_option_that_is_removed_from_a_file(tmp_path: Path) -> None:
+    """Then the class's default counts, which need not be off: another config, and in a report another group."""
+    file = tmp_path / "mine/optimizer/adamw0.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("_target_: torch.optim.AdamW\nlr: 0.001\nweight_decay: 0\n")
+    command = ("--config-dir", str(tmp_path / "mine"), *TINY, "optimizer=adamw0")
+    assert run_train(tmp_path, *command, "hydra.run.dir=r").returncode == 0
+    file.write_text("_target_: torch.optim.AdamW\nlr: 0.001\n")
+    again = run_train(tmp_path, *command, "hydra.run.dir=r")
+    assert "another config (optimizer.weight_decay was 0 and is 0.01)" in again.stderr
+    assert run_train(tmp_path, *command, "hydra.run.dir=s", "seed=1").returncode == 0
+    records = [read_run(tmp_path / name / "results.json") for name in "rs"]
+    assert records[1].results["defaults"]["optimizer.weight_decay"] == 0.01
+    assert records[1].satisfies("optimizer.weight_decay", "0.01")
+    groups, _ = group_seeds(records)
+    assert [len(group.runs) for group in groups] == [1, 1]
+    assert {group.distinction for group in groups} == {" (optimizer.weight_decay=0)", " (optimizer.weight_decay=0.01)"}
+
+
 def test_an_option_that_is_newer_than_the_run(tmp_path: Path) -> None:
     """A run whose config lacks it is the same run while the option is off, also in a report's groups."""
     assert run_train(tmp_path, *IN_R).returncode == 0
     results = read(tmp_path / "r/results.json")
-    group = RunRecord(Path(), "finished", "", results).group_key
+    group = RunRecord(Path(), "finished", "", results).group_key()
     for section, key in (("trainer", "mirror_eval"), ("model", "layer_scale"), ("model", "stochastic_depth")):
         assert not results["config"][section].pop(key)
-    assert RunRecord(Path(), "finished", "", results).group_key == group
+    assert RunRecord(Path(), "finished", "", results).group_key() == group
     (tmp_path / "r/results.json").write_text(json.dumps(results))
     before = (tmp_path / "r/checkpoint.pt").read_bytes()
     again = run_train(tmp_path, *IN_R)

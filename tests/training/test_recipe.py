@@ -68,7 +68,7 @@ def test_the_papers_recipe_is_the_default(compose_config: Compose) -> None:
     assert run_name(choices, ["experiment=vin", "recipe=modern"], 0) == "vin,recipe=modern/seed=0"
     results = {"experiment": "vin", "overrides": ["recipe=paper", "trainer.epochs=3"], "config": {"data": {"mixup": None}}}
     older = {"experiment": "vin", "overrides": ["trainer.epochs=3"], "config": {"data": {}}}  # from before there was mixup
-    assert RunRecord(Path(), "", "", results).group_key == RunRecord(Path(), "", "", older).group_key
+    assert RunRecord(Path(), "", "", results).group_key() == RunRecord(Path(), "", "", older).group_key()
 
 
 @pytest.mark.parametrize("experiment", ["hybrid_vin", "levin", "cvn", "quickstart"])

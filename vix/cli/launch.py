@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,7 +49,7 @@ from vix.reporting.progress import print_results
 from vix.runs.identity import git_commit, run_name_parts
 from vix.runs.run import RunDirectory
 from vix.runs.snapshot import undo_start
-from vix.runs.sweep import RERUN, JobStatus, Sweep, rerun_file
+from vix.runs.sweep import RERUN, JobStatus, NotRunError, Sweep, rerun_file
 from vix.system.distributed import (
     PeerLostError,
     broadcast_from_rank0,
@@ -59,7 +59,7 @@ from vix.system.distributed import (
     rank,
     world_size,
 )
-from vix.system.files import LockedError, exclusive_lock
+from vix.system.files import LockedError, exclusive_lock, expand_home
 from vix.system.memory import gpu_out_of_memory, limit_memory, out_of_memory
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
@@ -80,6 +80,8 @@ def run_job(cfg: DictConfig) -> float:
     """
     protect_output()  # a launcher may have started this process
     job = HydraConfig.get()
+    if job.job.chdir:
+        paths_from(Path(job.runtime.cwd), cfg)
     choices, overrides = job.runtime.choices, resolved_overrides(job.overrides.task, cfg)
     directory = Path(job.runtime.output_dir)
     identity = {
@@ -107,13 +109,25 @@ def run_job(cfg: DictConfig) -> float:
             job_status.finished(results, before=results is run.previous_results)
             return float(results["top1"])
     except Exception as error:
-        if isinstance(error, LockedError):
+        if isinstance(error, LockedError | NotRunError):
             undo_start(locked=True)
         if job.mode == RunMode.MULTIRUN:  # the sweep continues, and Hydra reports only the first failure at its end
             log.error("%s: %s", identity["name"], first_paragraph(error))
         elif isinstance(error, UserError):
             sys.exit(f"error: {error}")
         raise
+
+
+def paths_from(directory: Path, cfg: DictConfig) -> None:
+    """Make the paths of what a run reads absolute, in place: with ``hydra.job.chdir``, its directory is the current one.
+
+    directory: in which the command was started.
+    """
+    for key in ("data.root", "trainer.init_from"):
+        with suppress(OmegaConfBaseException):  # reported by vix.build.parse
+            path = OmegaConf.select(cfg, key)
+            if isinstance(path, str):
+                OmegaConf.update(cfg, key, str(directory / expand_home(path)))
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         experiment.check_optimizer_step()
         check_batches(experiment.build_model, data, trainer)
         make_logger = experiment.logger
-    run.add_identity(image_set=data.image_set, **init_identity(trainer.init_from))
+    run.add_identity(image_set=data.image_set, defaults=experiment.defaults, **init_identity(trainer.init_from))
     try:
         with process_group(trainer.torch_device):
             results = broadcast_from_rank0(

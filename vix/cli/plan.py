@@ -242,7 +242,7 @@ def resolve_state(job: PlannedRun, experiment: Experiment, model: nn.Module, dir
     job.device, job.left = device_name(trainer.torch_device) if job.target != ABSENT_GPU else "a CUDA GPU", trainer.epochs
     job.image_set = data.image_set
     check_unlocked(directory)
-    identity = {"image_set": job.image_set, **init_identity(trainer.init_from)}
+    identity = {"image_set": job.image_set, "defaults": experiment.defaults, **init_identity(trainer.init_from)}
     run = RunDirectory(directory, identity, job.config or {}, rerun)
     if experiment.rerun and not run.belongs_to_rerun():
         run.check_weights_stay()

@@ -7,7 +7,7 @@ A changed option that is incompatible with the state is an error that names the 
 import hashlib
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,17 @@ def changes_row(changed: Changes, epoch: int, batch: int) -> dict[str, Any]:
 def is_off(value: Any) -> bool:
     """Whether the value of an option is null, false or 0. A run that predates such an option computed the same."""
     return value is None or value == 0
+
+
+def fill(config: Mapping[str, Any], results: Mapping[str, Any], keys: Collection[str] | None = None) -> dict[str, Any]:
+    """The flat config of a run with the defaults of the options that it leaves out, as far as they are known and not off.
+
+    results: of the run. Older ones lack the field ``defaults``.
+    keys: of these options; None: all of them.
+    """
+    defaults = results.get("defaults")
+    known = defaults if isinstance(defaults, dict) else {}
+    return {key: value for key, value in known.items() if keys is None or key in keys} | dict(config)
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any], ignored: Iterable[str]) -> dict[str, tuple[Any, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vix.errors import UserError
 from vix.overrides import override_key, parse_or_none, settings
-from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, is_of_the_run, is_off
+from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, fill, is_of_the_run, is_off
 from vix.system.files import walk
 
 Row = dict[str, Any]
@@ -57,8 +57,8 @@ class RunRecord:
         """The fields that --where can filter by: scalar fields of the results, and the config with dotted keys."""
         plain = {k: v for k, v in self.results.items() if not isinstance(v, dict | list) and k != "traceback"}
         config = self.results.get("config")
-        settings = flatten(config) if isinstance(config, dict) else {}
-        return {k: v for k, v in {**settings, **plain}.items() if not k.endswith("._target_")} | {"status": self.status}
+        options = fill(flatten(config), self.results) if isinstance(config, dict) else {}
+        return {k: v for k, v in {**options, **plain}.items() if not k.endswith("._target_")} | {"status": self.status}
 
     def satisfies(self, key: str, text: str) -> bool:
         """Whether a field has the value that ``text`` denotes.
@@ -94,14 +94,16 @@ class RunRecord:
         data = self.results["config"].get("data")
         return data.get("fold") if isinstance(data, dict) else None
 
-    @property
-    def group_key(self) -> tuple[str, ...]:
+    def group_key(self, explicit: Collection[tuple[str, str]] = ()) -> tuple[str, ...]:
         """Equal for runs that differ only in the seed or the fold.
+
+        explicit: ``explicit_options`` of all runs. Of those that this run leaves out, the defaults count.
 
         It contains the whole config, because config files may have changed. Options that are off are omitted: a run may
         predate such an option.
         """
-        items = flatten(self.results["config"]).items()
+        config = flatten(self.results["config"])
+        items = fill(config, self.results, {key for target, key in explicit if target == target_of(config, key)}).items()
         # The digest of the initial weights says more than their path, but older runs lack it.
         ignored = {*IGNORED_IN_GROUPS, *(["trainer.init_from"] if self.results.get("init_weights") else [])}
         changes = [change for change in self.changes if override_key(change) not in ignored]
@@ -111,6 +113,12 @@ class RunRecord:
         # A run that was resumed under another config does not belong to the group of that config.
         history = json.dumps(self.results.get("config_changes"), sort_keys=True)
         return (self.experiment, *changes, *place, image_set(self.results), history, json.dumps(config, sort_keys=True))
+
+    @property
+    def explicit_options(self) -> set[tuple[str, str]]:
+        """The options that the run's config sets, each with the class that takes it."""
+        config = flatten(self.results["config"])
+        return {(target_of(config, key), key) for key in config}
 
 
 @dataclass
@@ -161,6 +169,11 @@ class Group:
     def best(self) -> Row:
         """Results of the run with the highest accuracy after any epoch, which is the paper's selection rule."""
         return max(self.runs, key=lambda run: run.results["best_top1"]).results
+
+
+def target_of(config: Row, key: str) -> str:
+    """The class of the group of a key in a flat config; empty outside of the groups."""
+    return str(config.get(f"{key.partition('.')[0]}._target_", ""))
 
 
 def image_set(results: Row) -> str:
@@ -319,11 +332,13 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
     """
     repeats: defaultdict[tuple[str, ...], dict[tuple[str, int | None], RunRecord]] = defaultdict(dict)
     others = []
-    for run in sorted(runs, key=lambda run: run.written, reverse=True):
+    newest_first = sorted(runs, key=lambda run: run.written, reverse=True)
+    explicit = set[tuple[str, str]]().union(*(run.explicit_options for run in newest_first if run.status == "finished"))
+    for run in newest_first:
         if run.status != "finished":
             others.append(run)
             continue
-        first = repeats[run.group_key].setdefault((run.seed, run.fold), run)
+        first = repeats[run.group_key(explicit)].setdefault((run.seed, run.fold), run)
         if first is not run:
             others.append(RunRecord(run.path, run.status, f"skipped: {first.path} is a newer run of the same seed"))
     published = published_rows()
@@ -345,16 +360,27 @@ def paper(run: RunRecord, published: Mapping[str, Mapping[str, str]]) -> Mapping
 
 
 def disambiguate(groups: Iterable[Group]) -> None:
-    """Make the names of groups unique: append image set, initial weights, or device and precision, else a number."""
+    """Make the names of groups unique: append image set, initial weights, device and precision, the options that differ, or
+    where those are many, a number."""
     for distinction in (images_of, weights_of, place_of, None):
         same: defaultdict[str, list[Group]] = defaultdict(list)
         for group in groups:
             same[group.name].append(group)
         for alike in (groups for groups in same.values() if len(groups) > 1):
-            labels = [distinction(group) if distinction else f"config {i}" for i, group in enumerate(alike, 1)]
-            if len(set(labels)) > 1 or distinction is place_of:
+            labels = [distinction(group) for group in alike] if distinction else options_of(alike)
+            if len(set(labels)) > 1:
                 for group, label in zip(alike, labels, strict=True):
                     group.distinction += f" ({label})" if label else ""
+
+
+def options_of(groups: Sequence[Group]) -> list[str]:
+    """For each group, the options in which the configs of these groups differ; their numbers where those are more than 3."""
+    configs = [fill(flatten(group.runs[0].results["config"]), group.runs[0].results) for group in groups]
+    keys = {key for config in configs for key in config if key not in IGNORED_IN_GROUPS and is_of_the_run(key)}
+    differ = sorted(key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1)
+    labels = [", ".join(f"{key}={as_text(config.get(key))}" for key in differ) for config in configs]
+    unique = 0 < len(differ) <= 3 and len({*labels}) == len(labels)
+    return labels if unique else [f"config {i}" for i in range(1, len(groups) + 1)]
 
 
 def shared_overrides(groups: Sequence[Group]) -> list[str]:

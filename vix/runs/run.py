@@ -14,7 +14,7 @@ from typing import Any
 
 from vix.errors import ConfigError, UserError
 from vix.runs.checkpoint import read_checkpoint, write_tensors
-from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable
+from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable, fill
 from vix.runs.results import COST_FILE, UNFINISHED, flatten, wrong_fields
 from vix.system.distributed import rank
 from vix.system.files import atomic_write, link_or_copy, nan_to_none, write_json
@@ -188,7 +188,7 @@ class RunDirectory:
         differ.
         """
         here, image_set = self.identity.get("image_set"), results.get("image_set")
-        changed = changed_keys(flatten(config), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
+        changed = self.changes_since(config, results)
         if image_set and here and image_set != here:
             raise ConfigError(
                 f"data.root: {self.directory} holds a run on other images ({image_set}, this run: {here}); start over "
@@ -219,6 +219,12 @@ class RunDirectory:
                 f"start over with rerun=true, or {other}"
             )
         return changed
+
+    def changes_since(self, config: dict[str, Any], results: Mapping[str, Any]) -> Changes:
+        """The keys in which this config differs from that of an earlier run. Arguments as for ``check_same_run``."""
+        then, now = flatten(config), flatten(self.config)
+        then, now = fill(then, results, now), fill(now, self.identity, then)
+        return changed_keys(then, now, (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
 
     def has_initial_weights(self, config: dict[str, Any], results: Mapping[str, Any]) -> bool:
         """Whether an earlier run started from the same weights as this one: by their content, or by the path where it is gone.
@@ -321,7 +327,7 @@ class RunDirectory:
             self.reset_results({key: value for key, value in self.results.items() if key == "started_by_rerun"})
             return {}
         self.reset_results(state["results"])
-        changed = changed_keys(flatten(state["config"]), flatten(self.config), (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
+        changed = self.changes_since(state["config"], state["results"])
         if changed:
             row = changes_row(changed, state["progress"]["epoch"], state["progress"]["batch"])
             self.results["config_changes"] = [*self.results.get("config_changes", ()), row]

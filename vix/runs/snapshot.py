@@ -91,7 +91,7 @@ def snapshot_directory(config: DictConfig, directory: Path) -> DirectoryState:
 def undo_start(locked: bool = False) -> None:
     """Remove what this start created in the directory of its run, and restore the files that it changed.
 
-    locked: whether another process is writing there, or it holds an earlier run; then only Hydra's files are restored.
+    locked: whether another process is writing there, or it may hold an earlier run; then only Hydra's files are restored.
     """
     if before is None:
         return

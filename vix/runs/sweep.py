@@ -27,6 +27,10 @@ FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder
 RERUN = "VIX_RERUN"  # environment variable of every job of a sweep with rerun=true: the token of the rerun
 
 
+class NotRunError(UserError):
+    """A job that is not run, since an earlier one of its sweep has failed."""
+
+
 class JobStatus:
     """Context manager of one job, which records its status for the sweep's table; outside of a sweep it records nothing.
 
@@ -38,7 +42,7 @@ class JobStatus:
 
     Of several processes, only rank 0 writes.
 
-    Raises UserError on entry where ``fail_fast`` is set and an earlier job has failed.
+    Raises NotRunError on entry where ``fail_fast`` is set and an earlier job has failed.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class JobStatus:
     def __enter__(self) -> Self:
         if self.fail_fast and self.folder and any(job["state"] in ("failed", "refused") for job in read_jobs(self.folder)):
             self.update(state="not run", error="fail_fast=true, and an earlier job failed")
-            raise UserError(f"not run: {self.state['error']}")
+            raise NotRunError(f"not run: {self.state['error']}")
         self.update()
         return self
 
