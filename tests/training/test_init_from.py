@@ -14,6 +14,7 @@ from common import digit_folder
 from conftest import TINY, run_train
 from forked import Forked, signal_at_file
 from omegaconf import DictConfig
+from timm.layers.pos_embed import resample_abs_pos_embed
 
 import vix
 from vix.cli.plan import plan
@@ -45,6 +46,9 @@ def test_another_size_and_other_classes(compose_config: Compose, tmp_path: Path)
     for channel in (0, 7):
         expected = F.interpolate(table[1:, channel].view(1, 1, 8, 8), size=(12, 12), mode="bicubic")
         torch.testing.assert_close(own["posenc.table_ND"][1:, channel].view(1, 1, 12, 12), expected)
+    smaller = vix.build_model(compose_config(*SMALL, *FOLDER, "data.image_size=4"))  # every position counts
+    taken, _ = fit_weights(smaller, str(tmp_path / "w.pt"))
+    torch.testing.assert_close(taken["posenc.table_ND"], resample_abs_pos_embed(table[None], [4, 4], [8, 8])[0])
     assert torch.equal(own["head.weight"], head)
     same = own.keys() - {"posenc.table_ND", "head.weight", "head.bias"}
     assert len(same) > 10

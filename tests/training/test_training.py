@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from common import IDENTITY, fit
 from conftest import TINY
 from omegaconf import DictConfig
+from torch import nn
 
 import vix
-from vix.build import parse
+from vix.build import Experiment, parse
 from vix.cli.replay import repeat_step
 from vix.errors import ConfigError
 from vix.runs.run import RunDirectory
@@ -271,6 +272,23 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
         NonFiniteError, match=r"not finite at step \d+; the memory does not suffice to locate the layer; `python"
     ):
         fit(cfg, tmp_path / "again")
+
+
+def test_in_float16_a_gradient_that_is_never_finite_ends_the_run(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler takes it for an overflow, halves the scale from 65,536 on and skips the step; below 1 it was none."""
+    build = Experiment.build_model
+
+    def build_model(experiment: Experiment) -> nn.Module:
+        model = build(experiment)
+        model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+        return model
+
+    monkeypatch.setattr(Experiment, "build_model", build_model)
+    cfg = compose_config(*TINY, "trainer.precision=fp16", "trainer.epochs=5")
+    with pytest.raises(NonFiniteError, match=r"not finite at step 17: the gradient of head\.weight .* scale 0\.5\)"):
+        fit(cfg, tmp_path / "run")
 
 
 def test_a_step_with_new_features_is_repeated_with_them(

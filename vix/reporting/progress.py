@@ -20,13 +20,14 @@ class EpochBar:
 
     epoch, epochs: index of this epoch, from 0, and number of epochs.
     images: in the epoch.
+    done: how many of them earlier starts have trained on.
     history: rows of the previous epochs.
     """
 
-    def __init__(self, epoch: int, epochs: int, images: int, history: list[dict[str, Any]]) -> None:
+    def __init__(self, epoch: int, epochs: int, images: int, done: int, history: list[dict[str, Any]]) -> None:
         self.images = images
         self.shown = self.started = time.perf_counter()
-        self.done = 0
+        self.first = self.done = done
         top1 = f"top-1 {history[-1]['top1']:.2f} %" if history else ""
         columns = (
             TextColumn("epoch {task.fields[epoch]}", markup=False),
@@ -37,7 +38,7 @@ class EpochBar:
         # Transient: the log line of the epoch replaces the bar.
         hidden = rank() > 0 or not sys.stdout.isatty()
         self.progress = Progress(*columns, console=console(), transient=True, disable=hidden)
-        self.task = self.progress.add_task("", total=images, epoch=f"{epoch + 1}/{epochs}", note=top1)
+        self.task = self.progress.add_task("", total=images, completed=done, epoch=f"{epoch + 1}/{epochs}", note=top1)
         self.top1 = top1
 
     def __enter__(self) -> "EpochBar":
@@ -54,7 +55,7 @@ class EpochBar:
         if self.progress.disable or now - self.shown < 0.5:
             return
         self.shown = now
-        note = f"loss {loss.item():.3f}  {self.top1}  {self.done / (now - self.started):.0f} images/s"
+        note = f"loss {loss.item():.3f}  {self.top1}  {(self.done - self.first) / (now - self.started):.0f} images/s"
         self.progress.update(self.task, completed=self.done, note=note)
 
 
@@ -73,6 +74,7 @@ def print_results(results: dict[str, Any]) -> None:
         (f"top-5{on}, last epoch", f"{results['top5']:.2f} %"),
         (f"top-1{on}, best epoch", f"{results['best_top1']:.2f} % (epoch {results['best_epoch']} of {results['epochs']})"),
         ("training loss", f"{results['train_loss']:.4f}"),
+        *([("steps skipped by the gradient scaler", f"{skipped:,}")] if (skipped := results.get("skipped_steps")) else []),
         ("trainable parameters", f"{results['trainable_params']:,}"),
         ("weights and biases (the paper's count)", f"{results['weight_bias_params']:,}"),
         ("checkpoint", f"{results['checkpoint_mb']:.2f} MB"),

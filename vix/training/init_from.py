@@ -154,7 +154,9 @@ def resize(name: str, tensor: Tensor, shape: torch.Size, prefix: int) -> Tensor 
         if (here**2, there**2) != (shape[0] - prefix, tensor.shape[0] - prefix):
             return None
         prefix_1PD, map_1DYX = TokenGrid(there, there, prefix).split(tensor.float()[None])
-        return join(prefix_1PD, F.interpolate(map_1DYX, (here, here), mode="bicubic"))[0].to(tensor.dtype)
+        # Where the map becomes smaller, every position counts, not only those near the new ones.
+        map_1DYX = F.interpolate(map_1DYX, (here, here), mode="bicubic", antialias=here < there)
+        return join(prefix_1PD, map_1DYX)[0].to(tensor.dtype)
     if kind == OFFSET_TABLE and tensor.shape[:1] == shape[:1]:
         # The first and last entries stay those of the smallest and the largest distance.
         table = F.interpolate(tensor.float()[None], tuple(shape[1:]), mode="bicubic", align_corners=True)

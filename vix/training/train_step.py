@@ -92,10 +92,16 @@ class TrainStep:
         norm = nn.utils.get_total_norm([p.grad for p in self.state.model.parameters() if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.state.model.parameters(), self.clip_norm, norm)
-        # In float16 gradients may overflow: the scaler then skips the step and lowers the scale.
-        is_finite = loss.isfinite() if self.state.scaler.is_enabled() else loss.isfinite() & norm.isfinite()
-        self.found_nonfinite |= ~is_finite
+        self.found_nonfinite |= ~(loss.isfinite() & (norm.isfinite() | self.may_overflow()))
         return loss
+
+    def may_overflow(self) -> Tensor | bool:
+        """Whether gradients that are not finite may be due to the scale of float16, which the scaler then lowers.
+
+        At a scale below 1 they are not: they are too large, or NaN, without it.
+        """
+        scaler = self.state.scaler
+        return scaler._scale >= 1 if scaler.is_enabled() and scaler._scale is not None else False
 
     def maybe_no_sync(self, last: bool) -> AbstractContextManager[None]:
         """Context of a micro-batch: only the last one of a step averages the gradients over the processes."""

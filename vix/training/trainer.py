@@ -239,7 +239,8 @@ class Trainer:
         state.peak_memory.start()
         first = progress.epoch * session.steps_per_epoch
         clock = time.perf_counter()
-        with EpochBar(progress.epoch, self.epochs, len(session.train), progress.history) as bar:
+        done = progress.batch * self.batch_size
+        with EpochBar(progress.epoch, self.epochs, len(session.train), done, progress.history) as bar:
             for images, labels in session.train_batches(self.batch_size):
                 loss = step.forward_backward(first + progress.batch, images, labels)
                 progress.lr = state.lr
