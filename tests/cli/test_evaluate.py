@@ -177,6 +177,11 @@ def test_a_run_that_held_out_a_fold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data.folds=5, data.fold=1: .* held out data.folds=5, data.fold=0, and"):
         evaluated(None, "data.fold=1")
 
+    shutil.rmtree(tmp_path / "run")
+    train(tmp_path, *TINY, "data.validation_size=100", "data.test_size=50", "trainer.epochs=1")
+    sizes = [evaluated(*arguments)["test_images"] for arguments in ((None,), ("test",), ("test", "data.test_size=20"))]
+    assert sizes == [50, 360, 20]  # 50 of the validation images; all test images
+
 
 @pytest.mark.slow
 def test_a_folder_without_test_images_has_none_elsewhere(tmp_path: Path) -> None:

@@ -374,10 +374,21 @@ def largest_size(most: int, at_most: float, room: float, needed: Callable[[int],
     return low
 
 
-def measure_step(experiment: Experiment) -> tuple[float, int | None]:
-    """Measure the median duration of a training step in seconds, and its peak GPU memory in bytes (None on a CPU).
+class MeasuredCost(NamedTuple):
+    """What an epoch and its evaluation cost.
 
-    Trains a new model on random images for a few steps; reads no data and writes no files.
+    epoch: seconds.
+    allocated: peak GPU memory of a training step in bytes; None on a CPU.
+    """
+
+    epoch: float
+    allocated: int | None
+
+
+def measure_epoch(experiment: Experiment) -> MeasuredCost:
+    """Measure the median durations of a training step and of the evaluation of a batch, and the memory of the former.
+
+    Trains a new model on random images for a few uncompiled steps; reads no data and writes no files.
 
     experiment: the parsed config.
     """
@@ -386,14 +397,23 @@ def measure_step(experiment: Experiment) -> tuple[float, int | None]:
     model = experiment.build_model().to(device)
     optimizer = experiment.build_optimizer(model)
     dtype = resolve_precision(trainer.precision, device)
-    train_step = trainer.build_step(TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), dtype))
-    images = torch.rand(trainer.batch_size, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
+    state = TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), dtype, trainer.ema_decay)
+    train_step = trainer.build_step(state)
+    evaluated = min(trainer.eval_batch_size, data.eval_images)
+    size = max(trainer.batch_size, evaluated)
+    images = torch.rand(size, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
     labels = torch.randint(data.classes, (trainer.batch_size,), device=device)
     numbers = itertools.count()
 
     def step() -> None:
-        train_step.forward_backward(next(numbers), images, labels)
+        train_step.forward_backward(next(numbers), images[: trainer.batch_size], labels)
         train_step.optimizer_step()
 
-    cost = measure(step, device, seconds=MEASURED_SECONDS)
-    return cost.seconds, cost.allocated if device.type == "cuda" else None
+    def evaluation() -> None:
+        with torch.no_grad():
+            evaluated_logits(state.eval_model.eval(), images[:evaluated], train_step.autocast, trainer.mirror_eval)
+
+    trained = measure(step, device, seconds=MEASURED_SECONDS)
+    tested = measure(evaluation, device, seconds=MEASURED_SECONDS)
+    seconds = trained.seconds * data.train_images / trainer.batch_size + tested.seconds * data.eval_images / evaluated
+    return MeasuredCost(seconds, trained.allocated if device.type == "cuda" else None)

@@ -176,7 +176,8 @@ def evaluated_data(run: TrainedRun, split: Literal["test", "validation"] | None)
     others = bool(run.overridden & {"data", "data.root"})
     same = others and is_image_set(run, recorded)  # before the options of the held-out images are removed
     if split == "test":
-        options.update(dict.fromkeys(HELD_OUT))
+        smaller = any(trained.get(option) for option in HELD_OUT) and "data.test_size" not in run.overridden
+        options.update(dict.fromkeys((*HELD_OUT, "test_size") if smaller else HELD_OUT))  # it was that of the held-out images
     if others and not same:
         if options._target_ == IMAGE_FOLDER:
             options._target_ = EVALUATED_FOLDER

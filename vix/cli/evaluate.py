@@ -63,7 +63,8 @@ def print_csv(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         for name, value, counts in zip(row["class_names"], row["class_accuracy"], row["confusion_matrix"], strict=True):
             predicted = {f"predicted/{other}": count for other, count in zip(row["class_names"], counts, strict=True)}
-            writer.writerow({key: row[key] for key in SUMMARY} | {"class": name, "class_accuracy": value} | predicted)
+            of_class = nan_to_none({"class": name, "class_accuracy": value})  # a class may have no images
+            writer.writerow({key: row[key] for key in SUMMARY} | of_class | predicted)
 
 
 def print_json(rows: Sequence[dict[str, Any]]) -> None:

@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from vix.analysis.cost import Fit, estimate_memory, fit_memory, measure_step
+from vix.analysis.cost import Fit, MeasuredCost, estimate_memory, fit_memory, measure_epoch
 from vix.analysis.model_summary import Summary, summarize
 from vix.build import Experiment, parse
 from vix.cli.errors import one_line_errors, without_warnings
@@ -59,8 +59,8 @@ from vix.training.init_from import fit_weights, init_identity
 HOW_TO_READ = (
     "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and measured GB are taken from\n"
     "earlier runs with the same model, data, batch size and hardware in the same output directory, or unknown (–); --measure\n"
-    "trains each model for a few steps to measure both. GB: peak memory of the training steps, without the image set; the\n"
-    "estimate follows from the shapes of all tensors."
+    "trains and evaluates each model for a few uncompiled steps to measure both. GB: peak memory of the training steps,\n"
+    "without the image set; the estimate follows from the shapes of all tensors."
 )
 HOW_TO_FIT = (
     "Fits: whether the estimate of training and evaluation, with the image set, is within {:g} GB of PyTorch's memory, as\n"
@@ -285,7 +285,7 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float 
 
     measuring, memory_gb: as for :func:`plan`.
     """
-    measured: dict[str, tuple[float, int | None]] = {}  # seconds per step, bytes
+    measured: dict[str, MeasuredCost] = {}
     estimated: dict[str, tuple[int, Fit | None]] = {}
     for job in jobs:
         experiment, kind = job.experiment, json.dumps([job.image_set, cost_key(job.config)], sort_keys=True)
@@ -299,12 +299,11 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float 
         if not measuring or job.hours is not None:
             continue
         if kind not in measured:
-            measured[kind] = measure_step(experiment)
+            measured[kind] = measure_epoch(experiment)
         seconds, allocated = measured[kind]
         if job.measured_gb is None and allocated is not None:
             job.measured_gb = allocated / 1e9
-        steps = math.ceil(experiment.data.train_images / experiment.trainer.batch_size)
-        job.hours = seconds * steps * job.left / 3600
+        job.hours = seconds * job.left / 3600
 
 
 def is_number(value: Any) -> bool:
