@@ -71,6 +71,11 @@ if ray_launcher:
             import ray
             from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
 
+            if self.ray_cfg.init.get("address"):  # its machines do not have this command's environment
+                variables = {key: value for key, value in os.environ.items() if key.startswith("VIX_")}
+                with open_dict(self.ray_cfg):
+                    carried = OmegaConf.create({"runtime_env": {"env_vars": variables}})
+                    self.ray_cfg.init = OmegaConf.merge(carried, self.ray_cfg.init)
             address = str(self.ray_cfg.init.get("address"))
             host, _, port = address.rpartition(":")
             try:

@@ -96,7 +96,7 @@ if submitit_launcher:
 
             environment = submitit.JobEnvironment()
             if environment.num_tasks > 1:
-                submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+                submitit.helpers.TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
             if environment.global_rank > 0:
                 sweep_overrides = [*sweep_overrides, *RANK_OVERRIDES]
                 logging.disable(logging.WARNING)
@@ -105,7 +105,10 @@ if submitit_launcher:
             except SystemExit as stop:
                 announced = stop.code == 128 + signal.SIGUSR2
                 if announced or (stop.code == 128 + signal.SIGTERM and is_preempted(environment.raw_job_id)):
-                    signal.raise_signal(signal.SIGUSR2)  # submitit requeues the job, unless it has done so too often
+                    try:
+                        signal.raise_signal(signal.SIGUSR2)  # submitit requeues the job, unless it has done so too often
+                    except subprocess.CalledProcessError as error:
+                        log.error("Slurm does not requeue this job: %s", error)
                 raise
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -147,7 +150,14 @@ if submitit_launcher:
                 [""] * count,
                 [state] * count,
             ]
-            return executor.map_array(self, *arguments)
+            try:
+                with submitit.helpers.clean_env():  # within an allocation, its limits do not apply to the jobs
+                    return executor.map_array(self, *arguments)
+            except (RuntimeError, submitit.core.utils.FailedSubmissionError) as error:  # no Slurm; or sbatch refuses
+                raise UserError(
+                    f"hydra/launcher=slurm: the jobs were not submitted ({str(error).strip().splitlines()[-1]}); "
+                    "more jobs than Slurm's MaxArraySize need several sweeps"
+                ) from error
 
 
 def wait_for(jobs: Sequence[Any]) -> None:

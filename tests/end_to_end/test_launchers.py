@@ -127,7 +127,11 @@ def test_search(tmp_path: Path) -> None:
     assert best.best_value == max(trial["top1"] for trial in trials)
     assert set(best.best_params) == {"optimizer.lr", "model.dim", "attention.landmarks"}
     first = (tmp_path / "outputs" / "optimization_results.yaml").read_bytes()
-    assert run_train(tmp_path, *search, "trainer.epochs=1").returncode == 0  # another search in the same directory
+    # Another search in the same directory, of whose trials some are refused.
+    again = run_train(tmp_path, *search[:-1], "attention.landmarks=1000,16", "trainer.epochs=1")
+    assert again.returncode == 0, again.stderr
+    assert "trials did not finish, and were not chosen" in again.stderr
+    assert OmegaConf.load(tmp_path / "outputs" / "optimization_results.yaml").best_params["attention.landmarks"] == 16
     assert (tmp_path / "outputs" / "optimization_results-1.yaml").read_bytes() == first
     assert (tmp_path / "outputs" / "optimization_results.yaml").read_bytes() != first
 

@@ -34,7 +34,7 @@ from vix.build import build_model, parse
 from vix.data.loader import Split
 from vix.errors import ConfigError, UserError
 from vix.system.device import device_name, initial_gpu, resolve_device, resolve_precision
-from vix.system.distributed import process_group
+from vix.system.distributed import connect_gpus, peer_lost, process_group, tensor_group
 from vix.system.memory import (
     PeakMemory,
     check_memory_limit,
@@ -161,14 +161,36 @@ def test_nccl_gets_the_gpu_that_the_process_computes_on(gpus: Driver, monkeypatc
     """Of several machines with one process each: PyTorch would take the first GPU."""
     for key, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "RANK": 1, "LOCAL_RANK": 0}.items():
         monkeypatch.setenv(key, str(value))
-    made = []
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.append((backend, options)))
+    made: list[Any] = []
+    group = dist.ProcessGroup(0, 1)
+    monkeypatch.setattr(dist, "init_process_group", made.append)
+    monkeypatch.setattr(dist, "new_group", lambda **options: made.append(options) or group)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: made.append("destroyed"))
     for name in ("cuda:1", "cpu"):
-        with process_group(resolve_device(name)):
-            pass
-    nccl = ("cpu:gloo,cuda:nccl", {"device_id": torch.device("cuda", 1)})
-    assert made == [nccl, "destroyed", ("gloo", {}), "destroyed"]
+        with process_group():
+            connect_gpus(resolve_device(name))
+            assert tensor_group() is (group if name == "cuda:1" else None)
+    nccl = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", 1)}
+    assert made == ["gloo", nccl, "destroyed", "gloo", "destroyed"]
+    made.clear()
+
+    def fail() -> None:
+        with process_group():
+            connect_gpus(resolve_device("cuda:1"))
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert "destroyed" not in made  # which would wait for the other processes
+    assert tensor_group() is None
+
+
+def test_which_errors_mean_that_a_process_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for text in ("NCCL error in: NCCLUtils.cpp:94, remote process exited", "NCCL Async Error: x", "[a] gloo/transport/tcp: x"):
+        assert peer_lost(RuntimeError(text))
+    for text in ("Distributed package doesn't have NCCL built in", "NCCL error: invalid usage. Duplicate GPU detected", "x"):
+        assert not peer_lost(RuntimeError(text))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,30 @@ def test_processes_that_another_launcher_has_started(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     check_environment()
     assert (world_size(), rank(), local_world_size(), local_rank()) == (4, 3, 4, None)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_refused_alone_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
+    """Not even where nobody ends them, as torchrun does: this machine lacks what only the second process is told to use."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *TINY, "hydra.run.dir=run", f"trainer.device={device}"],
+            cwd=tmp_path,
+            env=os.environ | variables | {"RANK": str(number)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, device in enumerate(("cpu", "xpu:9"))
+    ]
+    first, second = (process.communicate(timeout=HANGS)[1] for process in processes)
+    assert second.startswith("error: trainer.device=xpu:9")
+    assert "another process of this run was lost" in first
+    assert json.loads((tmp_path / "run/results.json").read_text())["status"] == "interrupted"
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from vix.composition.compose import (
     digest_of_weights,
     format_error,
     is_hydra_error,
+    is_search,
     left_out_messages,
     naming_file,
     no_jobs,
@@ -54,6 +55,7 @@ from vix.system.distributed import (
     PeerLostError,
     broadcast_from_rank0,
     check_environment,
+    connect_gpus,
     peer_lost,
     process_group,
     rank,
@@ -102,7 +104,7 @@ def run_job(cfg: DictConfig) -> float:
         parts = [*run_name_parts(choices, overrides, *digests), f"seed={cfg.get('seed')}"]
         outputs = str(job.sweep.dir) if job.mode == RunMode.MULTIRUN else ""
         status = JobStatus(parts, number, cfg.get("fail_fast") is True, outputs, directory)
-        with status as job_status, lock:
+        with process_group(), status as job_status, lock:
             run = RunDirectory(directory, identity, plain_config(cfg), os.environ.get(RERUN, ""))
             job_status.update(results=run.results)  # for a job that is killed before it writes them
             results = train(cfg, run)
@@ -124,7 +126,7 @@ def paths_from(directory: Path, cfg: DictConfig) -> None:
     directory: in which the command was started.
     """
     for key in ("data.root", "trainer.init_from"):
-        with suppress(OmegaConfBaseException):  # reported by vix.build.parse
+        with suppress(OmegaConfBaseException, UserError):  # reported by vix.build.parse
             path = OmegaConf.select(cfg, key)
             if isinstance(path, str):
                 OmegaConf.update(cfg, key, str(directory / expand_home(path)))
@@ -186,15 +188,15 @@ def build_and_fit(cfg: DictConfig, run: RunDirectory) -> dict[str, Any]:
         check_batches(experiment.build_model, data, trainer)
         make_logger = experiment.logger
     run.add_identity(image_set=data.image_set, defaults=experiment.defaults, **init_identity(trainer.init_from))
+    results = broadcast_from_rank0(
+        lambda: run.prepare(experiment.rerun, trainer.resume, lambda: fit_weights(model, trainer.init_from))
+    )
+    if results:
+        log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
+        return results
+    connect_gpus(trainer.torch_device)
     try:
-        with process_group(trainer.torch_device):
-            results = broadcast_from_rank0(
-                lambda: run.prepare(experiment.rerun, trainer.resume, lambda: fit_weights(model, trainer.init_from))
-            )
-            if results:
-                log.info("Already finished, skipping (%s)", "in this rerun" if experiment.rerun else "rerun=true starts over")
-                return results
-            return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed, make_logger)
+        return trainer.fit(model, experiment.build_optimizer, data, augmentation, run, experiment.seed, make_logger)
     finally:
         limit_memory(trainer.torch_device, None)  # for the error handling, and the next job of a sweep
 
@@ -283,7 +285,7 @@ def launch(main: Callable[[], Any]) -> int:
         failure = error
     with sweep or nullcontext():
         failure = failure or raised_by(main)
-        unfinished = print_jobs(sweep) if sweep else 0
+        unfinished = unfinished_jobs(command, sweep, failure) if sweep else 0
         if sweep and not failure and not sweep.jobs():
             failure = no_jobs(command.overrides)
         if sweep and not failure and not unfinished:
@@ -336,6 +338,15 @@ def exit_code(
         print(f"error: {format_error(failure, command.overrides, command.flags)}", file=sys.stderr)
     reported = print_report(sweep.outputs) if sweep and os.environ.get(REPORT) else True
     return 1 if failure or unfinished or not reported else 0
+
+
+def unfinished_jobs(command: Command, sweep: Sweep, failure: BaseException | None) -> int:
+    """Print the table of a sweep's jobs, and return how many did not finish; of a search, 0 where some trials did."""
+    unfinished = print_jobs(sweep)
+    if not failure and 0 < unfinished < len(sweep.jobs()) and is_search(command):
+        print(f"{unfinished} trials did not finish, and were not chosen", file=sys.stderr)
+        return 0
+    return unfinished
 
 
 def print_jobs(sweep: Sweep) -> int:

@@ -35,7 +35,7 @@ class Flags(NamedTuple):
 DIRECTORY_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
 # A text in quotes, or a path that begins with ~: as a value or one of several, and as an item of a list.
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-NO_PATH = re.compile(r"""['"~\[{]|\w+\(""")
+NO_PATH = re.compile(r"""['"~\[{]|(choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool)\(""")
 HOME_IN_VALUE = re.compile(rf"{QUOTED}|(?<![^,\s])~[^,]*")
 HOME_IN_LIST = re.compile(rf"{QUOTED}|(?<![^,\[\s])~[^,\]]*")
 
@@ -47,8 +47,8 @@ PATH_KEYS = ("trainer.init_from", "data.root", "hydra.run.dir", "hydra.sweep.dir
 def quote_path(override: str) -> str:
     """Quote a path that Hydra's grammar rejects: ``~`` is expanded, ``trainer.init_from=x/seed=0`` quoted (see PATH_KEYS).
 
-    What begins as a list, a dictionary or a call such as ``choice(`` is not taken for a path, nor is a list of values of which
-    one is missing.
+    Without an equals sign, what begins as a list, a dictionary or a call such as ``choice(`` is not taken for a path, nor are
+    several values of which one is missing.
 
     Paths of runs also contain commas; only where each part is a path are they several values. Other overrides are unchanged.
 
@@ -56,7 +56,8 @@ def quote_path(override: str) -> str:
     """
     key, equals, value = override.partition("=")
     parts = value.split(",")
-    if key in PATH_KEYS and all(parts) and not any(map(NO_PATH.match, parts)) and not parse_or_none(override):
+    is_path = value[:1] not in "'\"~" if "=" in value else all(parts) and not any(map(NO_PATH.match, parts))
+    if key in PATH_KEYS and is_path and not parse_or_none(override):
         several = not os.path.exists(value) and all(map(os.path.exists, parts))
         return f"{key}={','.join(map(quote, parts if several else [value]))}"
     if not equals or "~" not in value or parse_or_none(override):

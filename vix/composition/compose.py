@@ -238,12 +238,30 @@ def compose_with_hydra(overrides: Sequence[str] = (), flags: Flags | None = None
 def sweep_outputs(command: Command) -> Path | None:
     """The directory below which the runs of a command's sweep are; None where it starts no sweep.
 
-    Raises the exceptions of :func:`compose`.
+    Raises the exceptions of :func:`compose` and :func:`check_batches_of_jobs`.
     """
     if not command.runs:
         return None
     cfg = compose_with_hydra(command.overrides, command.flags, RunMode.MULTIRUN)
-    return sweep_directory(cfg) if command.multirun or cfg.hydra.mode == RunMode.MULTIRUN else None
+    if not command.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
+        return None
+    check_batches_of_jobs(cfg)
+    return sweep_directory(cfg)
+
+
+def check_batches_of_jobs(cfg: DictConfig) -> None:
+    """Raises ConfigError where Hydra would start a sweep in parts: it does not start those after one with a failed job."""
+    if cfg.hydra.sweeper.get("max_batch_size") is not None:
+        raise ConfigError(
+            "hydra.sweeper.max_batch_size: Hydra drops all jobs after the batch of one that fails; use null, and limit how "
+            "many jobs run at once with the launcher (n_jobs, num_gpus, array_parallelism)"
+        )
+
+
+def is_search(command: Command) -> bool:
+    """Whether a command's sweep is a search with Optuna, whose trials may fail."""
+    sweeper = compose_with_hydra(command.overrides, command.flags, RunMode.MULTIRUN).hydra.sweeper
+    return "optuna" in str(sweeper.get("_target_"))
 
 
 def sweep_directory(cfg: DictConfig) -> Path:

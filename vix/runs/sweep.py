@@ -108,7 +108,9 @@ class Sweep:
         self.made = [path for path in self.folder.parents if not os.path.lexists(path)]
         continues = self.rerun is not None and os.path.exists(self.rerun)
         try:
-            self.folder.mkdir(parents=True)
+            with suppress(FileNotFoundError):
+                self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)  # where a sweep that ended has just removed .sweeps
             if self.rerun and not continues:
                 atomic_write(self.rerun, self.token.encode())
         except (OSError, UserError) as error:

@@ -5,6 +5,7 @@ processes (Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,6 +20,12 @@ from vix.errors import UserError
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE; torchrun and others set them
+
+
+# In the messages of gloo and of NCCL, whose errors need not be a DistError.
+CONNECTION_LOST = re.compile(r"gloo/transport|NCCL (Async E|e)rror|NCCL (operation timed out|watchdog)")
+WRONG_USE = re.compile(r"invalid (usage|argument)|Duplicate GPU")
+gpu_groups: list[dist.ProcessGroup] = []  # none, or the one of connect_gpus
 
 
 class PeerLostError(UserError):
@@ -67,30 +74,46 @@ def local_rank() -> int | None:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Context manager of the process group: gloo, and NCCL for the tensors on a GPU. Does nothing for one process.
-
-    device: on which this process computes. NCCL must know it from the beginning: since PyTorch 2.15 it connects at once, and
-    would otherwise choose a GPU by itself.
-    """
+def process_group() -> Iterator[None]:
+    """Context manager of the processes' connection by gloo, for messages of the hosts. Does nothing for one process."""
     if world_size() == 1:
         yield
         return
-    if device.type == "cuda" and dist.is_nccl_available():
-        # Both are given explicitly: otherwise PyTorch registers only the GPU's backend, and collectives on the CPU fail.
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     try:
         yield
-    finally:
+    except Exception:
+        # The other processes may not end theirs, for which NCCL would wait.
+        if not gpu_groups:
+            dist.destroy_process_group()
+        raise
+    else:
         dist.destroy_process_group()
+    finally:
+        gpu_groups.clear()
+
+
+def connect_gpus(device: torch.device) -> None:
+    """Connect the processes' GPUs by NCCL, for tensors; without a GPU, gloo serves them. Within ``process_group``.
+
+    device: on which this process computes. NCCL must know it: since PyTorch 2.15 it connects at once, and would otherwise
+        choose a GPU by itself.
+    """
+    if world_size() > 1 and device.type == "cuda" and dist.is_nccl_available():
+        group = dist.new_group(backend="cpu:gloo,cuda:nccl", device_id=device)
+        assert isinstance(group, dist.ProcessGroup)  # every process is in it
+        gpu_groups.append(group)
+
+
+def tensor_group() -> dist.ProcessGroup | None:
+    """The group of collectives on tensors; None: the one of ``process_group``."""
+    return gpu_groups[-1] if gpu_groups else None
 
 
 def peer_lost(error: Exception) -> PeerLostError | None:
     """The error for a failed communication with another process of this run; None for other errors."""
-    by_backend = isinstance(error, RuntimeError) and ("gloo/transport" in str(error) or "NCCL" in str(error))
-    if world_size() == 1 or not (isinstance(error, dist.DistError) or by_backend):
+    lost = isinstance(error, dist.DistError) or CONNECTION_LOST.search(str(error))
+    if world_size() == 1 or not lost or WRONG_USE.search(str(error)):
         return None
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     reason = (line.partition("] ")[2] or line).partition(". ")[0]
@@ -101,7 +124,7 @@ def peer_lost(error: Exception) -> PeerLostError | None:
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel, which averages gradients over the processes; unchanged for one process."""
-    return DistributedDataParallel(model) if world_size() > 1 else model
+    return DistributedDataParallel(model, process_group=tensor_group()) if world_size() > 1 else model
 
 
 def shard(batch: Tensor) -> Tensor:
@@ -112,7 +135,7 @@ def shard(batch: Tensor) -> Tensor:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over the processes, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=tensor_group())
     return tensor
 
 
@@ -142,7 +165,7 @@ def broadcast_buffers(model: nn.Module) -> None:
     """
     if world_size() > 1:
         for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+            dist.broadcast(buffer, 0, group=tensor_group())
 
 
 def seed_rank(seed: int, epoch: int, batch: int) -> None:
