@@ -95,6 +95,16 @@ def test_images_of_a_users_own_set_are_checked(kind: type[Digits], found: str) -
         kind().load(CPU)
 
 
+class Changing(Digits):
+    """An image set of a user's own, whose content can change."""
+
+    digest = "1f3a9c2b4d5e"
+
+
+def test_the_digest_is_part_of_the_image_set() -> None:
+    assert (Changing().image_set, Digits().image_set) == ("changing 1f3a9c2b4d5e", "digits")
+
+
 @pytest.fixture
 def split() -> Split:
     images = torch.arange(50 * 3 * 6 * 6).view(50, 3, 6, 6).to(torch.uint8)

@@ -399,21 +399,24 @@ def measure_epoch(experiment: Experiment) -> MeasuredCost:
     dtype = resolve_precision(trainer.precision, device)
     state = TrainState(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), dtype, trainer.ema_decay)
     train_step = trainer.build_step(state)
-    evaluated = min(trainer.eval_batch_size, data.eval_images)
-    size = max(trainer.batch_size, evaluated)
-    images = torch.rand(size, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
+
+    def random_images(count: int) -> Tensor:
+        return torch.rand(count, data.channels, data.image_size, data.image_size, device=device) * 2 - 1
+
+    images = random_images(trainer.batch_size)
     labels = torch.randint(data.classes, (trainer.batch_size,), device=device)
     numbers = itertools.count()
 
     def step() -> None:
-        train_step.forward_backward(next(numbers), images[: trainer.batch_size], labels)
+        train_step.forward_backward(next(numbers), images, labels)
         train_step.optimizer_step()
 
     def evaluation() -> None:
         with torch.no_grad():
-            evaluated_logits(state.eval_model.eval(), images[:evaluated], train_step.autocast, trainer.mirror_eval)
+            evaluated_logits(state.eval_model.eval(), evaluated, train_step.autocast, trainer.mirror_eval)
 
     trained = measure(step, device, seconds=MEASURED_SECONDS)
+    evaluated = random_images(min(trainer.eval_batch_size, data.eval_images))
     tested = measure(evaluation, device, seconds=MEASURED_SECONDS)
-    seconds = trained.seconds * data.train_images / trainer.batch_size + tested.seconds * data.eval_images / evaluated
+    seconds = trained.seconds * data.train_images / trainer.batch_size + tested.seconds * data.eval_images / len(evaluated)
     return MeasuredCost(seconds, trained.allocated if device.type == "cuda" else None)

@@ -80,7 +80,7 @@ class Arrays(ImageData):
     @functools.cached_property
     def image_set(self) -> str:
         names, (train, test) = self.names_and_sizes()
-        return f"{super().image_set} {self.digest} ({len(names)} classes, {train:,} training and {test:,} test images)"
+        return f"{super().image_set} ({len(names)} classes, {train:,} training and {test:,} test images)"
 
     def names_and_sizes(self) -> tuple[tuple[str, ...], tuple[int, int]]:
         """Names of the classes and numbers of images. Reads the labels, but no images."""

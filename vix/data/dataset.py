@@ -143,7 +143,7 @@ class ImageData(ImageSet):
 
         The image set's name, followed by the digest and the numbers of images where the content can change.
         """
-        return type(self).__name__.lower()
+        return f"{type(self).__name__.lower()} {self.digest}".rstrip()
 
     def read(self) -> tuple[LabeledImages, LabeledImages | None]:
         """Images and labels (count,) of the whole training split and the whole test split; None if there is no test split.
@@ -235,7 +235,7 @@ def to_device(labeled: LabeledImages, positions: np.ndarray, device: torch.devic
     Raises DataError where the images of a user's own image set are not uint8, or of another shape.
     """
     images, labels = labeled
-    chosen = images[positions]
+    chosen = np.asarray(images[positions])
     expected = (len(positions), image_set.image_size, image_set.image_size, image_set.channels)
     if chosen.dtype != np.uint8 or chosen.shape != expected:
         raise DataError(

@@ -95,7 +95,7 @@ class ImageFolder(ImageData):
     def image_set(self) -> str:
         names, train, test, _ = self.list_files()
         counts = f"{len(names)} classes, {len(train):,} training and {len(test or ()):,} test images"
-        return f"{super().image_set} {self.digest} ({counts})"
+        return f"{super().image_set} ({counts})"
 
     def read(self) -> tuple[LabeledImages, LabeledImages | None]:
         names, train, test, listing = self.list_files()
@@ -144,7 +144,7 @@ class ImageFolder(ImageData):
         # A split contains class folders. A class folder may also be named train, val or test, but contains images.
         test = next((folder for name in ("val", "test") if has_folders(folder := root / name)), None)
         if has_folders(train):
-            absent = f"{root.absolute()}/val or {root}/test"
+            absent = f"{root.absolute()}/val or {root.absolute()}/test"
         else:
             absent, train = str(train.absolute()), root
         works = (test is None and has_folders(root)) if train == root else True

@@ -18,7 +18,16 @@ from typing import Any
 
 from vix.errors import UserError
 from vix.overrides import override_key, parse_or_none, settings
-from vix.runs.identity import DEFAULT_RECIPE, IGNORED_IN_GROUPS, MODEL_GROUPS, SAME_MODEL, fill, is_of_the_run, is_off
+from vix.runs.identity import (
+    DEFAULT_RECIPE,
+    IGNORED_IN_GROUPS,
+    MODEL_GROUPS,
+    SAME_MODEL,
+    changed_keys,
+    fill,
+    is_of_the_run,
+    is_off,
+)
 from vix.system.files import walk
 
 Row = dict[str, Any]
@@ -97,7 +106,7 @@ class RunRecord:
     def group_key(self, explicit: Collection[tuple[str, str]] = ()) -> tuple[str, ...]:
         """Equal for runs that differ only in the seed or the fold.
 
-        explicit: ``explicit_options`` of all runs. Of those that this run leaves out, the defaults count.
+        explicit: ``explicit_options`` of the runs of the experiment. Of those that this run leaves out, the defaults count.
 
         It contains the whole config, because config files may have changed. Options that are off are omitted: a run may
         predate such an option.
@@ -333,12 +342,15 @@ def group_seeds(runs: Iterable[RunRecord]) -> tuple[list[Group], list[RunRecord]
     repeats: defaultdict[tuple[str, ...], dict[tuple[str, int | None], RunRecord]] = defaultdict(dict)
     others = []
     newest_first = sorted(runs, key=lambda run: run.written, reverse=True)
-    explicit = set[tuple[str, str]]().union(*(run.explicit_options for run in newest_first if run.status == "finished"))
+    explicit = defaultdict[str, set[tuple[str, str]]](set)
+    for run in newest_first:
+        if run.status == "finished":
+            explicit[run.experiment] |= run.explicit_options
     for run in newest_first:
         if run.status != "finished":
             others.append(run)
             continue
-        first = repeats[run.group_key(explicit)].setdefault((run.seed, run.fold), run)
+        first = repeats[run.group_key(explicit[run.experiment])].setdefault((run.seed, run.fold), run)
         if first is not run:
             others.append(RunRecord(run.path, run.status, f"skipped: {first.path} is a newer run of the same seed"))
     published = published_rows()
@@ -367,19 +379,21 @@ def disambiguate(groups: Iterable[Group]) -> None:
         for group in groups:
             same[group.name].append(group)
         for alike in (groups for groups in same.values() if len(groups) > 1):
-            labels = [distinction(group) for group in alike] if distinction else options_of(alike)
+            labels = [distinction(group) for group in alike] if distinction else differing_options(alike)
             if len(set(labels)) > 1:
                 for group, label in zip(alike, labels, strict=True):
                     group.distinction += f" ({label})" if label else ""
 
 
-def options_of(groups: Sequence[Group]) -> list[str]:
+def differing_options(groups: Sequence[Group]) -> list[str]:
     """For each group, the options in which the configs of these groups differ; their numbers where those are more than 3."""
-    configs = [fill(flatten(group.runs[0].results["config"]), group.runs[0].results) for group in groups]
-    keys = {key for config in configs for key in config if key not in IGNORED_IN_GROUPS and is_of_the_run(key)}
-    differ = sorted(key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1)
-    labels = [", ".join(f"{key}={as_text(config.get(key))}" for key in differ) for config in configs]
-    unique = 0 < len(differ) <= 3 and len({*labels}) == len(labels)
+    runs = [group.runs[0].results for group in groups]
+    flat = [flatten(run["config"]) for run in runs]
+    configs = [fill(config, run, {key for other in flat for key in other}) for config, run in zip(flat, runs, strict=True)]
+    ignored = {*IGNORED_IN_GROUPS, *(["trainer.init_from"] if any(run.get("init_weights") for run in runs) else [])}
+    changed = {key for config in configs for key in changed_keys(configs[0], config, ignored)}
+    labels = [", ".join(f"{key}={as_text(config.get(key))}" for key in sorted(changed)) for config in configs]
+    unique = 0 < len(changed) <= 3 and len({*labels}) == len(labels)
     return labels if unique else [f"config {i}" for i in range(1, len(groups) + 1)]
 
 

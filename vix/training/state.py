@@ -180,7 +180,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: di
     groups = optimizer.state_dict()["param_groups"]
     if names == saved_names and [len(g["params"]) for g in groups] == [len(g["params"]) for g in saved["param_groups"]]:
         # Entries of a group other than options and the scheduler's initial_lr are state of the optimizer.
-        options = {*options_of(type(optimizer)), "params", "initial_lr"}
+        options = {*constructor_options(type(optimizer)), "params", "initial_lr"}
         pairs = zip(saved["param_groups"], groups, strict=True)
         groups = [{**old, **{key: value for key, value in new.items() if key in options}} for old, new in pairs]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -192,9 +192,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], saved: di
             optimizer.state[parameter]["mu_product"] = state[i]["mu_product"].cpu()
 
 
-def options_of(kind: type[torch.optim.Optimizer]) -> set[str]:
+def constructor_options(kind: type[torch.optim.Optimizer]) -> set[str]:
     """Names of the arguments of an optimizer's constructor, and of those of its base classes, to which it may pass them on."""
-    return {name for base in kind.__mro__ for name in inspect.signature(base).parameters}
+    bases = [base for base in kind.__mro__ if issubclass(base, torch.optim.Optimizer)]
+    return {name for base in bases for name in inspect.signature(base).parameters}
 
 
 def lr_scheduler_at(lr_scheduler: LambdaLR, step: int) -> LambdaLR:
