@@ -5,11 +5,13 @@ accounting; Ctrl-C cancels the jobs, which save a checkpoint first; and the task
 """
 
 import logging
+import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +153,24 @@ if submitit_launcher:
                 [state] * count,
             ]
             try:
-                with submitit.helpers.clean_env():  # within an allocation, its limits do not apply to the jobs
+                with without_allocation():
                     return executor.map_array(self, *arguments)
             except (RuntimeError, submitit.core.utils.FailedSubmissionError) as error:  # no Slurm; or sbatch refuses
                 raise UserError(
                     f"hydra/launcher=slurm: the jobs were not submitted ({str(error).strip().splitlines()[-1]}); "
                     "more jobs than Slurm's MaxArraySize need several sweeps"
                 ) from error
+
+
+@contextmanager
+def without_allocation() -> Iterator[None]:
+    """Context manager that hides the variables of the allocation in which the sweep was started: they are not its jobs'."""
+    import submitit
+
+    kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or key.startswith("SBATCH_")}
+    with submitit.helpers.clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():
+        os.environ.update(kept)
+        yield
 
 
 def wait_for(jobs: Sequence[Any]) -> None:

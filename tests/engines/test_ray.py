@@ -91,12 +91,12 @@ def ray() -> Iterator[RayCluster]:
             cluster.stop()
 
 
-def start_sweep(cluster: RayCluster, directory: Path) -> subprocess.Popen[str]:
+def start_sweep(cluster: RayCluster, directory: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
     """Two jobs of two CPUs: one per node."""
     launcher = ("hydra/launcher=ray_gpus", f"hydra.launcher.ray.init.address=127.0.0.1:{cluster.port}")
     remote = ("hydra.launcher.ray.remote.num_gpus=0", "hydra.launcher.ray.remote.num_cpus=2")
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *launcher, *remote, *SMALL, "seed=0,1"]
-    environment = pausing(1, COLUMNS="400", **RAY)
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *launcher, *remote, *SMALL, "seed=0,1", *overrides]
+    environment = pausing(1, COLUMNS="400", **RAY, **variables)
     del environment["OMP_NUM_THREADS"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -125,12 +125,14 @@ def test_a_killed_nodes_job_runs_again_elsewhere(tmp_path: Path, ray: RayCluster
 
 
 def test_ctrl_c_saves_first(tmp_path: Path, ray: RayCluster) -> None:
-    sweep = start_sweep(ray, tmp_path)
+    """Here with an option from a variable that is set for the command alone, not on the machines of the cluster."""
+    sweep = start_sweep(ray, tmp_path, "model.dropout=${oc.decode:${oc.env:VIX_DROPOUT}}", VIX_DROPOUT="0.125")
     paused(tmp_path, 1, 2)
     sweep.send_signal(signal.SIGINT)
     output, errors = sweep.communicate(timeout=HANGS)
     assert sweep.returncode == 130, output + errors
-    assert [r["status"] for r in results_in(tmp_path)] == ["interrupted", "interrupted"]
+    found = [(r["status"], r["config"]["model"]["dropout"]) for r in results_in(tmp_path)]
+    assert found == [("interrupted", 0.125)] * 2
 
 
 def test_no_cluster_at_the_address(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def limited(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 class Sweep:
     """A command that waits for its jobs."""
 
-    def __init__(self, slurm: Cluster, directory: Path, *overrides: str, pauses: tuple[int, ...] = ()) -> None:
-        environment = pausing(*pauses, COLUMNS="400", **slurm.env)
+    def __init__(self, slurm: Cluster, directory: Path, *overrides: str, pauses: tuple[int, ...] = (), **env: str) -> None:
+        environment = pausing(*pauses, COLUMNS="400", **slurm.env, **env)
         del environment["OMP_NUM_THREADS"]  # Slurm says how many CPUs a job has
         command = [sys.executable, str(ROOT / "train.py"), *LAUNCHER, *SMALL, *overrides]
         pipe, prepare = subprocess.PIPE, end_with_this_process
@@ -92,8 +92,9 @@ def comparable(directory: Path) -> list[dict[str, object]]:
 
 @pytest.mark.usefixtures("limited")
 def test_four_jobs_two_at_a_time(tmp_path: Path, slurm: Cluster) -> None:
-    """Each in a directory of its own, with the one CPU that it was given."""
-    sweep = Sweep(slurm, tmp_path, "hydra.launcher.array_parallelism=2", "seed=0,1,2,3", pauses=(1,))
+    """Each in a directory of its own, with the one CPU that it was given; from within an allocation with another memory."""
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "500"}  # srun refuses that next to the jobs' own
+    sweep = Sweep(slurm, tmp_path, "hydra.launcher.array_parallelism=2", "seed=0,1,2,3", pauses=(1,), **allocation)
     first = sweep.paused(tmp_path, 1, 2)
     assert sorted(state for (state,) in slurm.jobs("%T")) == ["PENDING", "PENDING", "RUNNING", "RUNNING"]
     for run in first:
@@ -171,6 +172,22 @@ def test_two_nodes_and_two_processes_per_job(tmp_path: Path, slurm: Cluster) -> 
         one = json.loads(next(alone.glob(f"outputs/*/seed={seed}/results.json")).read_text())
         losses = [[row["train_loss"] for row in result["history"]] for result in (one, two)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_job_of_two_processes_that_is_not_run(tmp_path: Path, slurm: Cluster) -> None:
+    """The first of them says so, and the other one, which waits for it, ends as well."""
+    launcher = ("hydra.launcher.tasks_per_node=2", "hydra.launcher.array_parallelism=1")
+    status, output, errors = Sweep(slurm, tmp_path, *launcher, "attention.landmarks=1000,8", "fail_fast=true").wait()
+    assert status == 1, output + errors
+    assert [row[1] for row in table_after(output, "jobs of this sweep")] == ["refused", "not run"]
+
+
+def test_an_array_that_slurm_refuses(tmp_path: Path, slurm: Cluster) -> None:
+    status, output, errors = Sweep(slurm, tmp_path, "hydra.launcher.partition=nosuch", "seed=0,1").wait()
+    assert status == 1, output
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "the jobs were not submitted (sbatch: error:" in line
+    assert "Traceback" not in errors
 
 
 def test_ctrl_c_cancels_the_jobs(tmp_path: Path, slurm: Cluster) -> None:
