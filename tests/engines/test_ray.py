@@ -126,7 +126,7 @@ def test_a_killed_nodes_job_runs_again_elsewhere(tmp_path: Path, ray: RayCluster
 
 def test_ctrl_c_saves_first(tmp_path: Path, ray: RayCluster) -> None:
     """Here with an option from a variable that is set for the command alone, not on the machines of the cluster."""
-    sweep = start_sweep(ray, tmp_path, "model.dropout=${oc.decode:${oc.env:VIX_DROPOUT}}", VIX_DROPOUT="0.125")
+    sweep = start_sweep(ray, tmp_path, "model.dropout='${oc.decode:${oc.env:VIX_DROPOUT}}'", VIX_DROPOUT="0.125")
     paused(tmp_path, 1, 2)
     sweep.send_signal(signal.SIGINT)
     output, errors = sweep.communicate(timeout=HANGS)
