@@ -1,10 +1,12 @@
 """Compilation of forward and backward with torch.compile, in runs that are long enough to earn back the compilation time."""
 
 import logging
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,6 +41,9 @@ OPTIONS_ON_CPU: dict[str, Any] = {
 # (tests/training/test_gradients.py). Gradients of less than the second share of the whole are not compared: some are zero but
 # for rounding.
 MAX_DIFFERENCE, SMALL_GRADIENT = 0.3, 1e-3
+
+# Of the loader of libraries, for a file below the compiler's cache.
+INCOMPLETE = re.compile(r"(/\S*\.so): (?:file too short|invalid ELF header|cannot read file data)")
 
 Compile = bool | Literal["auto", "cuda_graphs"]
 
@@ -146,6 +151,37 @@ def compile_loss(device: torch.device, how: Compile) -> Callable[..., Tensor]:
     return torch.compile(mean_loss, dynamic=False, options=OPTIONS_ON_CPU)
 
 
+def compile_and_compare(step: TrainStep, how: Compile, images: Tensor, labels: Tensor) -> None:
+    """Compile forward and backward. Arguments as for ``compile_step``.
+
+    Raises RuntimeError where the compiled step computes something else than the uncompiled one, and what compilers raise.
+    """
+    while True:
+        step.compiled = compile_loss(images.device, how)
+        try:
+            fault = compiler_fault(step, images, labels, same_numbers=images.is_cpu)
+            break
+        except Exception as error:
+            if not removed_from_cache(error):
+                raise
+            release_compiled()
+    if fault:
+        raise RuntimeError(f"{fault}: a fault of the compiler")
+
+
+def removed_from_cache(error: Exception) -> bool:
+    """Remove a library from the compiler's cache that is incomplete, since a run was killed while it was compiled.
+
+    error: of the compiler.   Returns whether it was such an error.
+    """
+    found = INCOMPLETE.search(str(error))
+    if not found or not (library := Path(found[1])).exists():
+        return False
+    log.warning("Compiling again what is incomplete in the compiler's cache: %s", library)
+    library.unlink()
+    return True
+
+
 def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labels: Tensor) -> float:
     """Compile forward and backward of a micro-batch, and return the time that this took, in seconds.
 
@@ -171,14 +207,13 @@ def compile_step(step: TrainStep, how: Compile, steps: int, images: Tensor, labe
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     log.info("Compiling the step, which takes 30 to 60 s, or a few seconds with a compiler cache")
     try:
-        step.compiled = compile_loss(images.device, how)
-        if fault := compiler_fault(step, images, labels, same_numbers=images.is_cpu):
-            raise RuntimeError(f"{fault}: a fault of the compiler")
+        compile_and_compare(step, how, images, labels)
     except Exception as error:  # compilers raise various exceptions; an error in the model is raised again without the compiler
         step.compiled = None
         if out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("backend=")]
+        reason = lines[0].strip() if lines else type(error).__name__
         if how != "auto":
             raise UserError(f"trainer.compile={str(how).lower()}: {reason}; use trainer.compile=false") from error
         log.warning("Continuing without compilation, which only takes longer: %s", reason)
