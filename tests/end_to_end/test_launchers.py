@@ -17,7 +17,7 @@ from vix.system.signals import SignalHandler
 
 # Option of hydra/launcher, its plugin, and what it needs on a machine with two cores and no GPU.
 LAUNCHERS = [
-    ("joblib_cores", "hydra_joblib_launcher", ("hydra.launcher.n_jobs=2",)),
+    ("cores", "vix_cores", ("hydra.launcher.n_jobs=2",)),
     pytest.param(
         "ray_gpus",
         "hydra_ray_launcher",
@@ -42,12 +42,12 @@ def all_results(directory: Path) -> list[dict[str, Any]]:
 def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple[str, ...]) -> None:
     """Every run finishes in a directory of its own; one that is refused says so there, in the end, and by the exit status."""
     need(plugin)
-    landmarks = "8,1000" if launcher == "joblib_cores" else "8,16"  # 1000 is refused
+    landmarks = "8,1000" if launcher == "cores" else "8,16"  # 1000 is refused
     sweep = ("-m", f"hydra/launcher={launcher}", *options, *TINY, f"attention.landmarks={landmarks}")
     done = run_train(tmp_path, *sweep, fresh=True, RAY_USAGE_STATS_ENABLED="0")
     states = {r["config"]["attention"]["landmarks"]: (r["status"], r.get("epochs")) for r in all_results(tmp_path)}
     assert "jobs of this sweep" in done.stdout
-    if launcher == "joblib_cores":
+    if launcher == "cores":
         assert states == {8: ("finished", 2), 1000: ("refused", None)}, done.stdout + done.stderr
         assert done.returncode == 1
         assert "error: 1 of this sweep's jobs did not finish" in done.stderr
@@ -60,7 +60,6 @@ def test_runs_at_once(tmp_path: Path, launcher: str, plugin: str, options: tuple
 @pytest.mark.slow
 def test_a_directory_that_cannot_be_made_ends_no_other_job(tmp_path: Path) -> None:
     """Also where a launcher's processes import its own module first."""
-    need("hydra_joblib_launcher")
     (tmp_path / "o").mkdir()
     (tmp_path / "o/seed=0").symlink_to(tmp_path / "absent/seed=0")
     sweep = ("-m", "hydra/launcher=joblib_cores", "hydra.launcher.n_jobs=2", "seed=0,1")

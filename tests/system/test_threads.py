@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +210,7 @@ def test_processes_of_torchrun_share_the_cpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("hydra_plugins") or not find_spec("hydra_plugins.hydra_joblib_launcher"), reason="no plugin")
-def test_jobs_of_joblib_share_the_cpus(tmp_path: Path) -> None:
-    sweep = ("-m", "hydra/launcher=joblib_cores", "hydra.launcher.n_jobs=2", "seed=0,1")
+def test_jobs_at_once_share_the_cpus(tmp_path: Path) -> None:
+    sweep = ("-m", "hydra/launcher=cores", "hydra.launcher.n_jobs=2", "seed=0,1")
     results, _ = run(tmp_path, [sys.executable], *sweep, *SHORT)
     assert [found["threads"] for found in results] == [max(1, len(CPUS) // 2)] * 2

@@ -499,7 +499,7 @@ OmegaConf.register_new_resolver("run_name", run_name_of_config, replace=True)
 OmegaConf.register_new_resolver("oc.env", oc_env, replace=True)
 hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
 run_job = hydra.core.utils.run_job
-# Launchers import run_job from hydra.core.utils, in a worker process of joblib, Ray or submitit before this module.
+# Launchers import run_job from hydra.core.utils, in a worker process of Ray or submitit before this module.
 for module in [module for name, module in sys.modules.items() if name.startswith(("hydra.core.utils", "hydra_plugins."))]:
     if vars(module).get("run_job") is run_job:
         vars(module)["run_job"] = guarded_run_job

@@ -55,8 +55,8 @@ def given_threads(
     """The number of threads for this process: OMP_NUM_THREADS where that is set, else the number of CPUs that it may use.
 
     The latter is the minimum of its affinity mask, the CPUs of its Slurm task, and the quota of its control groups (rounded
-    down), divided by the number of processes of this run on this machine, unless each is a Slurm task; at least 1. joblib and
-    Ray set OMP_NUM_THREADS.
+    down), divided by the number of processes of this run on this machine, unless each is a Slurm task; at least 1. The
+    launchers ``cores`` and ``ray_gpus`` set OMP_NUM_THREADS.
 
     environment: environment variables.
     root: of the file system that contains /proc and the control groups.
