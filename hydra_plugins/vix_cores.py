@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from vix.errors import UserError
+from vix.errors import UserError, first_paragraph
 from vix.runs.sweep import FOLDER, record_end
 from vix.system.threads import given_threads
 
@@ -105,6 +106,8 @@ class CoresLauncher(Launcher):
             except EOFError:
                 job.process.join()
                 returns[job.number] = self.lost(job)
+            except Exception as error:  # one that cannot be read back; the run has recorded its own
+                returns[job.number] = failure(job.overrides, first_paragraph(error))
             running.remove(job)
 
     def lost(self, job: Job) -> JobReturn:
@@ -114,7 +117,8 @@ class CoresLauncher(Launcher):
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         memory = ", which the system sends when memory is short" if code == -signal.SIGKILL else ""
         reason = f"its process was ended by {how}{memory}; the same command continues it"
-        record_end(Path(self.config.hydra.job.env_set[FOLDER]), job.number, filter_overrides(job.overrides), "failed", reason)
+        state = "interrupted" if code in (-signal.SIGTERM, -signal.SIGINT) else "failed"
+        record_end(Path(self.config.hydra.job.env_set[FOLDER]), job.number, filter_overrides(job.overrides), state, reason)
         return failure(job.overrides, reason)
 
 
@@ -146,7 +150,10 @@ def run_job(returned: Connection, number: int, overrides: list[str], hydra_conte
             job_subdir_key="hydra.sweep.subdir",
         )
     except (SystemExit, KeyboardInterrupt):  # the run has recorded it
-        result = failure(cfg.hydra.overrides.task, "interrupted; the same command continues it")
+        returned.send(failure(cfg.hydra.overrides.task, "interrupted; the same command continues it"))
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)  # a normal exit would wait for the C++ compilers that a compiled step has started
     result.cfg = result.hydra_cfg = None  # not needed, and the classes of Hydra's configs cannot be pickled
     returned.send(result)
 
