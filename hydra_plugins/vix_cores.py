@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -24,7 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from vix.errors import UserError, first_paragraph
-from vix.runs.sweep import FOLDER, record_end
+from vix.runs.sweep import FOLDER, failed_return, record_end
 from vix.system.threads import given_threads
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class CoresLauncher(Launcher):
         waiting = list(enumerate(job_overrides, initial_job_idx))[::-1]
         running: list[Job] = []
         returns: dict[int, JobReturn] = {}
-        with sigterm_as_exit():
+        with handled(signal.SIGTERM, leave):
             try:
                 while waiting or running:
                     while waiting and len(running) < at_once:
@@ -91,7 +91,8 @@ class CoresLauncher(Launcher):
         receiver, sender = context.Pipe(duplex=False)
         arguments = sender, number, list(overrides), self.hydra_context, self.config
         process = context.Process(target=run_job, args=arguments)
-        with environment_of_jobs(threads), ignored_sigint():  # until the run handles it; the sweep's command does meanwhile
+        # Until the run handles Ctrl-C, the sweep's command does.
+        with environment_of_jobs(threads), handled(signal.SIGINT, signal.SIG_IGN):
             process.start()
         sender.close()
         return Job(number, overrides, process, receiver)
@@ -101,17 +102,18 @@ class CoresLauncher(Launcher):
         ready = wait([job.returned for job in running])
         for job in [job for job in running if job.returned in ready]:
             try:
-                returns[job.number] = job.returned.recv()
-                job.process.join()
+                top1, error = job.returned.recv()
             except EOFError:
-                job.process.join()
-                returns[job.number] = self.lost(job)
-            except Exception as error:  # one that cannot be read back; the run has recorded its own
-                returns[job.number] = failure(job.overrides, first_paragraph(error))
+                top1, error = None, ""
+            job.process.join()
+            if top1 is not None:
+                returns[job.number] = JobReturn(overrides=list(job.overrides), status=JobStatus.COMPLETED, _return_value=top1)
+            else:
+                returns[job.number] = failed_return(job.overrides, error or self.record_lost(job))
             running.remove(job)
 
-    def lost(self, job: Job) -> JobReturn:
-        """A failure, recorded for the sweep and the run, of a job whose process ended without returning anything."""
+    def record_lost(self, job: Job) -> str:
+        """Record for the sweep and the run that a job's process ended without returning anything; returns the reason."""
         assert self.config is not None
         code = job.process.exitcode or 0
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
@@ -119,18 +121,11 @@ class CoresLauncher(Launcher):
         reason = f"its process was ended by {how}{memory}; the same command continues it"
         state = "interrupted" if code in (-signal.SIGTERM, -signal.SIGINT) else "failed"
         record_end(Path(self.config.hydra.job.env_set[FOLDER]), job.number, filter_overrides(job.overrides), state, reason)
-        return failure(job.overrides, reason)
-
-
-def failure(overrides: Sequence[str], reason: str) -> JobReturn:
-    """What a job that did not finish returns."""
-    failed = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-    failed.return_value = UserError(reason)
-    return failed
+        return reason
 
 
 def run_job(returned: Connection, number: int, overrides: list[str], hydra_context: HydraContext, config: DictConfig) -> None:
-    """Run a job in this process and send back what it returned."""
+    """Run a job in this process and send back its top-1 accuracy or, where it did not finish, None and the reason."""
     import vix.cli.launch  # first, since it replaces Hydra's run_job (vix/composition/compose.py)
 
     import hydra.core.utils  # isort: skip
@@ -150,12 +145,13 @@ def run_job(returned: Connection, number: int, overrides: list[str], hydra_conte
             job_subdir_key="hydra.sweep.subdir",
         )
     except (SystemExit, KeyboardInterrupt):  # the run has recorded it
-        returned.send(failure(cfg.hydra.overrides.task, "interrupted; the same command continues it"))
+        returned.send((None, "interrupted; the same command continues it"))
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)  # a normal exit would wait for the C++ compilers that a compiled step has started
-    result.cfg = result.hydra_cfg = None  # not needed, and the classes of Hydra's configs cannot be pickled
-    returned.send(result)
+    # Neither Hydra's configs nor every exception can be pickled.
+    finished = result.status == JobStatus.COMPLETED
+    returned.send((result._return_value, "") if finished else (None, first_paragraph(result._return_value)))
 
 
 @contextmanager
@@ -171,30 +167,18 @@ def environment_of_jobs(threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def ignored_sigint() -> Iterator[None]:
-    """Context manager in which processes are started that ignore Ctrl-C in their terminal until they handle it."""
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Context manager in which a signal has this handler. Without effect in other threads, which receive no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
-@contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """Context manager in which SIGTERM raises SystemExit, with the exit status of a signal."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def leave(number: int, _: object) -> NoReturn:
+    """Handler of a signal: exit with the status of that signal."""
+    raise SystemExit(128 + number)

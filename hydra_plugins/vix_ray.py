@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, filter_overrides, setup_globals
 from omegaconf import OmegaConf, open_dict
 
 from vix.errors import UserError, first_paragraph
-from vix.runs.sweep import FOLDER, record_end
+from vix.runs.sweep import FOLDER, failed_return, record_end
 
 try:
     from hydra_plugins.hydra_ray_launcher import ray_launcher
@@ -100,9 +100,7 @@ if ray_launcher:
             kind, state = ("out of memory", "failed") if "memory" in message else ("Ray lost the job", "interrupted")
             reason = f"{kind} ({message}); the same command continues it"
             record_end(Path(self.config.hydra.job.env_set[FOLDER]), number, filter_overrides(overrides), state, reason)
-            failed = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-            failed.return_value = UserError(reason)
-            return failed
+            return failed_return(overrides, reason)
 
 
 def run_job(directory: str, hydra_context: Any, cfg: Any, task_function: Any, singleton_state: Any) -> JobReturn:
@@ -113,6 +111,4 @@ def run_job(directory: str, hydra_context: Any, cfg: Any, task_function: Any, si
     try:
         return _run_job(hydra_context, cfg, task_function, singleton_state)
     except (SystemExit, KeyboardInterrupt):  # the run has recorded it; Ray would start the task again
-        interrupted = JobReturn(overrides=list(cfg.hydra.overrides.task), status=JobStatus.FAILED)
-        interrupted.return_value = UserError("interrupted; the same command continues it")
-        return interrupted
+        return failed_return(cfg.hydra.overrides.task, "interrupted; the same command continues it")

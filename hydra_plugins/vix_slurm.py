@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.core.utils import JobReturn, filter_overrides
 from omegaconf import OmegaConf
 
 from vix.errors import UserError
-from vix.runs.sweep import FOLDER, record_end
+from vix.runs.sweep import FOLDER, failed_return, record_end
 from vix.system.files import warn_once
 
 try:
@@ -156,10 +156,9 @@ if submitit_launcher:
                 with without_allocation():
                     return executor.map_array(self, *arguments)
             except (RuntimeError, submitit.core.utils.FailedSubmissionError) as error:  # no Slurm; or sbatch refuses
-                raise UserError(
-                    f"hydra/launcher=slurm: the jobs were not submitted ({str(error).strip().splitlines()[-1]}); "
-                    "more jobs than Slurm's MaxArraySize need several sweeps"
-                ) from error
+                reason = str(error).strip().splitlines()[-1]
+                parts = "; more jobs than Slurm's MaxArraySize need several sweeps" if "array" in reason else ""
+                raise UserError(f"hydra/launcher=slurm: the jobs were not submitted ({reason}){parts}") from error
 
 
 @contextmanager
@@ -199,9 +198,7 @@ def job_return(job: Any, overrides: Sequence[str], folder: Path, number: int) ->
         except Exception as error:  # of submitit: no result, or a job that has reached its time limit too often
             reason = f"{reason}: {str(error).strip().splitlines()[-1]}"
     record_end(folder, number, filter_overrides(overrides), "interrupted", reason)
-    failed = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-    failed.return_value = UserError(reason)
-    return failed
+    return failed_return(overrides, reason)
 
 
 def is_preempted(job_id: str) -> bool:

@@ -33,8 +33,9 @@ from vix.analysis.measure import measure
 from vix.build import build_model, parse
 from vix.data.loader import Split
 from vix.errors import ConfigError, UserError
+from vix.system import distributed
 from vix.system.device import device_name, initial_gpu, resolve_device, resolve_precision
-from vix.system.distributed import connect_gpus, peer_lost, process_group, tensor_group
+from vix.system.distributed import connect_gpus, peer_lost, process_group
 from vix.system.memory import (
     PeakMemory,
     check_memory_limit,
@@ -169,7 +170,7 @@ def test_nccl_gets_the_gpu_that_the_process_computes_on(gpus: Driver, monkeypatc
     for name in ("cuda:1", "cpu"):
         with process_group():
             connect_gpus(resolve_device(name))
-            assert tensor_group() is (group if name == "cuda:1" else None)
+            assert distributed.gpu_group is (group if name == "cuda:1" else None)
     nccl = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", 1)}
     assert made == ["gloo", nccl, "destroyed", "gloo", "destroyed"]
     made.clear()
@@ -182,7 +183,7 @@ def test_nccl_gets_the_gpu_that_the_process_computes_on(gpus: Driver, monkeypatc
     with pytest.raises(MemoryError):
         fail()
     assert "destroyed" not in made  # which would wait for the other processes
-    assert tensor_group() is None
+    assert distributed.gpu_group is None
 
 
 def test_which_errors_mean_that_a_process_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_processes_that_another_launcher_has_started(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_a_process_that_is_refused_alone_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
-    """Not even where nobody ends them, as torchrun does: this machine lacks what only the second process is told to use."""
+    """Without torchrun, which would end them. The device of the second process does not exist on this machine."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

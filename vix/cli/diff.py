@@ -10,7 +10,7 @@ from typing import Any
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
-from vix.runs.identity import fill
+from vix.runs.identity import with_defaults
 from vix.runs.results import Row, as_text, flatten, read_run
 from vix.system.files import user_path
 
@@ -84,7 +84,7 @@ def diff(run_a: Path, run_b: Path) -> None:
 
     of_a, of_b = flatten(a["config"]), flatten(b["config"])
     parts = {
-        "Config": (fill(of_a, a, of_b), fill(of_b, b, of_a)),
+        "Config": (with_defaults(of_a, a, of_b), with_defaults(of_b, b, of_a)),
         "Versions": (chosen(a, VERSIONS), chosen(b, VERSIONS)),
         "Results": (chosen(a, RESULTS), chosen(b, RESULTS)),
     }

@@ -83,7 +83,7 @@ def run_job(cfg: DictConfig) -> float:
     protect_output()  # a launcher may have started this process
     job = HydraConfig.get()
     if job.job.chdir:
-        paths_from(Path(job.runtime.cwd), cfg)
+        make_paths_absolute(cfg, Path(job.runtime.cwd))
     choices, overrides = job.runtime.choices, resolved_overrides(job.overrides.task, cfg)
     directory = Path(job.runtime.output_dir)
     identity = {
@@ -120,7 +120,7 @@ def run_job(cfg: DictConfig) -> float:
         raise
 
 
-def paths_from(directory: Path, cfg: DictConfig) -> None:
+def make_paths_absolute(cfg: DictConfig, directory: Path) -> None:
     """Make the paths of what a run reads absolute, in place: with ``hydra.job.chdir``, its directory is the current one.
 
     directory: in which the command was started.

@@ -23,7 +23,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, RangeSweep
-from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.core.utils import JobReturn, setup_globals
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
@@ -41,7 +41,7 @@ from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.runs.results import read_run
 from vix.runs.snapshot import take_snapshot
-from vix.runs.sweep import FOLDER, record_end
+from vix.runs.sweep import FOLDER, failed_return, record_end
 from vix.system.files import expand_home
 from vix.training.init_from import init_identity
 
@@ -238,18 +238,18 @@ def compose_with_hydra(overrides: Sequence[str] = (), flags: Flags | None = None
 def sweep_outputs(command: Command) -> Path | None:
     """The directory below which the runs of a command's sweep are; None where it starts no sweep.
 
-    Raises the exceptions of :func:`compose` and :func:`check_batches_of_jobs`.
+    Raises the exceptions of :func:`compose` and :func:`check_max_batch_size`.
     """
     if not command.runs:
         return None
     cfg = compose_with_hydra(command.overrides, command.flags, RunMode.MULTIRUN)
     if not command.multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         return None
-    check_batches_of_jobs(cfg)
+    check_max_batch_size(cfg)
     return sweep_directory(cfg)
 
 
-def check_batches_of_jobs(cfg: DictConfig) -> None:
+def check_max_batch_size(cfg: DictConfig) -> None:
     """Raises ConfigError where Hydra would start a sweep in parts: it does not start those after one with a failed job."""
     if cfg.hydra.sweeper.get("max_batch_size") is not None:
         raise ConfigError(
@@ -486,11 +486,11 @@ def guarded_run_job(*arguments: Any, **options: Any) -> JobReturn:
         return run_job(*arguments, **options)
     except (OSError, ValueError) as error:  # ValueError: logging cannot open the log file
         cfg = options["config"]
-        failed = JobReturn(overrides=list(cfg.hydra.overrides.task), status=JobStatus.FAILED)
-        failed.return_value = UserError(format_error(os_error(error), failed.overrides or ()))
+        overrides = list(cfg.hydra.overrides.task)
+        message = format_error(os_error(error), overrides)
         if folder := cfg.hydra.job.env_set.get(FOLDER):
-            record_end(Path(folder), cfg.hydra.job.num, failed.overrides or (), "failed", str(failed._return_value))
-        return failed
+            record_end(Path(folder), cfg.hydra.job.num, overrides, "failed", message)
+        return failed_return(overrides, message)
 
 
 version.setbase(VERSION_BASE)

@@ -128,7 +128,7 @@ def is_off(value: Any) -> bool:
     return value is None or value == 0
 
 
-def fill(config: Mapping[str, Any], results: Mapping[str, Any], keys: Collection[str] | None = None) -> dict[str, Any]:
+def with_defaults(config: Mapping[str, Any], results: Mapping[str, Any], keys: Collection[str] | None = None) -> dict[str, Any]:
     """The flat config of a run with the defaults of the options that it leaves out, as far as they are known and not off.
 
     results: of the run. Older ones lack the field ``defaults``.

@@ -24,9 +24,9 @@ from vix.runs.identity import (
     MODEL_GROUPS,
     SAME_MODEL,
     changed_keys,
-    fill,
     is_of_the_run,
     is_off,
+    with_defaults,
 )
 from vix.system.files import walk
 
@@ -66,7 +66,7 @@ class RunRecord:
         """The fields that --where can filter by: scalar fields of the results, and the config with dotted keys."""
         plain = {k: v for k, v in self.results.items() if not isinstance(v, dict | list) and k != "traceback"}
         config = self.results.get("config")
-        options = fill(flatten(config), self.results) if isinstance(config, dict) else {}
+        options = with_defaults(flatten(config), self.results) if isinstance(config, dict) else {}
         return {k: v for k, v in {**options, **plain}.items() if not k.endswith("._target_")} | {"status": self.status}
 
     def satisfies(self, key: str, text: str) -> bool:
@@ -112,7 +112,8 @@ class RunRecord:
         predate such an option.
         """
         config = flatten(self.results["config"])
-        items = fill(config, self.results, {key for target, key in explicit if target == target_of(config, key)}).items()
+        keys = {key for target, key in explicit if target == target_of(config, key)}
+        items = with_defaults(config, self.results, keys).items()
         # The digest of the initial weights says more than their path, but older runs lack it.
         ignored = {*IGNORED_IN_GROUPS, *(["trainer.init_from"] if self.results.get("init_weights") else [])}
         changes = [change for change in self.changes if override_key(change) not in ignored]
@@ -389,7 +390,8 @@ def differing_options(groups: Sequence[Group]) -> list[str]:
     """For each group, the options in which the configs of these groups differ; their numbers where those are more than 3."""
     runs = [group.runs[0].results for group in groups]
     flat = [flatten(run["config"]) for run in runs]
-    configs = [fill(config, run, {key for other in flat for key in other}) for config, run in zip(flat, runs, strict=True)]
+    keys = {key for config in flat for key in config}
+    configs = [with_defaults(config, run, keys) for config, run in zip(flat, runs, strict=True)]
     ignored = {*IGNORED_IN_GROUPS, *(["trainer.init_from"] if any(run.get("init_weights") for run in runs) else [])}
     changed = {key for config in configs for key in changed_keys(configs[0], config, ignored)}
     labels = [", ".join(f"{key}={as_text(config.get(key))}" for key in sorted(changed)) for config in configs]

@@ -14,7 +14,15 @@ from typing import Any
 
 from vix.errors import ConfigError, UserError
 from vix.runs.checkpoint import read_checkpoint, write_tensors
-from vix.runs.identity import IGNORED_ON_RESUME, PERFORMANCE_KEYS, Changes, changed_keys, changes_row, check_changeable, fill
+from vix.runs.identity import (
+    IGNORED_ON_RESUME,
+    PERFORMANCE_KEYS,
+    Changes,
+    changed_keys,
+    changes_row,
+    check_changeable,
+    with_defaults,
+)
 from vix.runs.results import COST_FILE, UNFINISHED, flatten, wrong_fields
 from vix.system.distributed import rank
 from vix.system.files import atomic_write, link_or_copy, nan_to_none, write_json
@@ -223,7 +231,7 @@ class RunDirectory:
     def changes_since(self, config: dict[str, Any], results: Mapping[str, Any]) -> Changes:
         """The keys in which this config differs from that of an earlier run. Arguments as for ``check_same_run``."""
         then, now = flatten(config), flatten(self.config)
-        then, now = fill(then, results, now), fill(now, self.identity, then)
+        then, now = with_defaults(then, results, now), with_defaults(now, self.identity, then)
         return changed_keys(then, now, (*IGNORED_ON_RESUME, *PERFORMANCE_KEYS))
 
     def has_initial_weights(self, config: dict[str, Any], results: Mapping[str, Any]) -> bool:

@@ -16,6 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import hydra.core.utils
+from hydra.core.utils import JobReturn
+
 from vix.errors import ConfigError, UserError
 from vix.overrides import quote, settings
 from vix.runs.results import UNFINISHED
@@ -159,6 +162,13 @@ def record_end(folder: Path, number: int, parts: Sequence[str], state: str, erro
         results = read_results(directory / "results.json") or job["results"]
         if results.get("status") in UNFINISHED:
             write_json(directory / "results.json", results | {"status": state, "error": error})
+
+
+def failed_return(overrides: Sequence[str], error: str | Exception) -> JobReturn:
+    """What a launcher returns to Hydra for a job that did not finish; ``error``: a UserError, or its message."""
+    failed = JobReturn(overrides=list(overrides), status=hydra.core.utils.JobStatus.FAILED)
+    failed.return_value = UserError(error) if isinstance(error, str) else error
+    return failed
 
 
 def rerun_file(outputs: Path, overrides: Sequence[str], flags: Sequence[str | None]) -> Path | None:

@@ -25,7 +25,7 @@ VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # besides WORLD_SIZE; torchr
 # In the messages of gloo and of NCCL, whose errors need not be a DistError.
 CONNECTION_LOST = re.compile(r"gloo/transport|NCCL (Async E|e)rror|NCCL (operation timed out|watchdog)")
 WRONG_USE = re.compile(r"invalid (usage|argument)|Duplicate GPU")
-gpu_groups: list[dist.ProcessGroup] = []  # none, or the one of connect_gpus
+gpu_group: dist.ProcessGroup | None = None  # of connect_gpus, for collectives on tensors; None: that of process_group
 
 
 class PeerLostError(UserError):
@@ -79,18 +79,19 @@ def process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    global gpu_group
     dist.init_process_group("gloo")
+    failed = False
     try:
         yield
     except Exception:
-        # The other processes may not end theirs, for which NCCL would wait.
-        if not gpu_groups:
-            dist.destroy_process_group()
+        failed = True
         raise
-    else:
-        dist.destroy_process_group()
     finally:
-        gpu_groups.clear()
+        # After an error, the other processes may not end their connection by NCCL, which would wait for them.
+        if not (failed and gpu_group):
+            dist.destroy_process_group()
+        gpu_group = None
 
 
 def connect_gpus(device: torch.device) -> None:
@@ -99,15 +100,11 @@ def connect_gpus(device: torch.device) -> None:
     device: on which this process computes. NCCL must know it: since PyTorch 2.15 it connects at once, and would otherwise
         choose a GPU by itself.
     """
+    global gpu_group
     if world_size() > 1 and device.type == "cuda" and dist.is_nccl_available():
         group = dist.new_group(backend="cpu:gloo,cuda:nccl", device_id=device)
         assert isinstance(group, dist.ProcessGroup)  # every process is in it
-        gpu_groups.append(group)
-
-
-def tensor_group() -> dist.ProcessGroup | None:
-    """The group of collectives on tensors; None: the one of ``process_group``."""
-    return gpu_groups[-1] if gpu_groups else None
+        gpu_group = group
 
 
 def peer_lost(error: Exception) -> PeerLostError | None:
@@ -124,7 +121,7 @@ def peer_lost(error: Exception) -> PeerLostError | None:
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
     """The model in DistributedDataParallel, which averages gradients over the processes; unchanged for one process."""
-    return DistributedDataParallel(model, process_group=tensor_group()) if world_size() > 1 else model
+    return DistributedDataParallel(model, process_group=gpu_group) if world_size() > 1 else model
 
 
 def shard(batch: Tensor) -> Tensor:
@@ -135,7 +132,7 @@ def shard(batch: Tensor) -> Tensor:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over the processes, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor, group=tensor_group())
+        dist.all_reduce(tensor, group=gpu_group)
     return tensor
 
 
@@ -165,7 +162,7 @@ def broadcast_buffers(model: nn.Module) -> None:
     """
     if world_size() > 1:
         for buffer in model.buffers():
-            dist.broadcast(buffer, 0, group=tensor_group())
+            dist.broadcast(buffer, 0, group=gpu_group)
 
 
 def seed_rank(seed: int, epoch: int, batch: int) -> None:
