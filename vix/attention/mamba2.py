@@ -135,9 +135,9 @@ class ShiftedProducts(torch.autograd.Function):
         of_x_BNW = sum(padded_BMW[:, margin - k : margin - k + count] * tap_W for k, tap_W in enumerate(taps_KW))
         x_BNW, gradient_BNW = upcast_fp32(x_BNW, gradient_BNW)
         of_taps = [
-            (x_BNW[:, : max(0, count - shift)] * gradient_BNW[:, shift:]).sum((0, 1)) for shift in reversed(range(margin + 1))
+            (x_BNW[:, : max(0, count - shift)] * gradient_BNW[:, shift:]).sum(1).sum(0) for shift in reversed(range(margin + 1))
         ]
-        return of_x_BNW.to(dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum((0, 1))
+        return of_x_BNW.to(dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum(1).sum(0)
 
 
 def taps_first(taps_WK: Tensor) -> Tensor:
