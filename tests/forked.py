@@ -22,7 +22,7 @@ from typing import Any
 PROGRAM = Path(__file__).parents[1] / "train.py"
 LIBRARIES = [
     *("torch", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "torch.utils.tensorboard", "torch.profiler"),
-    *("torchvision", "torchvision.transforms.v2", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"),
+    *("torchvision", "torchvision.transforms.v2", "matplotlib.figure"),
     *("matplotlib.backends.backend_agg", "hydra", "hydra.utils", "hydra._internal.hydra", "hydra._internal.config_loader_impl"),
     *("hydra.core.plugins", "hydra._internal.core_plugins.basic_launcher", "hydra._internal.core_plugins.basic_sweeper"),
     *("omegaconf", "pydantic", "rich.console", "rich.logging", "rich.progress", "rich.table", "einops"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import run_train
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -66,11 +67,16 @@ def test_balanced_subset_of_unequal_classes(size: int) -> None:
 
 
 def test_digits_are_scikit_learns() -> None:
+    """The images, their order, the labels and the split are those of scikit-learn, from which results so far were computed."""
+    (train_images, train_labels), (test_images, test_labels) = Digits().read()
+    digits = load_digits()
+    expected = train_test_split(digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+    for images, pixels in zip((train_images, test_images), expected[:2], strict=True):
+        assert images.dtype == np.uint8
+        assert (images[..., 0] * (16 / 255)).round().tolist() == pixels.tolist()
+    assert (train_labels.tolist(), test_labels.tolist()) == (expected[2].tolist(), expected[3].tolist())
     train, test = Digits().load(CPU)
-    assert (len(train), len(test)) == (1437, 360)
-    assert train.images.shape[1:] == (1, 8, 8)
-    ours = sorted(torch.cat([train.images, test.images]).flatten(1).double().mul(16 / 255).round().tolist())
-    assert ours == sorted(load_digits().data.tolist())
+    assert (train.images.shape, test.images.shape) == ((1437, 1, 8, 8), (360, 1, 8, 8))
 
 
 class Scaled(Digits):
