@@ -32,6 +32,7 @@ WAYS = {
     "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
+QUICK = ("spin (OpenMP's default)", "spin 1,000 times (ours)")  # the policies of the quick setting
 CHILD = "import sys; from benchmarks.waiting import measure_here; measure_here(*sys.argv[1:])"
 BUSY = "while True: pass"
 
@@ -80,21 +81,21 @@ def main() -> None:
     options.add_argument("--busy", type=int, nargs="+", default=[0, 1], help="concurrent busy processes (default: 0 1)")
     options.add_argument("--rounds", type=int, default=3, help="repetitions of every measurement (default: 3)")
     chosen = options.parse_args()
-    rounds = 1 if chosen.quick else chosen.rounds
+    rounds, ways = (1, QUICK) if chosen.quick else (chosen.rounds, tuple(WAYS))
     small = " model.dim=16 model.depth=1" if chosen.quick else ""
     rows: list[dict[str, Any]] = []
     for experiment in chosen.experiments:
         for busy in chosen.busy:
-            times: dict[str, list[float]] = {way: [] for way in WAYS}
+            times: dict[str, list[float]] = {way: [] for way in ways}
             for number in range(rounds):
                 print(f"{experiment}, {busy} busy, round {number + 1} of {rounds}", file=sys.stderr)
-                for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
+                for way in ways[:: 1 if number % 2 == 0 else -1]:
                     with busy_processes(busy):
                         seconds = step_seconds(
                             f"experiment={experiment}{small}", chosen.batch, chosen.threads, chosen.quick, WAYS[way]
                         )
                     times[way].append(seconds)
-            first = times[next(iter(WAYS))]
+            first = times[ways[0]]
             for way, seconds_of in times.items():
                 ratios = [own / other for own, other in zip(first, seconds_of, strict=True)]
                 rows.append(
