@@ -159,3 +159,20 @@ def test_a_run_is_evaluated_on_the_test_images_of_another_file(tmp_path: Path) -
         assert done.returncode == 0, done.stderr
         found = evaluate(load_trained_run(tmp_path / "run", "last", [f"data.root={other}"]))
         assert (found["tested_on"], found["test_images"]) == ("test", 297)
+
+
+def test_folds_of_a_set_whose_sizes_are_read_later(tmp_path: Path) -> None:
+    """A fold without images is refused, not replaced by the test images, which need not have images of all classes then."""
+    few = digits()["labels"][:20]
+    root = written(tmp_path / "x.npz", images=digits()["images"][:20], labels=few)
+    data = gray(root, classes=10, folds=30, fold=25)
+    with pytest.raises(DataError, match=r"^data\.folds=30: there are only 20 training images$"):
+        data.load(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"^data\.folds=30: there are only 20 training images$"):
+        _ = data.eval_images
+    one_class = {"test_images": digits()["test_images"][:1], "test_labels": digits()["test_labels"][:1]}
+    root = written(tmp_path / "y.npz", **one_class)
+    train, evaluated = gray(root, classes=10, folds=3, fold=1).load(torch.device("cpu"))
+    assert (len(train), len(evaluated)) == (1000, 500)
+    with pytest.raises(DataError, match="the test labels are not 0 to 9"):
+        gray(root, classes=10).load(torch.device("cpu"))

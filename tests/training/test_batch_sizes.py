@@ -1,15 +1,18 @@
 """Batches that a layer refuses, and numbers that overflow, are refused before any training."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from common import fit
 from conftest import run_train
 from omegaconf import DictConfig
 
 from vix.build import build_model, parse
 from vix.cli.plan import plan
 from vix.errors import ConfigError
-from vix.training.batch_sizes import check_batches, smallest_part
+from vix.training.batch_sizes import check_batches
+from vix.training.micro_batch import smallest_part
 
 Compose = Callable[..., DictConfig]
 LEVIT = ("experiment=levit_pyramid", "data=digits")
@@ -46,6 +49,21 @@ def test_shares_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smallest_part(129, 64, None) == 1
     assert smallest_part(7 * 64 + 10, 64, None) == 2
     assert smallest_part(128, 64, 5) == 1
+
+
+def test_an_automatic_micro_batch_leaves_no_single_image(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest that fits the memory would leave one image of the last batch over, with which BatchNorm cannot train."""
+    cfg = compose_config(*LEVIT, "data.train_size=49", "data.test_size=10", "trainer.batch_size=32", "trainer.epochs=1")
+    cfg.trainer.micro_batch = "auto"
+    monkeypatch.setattr("vix.training.trainer.largest_micro_batch", lambda *_: 8)
+    results, _ = fit(cfg, tmp_path / "run")
+    assert (results["status"], results["micro_batch"]) == ("finished", 7)  # 49 = 32 + 17, and 17 = 2 · 8 + 1
+    monkeypatch.setattr("vix.training.trainer.largest_micro_batch", lambda *_: 1)
+    message = r"^trainer\.micro_batch=auto: 1 image at a time fit the memory, but this model needs at least 2 in every step"
+    with pytest.raises(ConfigError, match=message):
+        fit(cfg, tmp_path / "other")
 
 
 def test_models_without_batchnorm_train_on_one_image(compose_config: Compose) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 import vix
 from vix.build import Experiment, parse
 from vix.cli.replay import repeat_step
-from vix.errors import ConfigError
+from vix.errors import ConfigError, UserError
 from vix.runs.run import RunDirectory
 from vix.system.device import resolve_device, resolve_precision
 from vix.system.rng import get_rng_state, set_rng_state
@@ -272,6 +272,28 @@ def test_a_step_that_is_not_finite_is_located_in_micro_batches(
         NonFiniteError, match=r"not finite at step \d+; the memory does not suffice to locate the layer; `python"
     ):
         fit(cfg, tmp_path / "again")
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(compose_config: Compose, tmp_path: Path) -> None:
+    """The last update of an epoch broke the weights: neither "finished" nor a checkpoint, so that the one before continues."""
+    one_step = ("data.train_size=20", "trainer.batch_size=20", "optimizer=sgd", "trainer.precision=fp32")
+    cfg = compose_config(*TINY, *one_step, "optimizer.lr=1e38", "trainer.epochs=2")
+    with pytest.raises(UserError, match=r"^the loss of the evaluation after epoch 1 is not finite: training has diverged"):
+        fit(cfg, tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["progress"]["epoch"] == 0
+    results, _ = fit(compose_config(*TINY, *one_step, "trainer.epochs=2", "trainer.resume=force"), tmp_path / "run")
+    assert results["status"] == "finished"
+
+
+def test_more_skipped_steps_than_an_epoch_has_now(compose_config: Compose, tmp_path: Path) -> None:
+    """As after float16 with a smaller batch size: the schedule begins at its start, and never with a negative rate."""
+    constant = ("trainer.schedule=linear", "trainer.warmup_epochs=1", "trainer.resume=force")
+    fit(compose_config(*TINY, *constant, "trainer.epochs=1"), tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"skipped_steps": 100}, tmp_path / "run" / "checkpoint.pt")
+    results, _ = fit(compose_config(*TINY, *constant, "trainer.epochs=3"), tmp_path / "run")
+    assert all(row["lr"] > 0 for row in results["history"])
 
 
 def test_in_float16_a_gradient_that_is_never_finite_ends_the_run(

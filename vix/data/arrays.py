@@ -66,6 +66,7 @@ class Arrays(ImageData):
         """Read the sizes where ``data.classes`` made that unnecessary so far."""
         if self.sizes[0] == sys.maxsize:
             self.sizes = self.names_and_sizes()[1]
+            self.check_sizes()
 
     @functools.cached_property
     def digest(self) -> str:

@@ -70,11 +70,14 @@ class ImageData(ImageSet):
 
     def __post_init__(self) -> None:
         self.classes = len(self.class_names)
-        train, test = self.sizes
-        self.check_folds()
         if isinstance(self.class_weights, list) and len(self.class_weights) != self.classes:
             raise ConfigError(f"data.class_weights: has {len(self.class_weights)} values, but there are {self.classes} classes")
-        held_out = self.held_out_size
+        self.check_sizes()
+
+    def check_sizes(self) -> None:
+        """Raises ConfigError where the options for folds and subsets do not fit the numbers of images."""
+        self.check_folds()
+        (train, test), held_out = self.sizes, self.held_out_size
         for name, size, available in (
             ("validation_size", self.validation_size, train - self.classes),
             ("train_size", self.train_size, train - held_out),
@@ -99,6 +102,11 @@ class ImageData(ImageSet):
             raise ConfigError(f"data.folds={self.folds}: there are only {self.sizes[0]} training images")
 
     @property
+    def holds_out(self) -> bool:
+        """Whether training images are evaluated instead of the test images."""
+        return self.folds is not None or bool(self.validation_size)
+
+    @property
     def held_out_size(self) -> int:
         """Number of training images that are evaluated instead of the test images; 0 where the test images are evaluated."""
         if self.folds is not None and self.fold is not None:
@@ -118,7 +126,7 @@ class ImageData(ImageSet):
     @property
     def eval_split(self) -> Literal["test", "validation"]:
         """Name of the split that is evaluated."""
-        return "validation" if self.held_out_size else "test"
+        return "validation" if self.holds_out else "test"
 
     def loss_weights(self, labels: Tensor) -> Tensor | None:
         """The weight of each class in the training loss, (K,) float32 on the labels' device; None where all are 1.
@@ -167,7 +175,7 @@ class ImageData(ImageSet):
     def read_subsets(self) -> tuple[tuple[LabeledImages, np.ndarray], tuple[LabeledImages, np.ndarray]]:
         """For the training and for the evaluated images: the split that contains them, and their positions in it (count,)."""
         train, test = self.read()
-        for labeled, name in ((train, "training"), (test, "test")):
+        for labeled, name in ((train, "training"), (None if self.holds_out else test, "test")):
             if labeled and (wrong := {*map(int, np.unique(labeled[1]))} ^ {*range(self.classes)}):
                 shown = ", ".join(map(str, sorted(wrong)[:5]))
                 where = f"{root}: " if (root := getattr(self, "root", None)) else ""
@@ -176,7 +184,7 @@ class ImageData(ImageSet):
                     "are not those of this image set, or classes are missing"
                 )
         training = np.arange(len(train[1]))
-        if self.held_out_size:
+        if self.holds_out:
             test, evaluated = train, self.held_out(train)
             training = np.delete(training, evaluated)
         else:
@@ -194,6 +202,8 @@ class ImageData(ImageSet):
         """
         if self.folds is not None and self.fold is not None:
             positions = fold_indices(train[1], self.folds, self.fold)
+            if not len(positions):
+                raise DataError(f"data.folds={self.folds}: there are only {len(train[1])} training images")
         else:
             positions = subset_indices(train, np.arange(len(train[1])), self.validation_size)
         left = np.bincount(np.delete(train[1], positions), minlength=self.classes)

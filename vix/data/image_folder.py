@@ -84,6 +84,7 @@ class ImageFolder(ImageData):
         if self.sizes[0] == sys.maxsize:
             _, train, test, _ = self.list_files()
             self.sizes = len(train), len(test or ())
+            self.check_sizes()
 
     @functools.cached_property
     def digest(self) -> str:

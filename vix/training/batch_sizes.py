@@ -8,9 +8,8 @@ from torch import nn
 from vix.data.dataset import ImageData
 from vix.errors import ConfigError
 from vix.system.distributed import world_size
+from vix.training.micro_batch import MAX_TRIED, forward_error, smallest_part
 from vix.training.trainer import Trainer
-
-MAX_TRIED = 8  # images; a model that fails with this many fails for another reason
 
 
 def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer: Trainer) -> None:
@@ -45,29 +44,3 @@ def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer:
         f"trainer.{key}={size}: of {images} training images some step{among} would compute {count} at a time, but this model "
         f"needs at least {fewest} ({reason}); nearest that work: {nearest}"
     )
-
-
-def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
-    """The smallest number of images in any forward pass of an epoch.
-
-    images: number of training images.
-    batch: batch size.
-    micro_batch: images per micro-batch; None: not split.
-    """
-    parts = []
-    for size in {min(batch, images), images % batch or min(batch, images)}:
-        for share in {max(1, size // world_size()), -(-size // world_size())}:
-            at_once = min(micro_batch or share, share)
-            parts += [at_once, share % at_once or at_once]
-    return min(parts)
-
-
-def forward_error(model: nn.Module, data: ImageData, images: int) -> str:
-    """Error message of a forward pass with this many images; empty where it succeeds."""
-    shape = images, data.channels, data.image_size, data.image_size
-    try:
-        with torch.no_grad():
-            model(torch.empty(shape, device="meta"))
-    except Exception as error:  # a user-defined model may raise anything, also because it does not support the meta device
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""

@@ -1,5 +1,6 @@
 """Search for the largest micro-batch that fits the memory (trainer.micro_batch=auto), and dry runs of a training step."""
 
+import copy
 import gc
 import logging
 import math
@@ -8,15 +9,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vix.system.distributed import all_reduce_max
+from vix.data.dataset import ImageData
+from vix.errors import ConfigError
+from vix.system.distributed import all_reduce_max, world_size
 from vix.system.memory import out_of_memory, release_memory
 from vix.system.rng import get_rng_state, set_rng_state
 from vix.training.train_step import TrainStep, shard_batch
 
 log = logging.getLogger(__name__)
 
+MAX_TRIED = 8  # images; a model that fails with this many fails for another reason
 SPARE_BYTES = 2**25  # for allocations outside of the steps: event writer threads, checkpoints, fragmentation
 
 
@@ -83,3 +87,52 @@ def fits(step: TrainStep, size: int, images: Tensor, labels: Tensor) -> bool:
     finally:
         gc.collect()  # frames and exceptions form reference cycles
     return True
+
+
+def with_parts_large_enough(size: int, batch: int, model: nn.Module, data: ImageData) -> int:
+    """The largest micro-batch up to ``size`` that leaves no part of a batch with too few images for a layer (BatchNorm).
+
+    size: of the micro-batches that fit the memory.   batch: batch size.   model: it is not changed.   data: the image set.
+
+    Raises ConfigError where there is none.
+    """
+    shapes_only = copy.deepcopy(model).to("meta").train()
+    if forward_error(shapes_only, data, MAX_TRIED):
+        return size
+    errors = [forward_error(shapes_only, data, images) for images in range(1, MAX_TRIED)]
+    fewest = next((images for images, error in enumerate(errors, 1) if not error), MAX_TRIED)
+    sizes = [n for n in range(1, size + 1) if smallest_part(data.train_images, batch, n) >= fewest]
+    if not sizes:
+        raise ConfigError(
+            f"trainer.micro_batch=auto: {size} image{'s' * (size > 1)} at a time fit the memory, but this model needs at least "
+            f"{fewest} in every step ({errors[0]}); use more memory, or another trainer.batch_size"
+        )
+    if sizes[-1] < size:
+        log.info("Micro-batch: %d images, because %d would leave fewer than %d over", sizes[-1], size, fewest)
+    return sizes[-1]
+
+
+def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
+    """The smallest number of images in any forward pass of an epoch.
+
+    images: number of training images.
+    batch: batch size.
+    micro_batch: images per micro-batch; None: not split.
+    """
+    parts = []
+    for size in {min(batch, images), images % batch or min(batch, images)}:
+        for share in {max(1, size // world_size()), -(-size // world_size())}:
+            at_once = min(micro_batch or share, share)
+            parts += [at_once, share % at_once or at_once]
+    return min(parts)
+
+
+def forward_error(model: nn.Module, data: ImageData, images: int) -> str:
+    """Error message of a forward pass with this many images; empty where it succeeds."""
+    shape = images, data.channels, data.image_size, data.image_size
+    try:
+        with torch.no_grad():
+            model(torch.empty(shape, device="meta"))
+    except Exception as error:  # a user-defined model may raise anything, also because it does not support the meta device
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""

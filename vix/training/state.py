@@ -143,7 +143,8 @@ class TrainState:
         names = parameter_names(self.optimizer, self.model)
         load_optimizer(self.optimizer, names, state["optimizer"], state["optimizer_params"])
         step = self.progress.epoch * steps_per_epoch + self.progress.batch
-        self.lr_scheduler = lr_scheduler_at(self.lr_scheduler, step - state["skipped_steps"])
+        # With a larger batch size than before, an epoch may have fewer steps than were skipped.
+        self.lr_scheduler = lr_scheduler_at(self.lr_scheduler, max(0, step - state["skipped_steps"]))
         if state["scaler"]:  # empty if saved with another precision
             self.scaler.load_state_dict(state["scaler"])
         # If the EMA was disabled since, training continues with the trained weights, not the averaged ones.

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vix.data.augment import Augmentation
 from vix.data.dataset import ImageData
 from vix.data.loader import Split
-from vix.errors import ConfigError
+from vix.errors import ConfigError, UserError
 from vix.layers.checkpointing import ActivationCheckpointing, Block
 from vix.models.counts import parameter_counts
 from vix.reporting.logger import LoggedRun, RunLogger
@@ -32,7 +32,7 @@ from vix.training.compile import Compile, check_cuda_graphs, compile_step
 from vix.training.evaluate import accuracy, predictions
 from vix.training.init_from import fit_weights
 from vix.training.lr_schedule import lr_lambda
-from vix.training.micro_batch import largest_micro_batch
+from vix.training.micro_batch import largest_micro_batch, with_parts_large_enough
 from vix.training.nonfinite import NonFiniteError, locate_step
 from vix.training.resume import check_state_fits, restore
 from vix.training.state import Progress, TrainState
@@ -195,7 +195,8 @@ class Trainer:
         step.class_weights = data.loss_weights(train.labels)
         session = Session(run, data, augmentation, train, test, state, step, seed, steps_per_epoch)
         if self.micro_batch == "auto":
-            step.micro_batch = largest_micro_batch(step, *session.first_batch(self.batch_size))
+            largest = largest_micro_batch(step, *session.first_batch(self.batch_size))
+            step.micro_batch = with_parts_large_enough(largest, self.batch_size, model, data)
         if saved:
             restore(state, saved, steps_per_epoch, run.directory)
             log.info("Continuing after %d epochs and %d steps", state.progress.epoch, state.progress.batch)
@@ -279,6 +280,11 @@ class Trainer:
             broadcast_buffers(state.ema.module)
         batches = self.eval_batches(session, self.eval_batch_size)
         scores = accuracy(state.eval_model, batches, autocast, session.test.classes, self.mirror_eval)
+        if not math.isfinite(scores["test_loss"]) and state.dtype is not torch.float16:  # which may overflow on single images
+            raise UserError(
+                f"the loss of the evaluation after epoch {state.progress.epoch + 1} is not finite: training has diverged; "
+                "trainer.resume=force with a lower optimizer.lr continues from the last checkpoint, which is from before"
+            )
         return {**scores, "eval_seconds": time.perf_counter() - clock}
 
     def eval_batches(self, session: "Session", batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
