@@ -15,8 +15,11 @@ from torch import nn
 import vix
 from vix.analysis.model_summary import recorded, summarize
 from vix.analysis.paper_size import paper_megabytes
-from vix.build import parse
-from vix.models.counts import flop_counter, parameter_counts
+from vix.build import build_model, parse
+from vix.cli.plan import plan
+from vix.composition.command import Flags
+from vix.composition.compose import compose
+from vix.models.counts import flop_counter, parameter_counts, training_flops
 
 PUBLISHED = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "runs" / "published.csv").open())}
 ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
@@ -184,3 +187,50 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, override, message):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+class Wrapped(nn.Module):
+    """A mixer of a user's own: PyTorch's attention, which returns a tuple."""
+
+    def __init__(self, dim, tokens):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+
+    def forward(self, x_BND):
+        return self.attention(x_BND, x_BND, x_BND)[0]
+
+
+class Scaled(nn.Module):
+    """Another, which computes with a number of Python's, so that shapes alone do not suffice."""
+
+    def __init__(self, dim, tokens):
+        super().__init__()
+        self.project = nn.Linear(dim, dim)
+
+    def forward(self, x_BND):
+        return self.project(x_BND) / max(1.0, float(x_BND.detach().abs().max()))
+
+
+@pytest.mark.parametrize("mixer", [Wrapped, Scaled])
+def test_mixers_of_a_users_own(compose_config, monkeypatch, tmp_path, mixer):
+    """They are summarized, planned next to others, and counted before training, without drawing random numbers."""
+    monkeypatch.setenv("VIX_PACKAGES", __name__)
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "conf" / "attention"
+    directory.mkdir(parents=True)
+    (directory / "own.yaml").write_text(f"_target_: {__name__}.{mixer.__name__}\n")
+    flags = Flags(config_dir=str(tmp_path / "conf"))
+    small = ("experiment=quickstart", "model.depth=1", "model.dropout=0.1")
+    jobs = plan([*small, "attention=own,softmax"], flags=flags, memory_gb=1.0)
+    assert [job.state for job in jobs] == ["new", "new"]
+    assert (jobs[0].estimated_gb is None) == (jobs[0].fit is None) == (mixer is Scaled)
+    summary = jobs[0].summary
+    kinds = {layer.name: layer for layer in summary.layers}
+    assert kinds["blocks.0.mixer"].kind == mixer.__name__
+    assert kinds["blocks.0.mixer"].output == (1, 65, 64)
+    inner = "attention" if mixer is Wrapped else "project"
+    assert kinds[f"blocks.0.mixer.{inner}"].output == (1, 65, 64)
+    model = build_model(compose([*small, "attention=own"], flags)).train()
+    before = torch.get_rng_state()
+    assert training_flops(model, (1, 8, 8)) == summary.training_flops > 2 * summary.forward_flops > 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,19 +1,20 @@
 """Summary of a model: a table of its layers, and its parameters, FLOPs and sizes.
 
-The model runs on PyTorch's meta device, which computes only shapes.
+The model runs on PyTorch's meta device, which computes only shapes; on the CPU where a module reads values.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vix.analysis.paper_size import Call, Calls, paper_megabytes
 from vix.build import Experiment
-from vix.models.counts import Shape, flop_counter, parameter_counts, training_flops
+from vix.models.counts import Shape, flop_counter, parameter_counts, training_flops, without_values
 from vix.runs.checkpoint import saved_megabytes
 
 
@@ -62,12 +63,15 @@ def summarize(experiment: Experiment) -> Summary:
     """
     model, data = experiment.build_model(), experiment.data
     counts, checkpoint_mb = parameter_counts(model), saved_megabytes(model.state_dict())
-    model = model.to("meta")
-    image_1CYX = torch.empty(1, data.channels, data.image_size, data.image_size, device="meta")
+    image_shape = data.channels, data.image_size, data.image_size
 
-    counter = flop_counter()
-    with torch.no_grad(), recorded(model) as calls, counter:
-        model.eval()(image_1CYX)
+    def trace(model: nn.Module, device: str) -> tuple[nn.Module, Calls, FlopCounterMode]:
+        counter = flop_counter()
+        with torch.no_grad(), recorded(model) as calls, counter:
+            model.eval()(torch.zeros(1, *image_shape, device=device))
+        return model, calls, counter
+
+    model, calls, counter = without_values(trace, model)
     flops = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
 
     def layer(name: str, module: nn.Module) -> Layer:
@@ -82,7 +86,7 @@ def summarize(experiment: Experiment) -> Summary:
         paper_mb=paper_megabytes(model, calls, counts["weight_bias_params"]),
         checkpoint_mb=checkpoint_mb,
         forward_flops=counter.get_total_flops(),
-        training_flops=training_flops(model, image_1CYX.shape[1:]),
+        training_flops=training_flops(model, image_shape),
         **counts,
     )
 
@@ -93,7 +97,7 @@ def recorded(model: nn.Module) -> Iterator[Calls]:
     calls: defaultdict[nn.Module, list[Call]] = defaultdict(list)
 
     def record(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        calls[module].append(Call(tuple(arguments[0].shape) if arguments else (), tuple(output.shape)))
+        calls[module].append(Call(first_shape(arguments), first_shape(output)))
 
     handles = [module.register_forward_hook(record) for module in model.modules()]
     try:
@@ -101,3 +105,11 @@ def recorded(model: nn.Module) -> Iterator[Calls]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_shape(value: Any) -> Shape:
+    """The shape of a tensor, or of the first one in a tuple, list or mapping; () where there is none."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next(filter(None, map(first_shape, parts)), ())

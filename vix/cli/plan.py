@@ -43,7 +43,7 @@ from vix.composition.compose import (
     no_jobs,
     sweep_directory,
 )
-from vix.errors import UserError
+from vix.errors import UserError, permission_errors
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 from vix.runs.identity import COST_NEUTRAL_KEYS, MODEL_GROUPS, is_of_the_run
@@ -51,7 +51,7 @@ from vix.runs.results import Row, find_runs, flatten, image_set
 from vix.runs.run import RunDirectory
 from vix.runs.sweep import read_token, rerun_file
 from vix.system.device import device_name
-from vix.system.files import check_unlocked
+from vix.system.files import check_unlocked, run_directory_name
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
 from vix.training.init_from import fit_weights, init_identity
@@ -181,7 +181,7 @@ def plan_run(
         job.left_out = left_out_messages(cfg.hydra)
         job.directory = output_directory(cfg, number)
         job.outputs = Path(str(cfg.hydra.sweep.dir))
-        job.name = "/".join(job.directory.parts[-2:])
+        job.name = run_directory_name(job.directory)
         with open_dict(cfg):
             del cfg["hydra"]
         planned = copy.deepcopy(cfg)
@@ -236,6 +236,7 @@ def check_experiment(experiment: Experiment) -> nn.Module:
     return model
 
 
+@permission_errors()
 def resolve_state(job: PlannedRun, experiment: Experiment, model: nn.Module, directory: Path, rerun: str) -> None:
     """Set the job's state, device and epochs left. Raises UserError where ``train.py`` would not continue the earlier run."""
     trainer, data = experiment.trainer, experiment.data
@@ -286,16 +287,14 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float 
     measuring, memory_gb: as for :func:`plan`.
     """
     measured: dict[str, MeasuredCost] = {}
-    estimated: dict[str, tuple[int, Fit | None]] = {}
+    estimated: dict[str, tuple[float | None, Fit | None]] = {}
     for job in jobs:
         experiment, kind = job.experiment, json.dumps([job.image_set, cost_key(job.config)], sort_keys=True)
         assert experiment is not None
         assert job.target is not None
         if kind not in estimated:
-            memory = estimate_memory(experiment, job.target)
-            fit = None if memory_gb is None else fit_memory(experiment, job.target, memory_gb * 1e9, memory)
-            estimated[kind] = memory.training, fit
-        job.estimated_gb, job.fit = estimated[kind][0] / 1e9, estimated[kind][1]
+            estimated[kind] = estimated_memory(experiment, job.target, memory_gb)
+        job.estimated_gb, job.fit = estimated[kind]
         if not measuring or job.hours is not None:
             continue
         if kind not in measured:
@@ -304,6 +303,16 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float 
         if job.measured_gb is None and allocated is not None:
             job.measured_gb = allocated / 1e9
         job.hours = seconds * job.left / 3600
+
+
+def estimated_memory(experiment: Experiment, target: torch.device, memory_gb: float | None) -> tuple[float | None, Fit | None]:
+    """The memory of training in GB, and whether the run fits ``memory_gb``; each None where it is unknown, or not asked."""
+    try:
+        memory = estimate_memory(experiment, target)
+        fit = None if memory_gb is None else fit_memory(experiment, target, memory_gb * 1e9, memory)
+    except RuntimeError:  # a module of a user's own reads values, which estimates lack
+        return None, None
+    return memory.training / 1e9, fit
 
 
 def is_number(value: Any) -> bool:

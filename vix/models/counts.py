@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vix.layers.checkpointing import set_activation_checkpointing
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 def training_flops(model: nn.Module, image_shape: Shape) -> int:
@@ -21,12 +22,27 @@ def training_flops(model: nn.Module, image_shape: Shape) -> int:
     model: module that maps images (B, C, Y, X) to logits; it is not changed.
     image_shape: (C, Y, X).
     """
-    shapes_only = copy.deepcopy(model).to("meta").train()
-    set_activation_checkpointing(shapes_only, None)
-    counter = flop_counter()
-    with counter:  # with two images, because BatchNorm does not train on one value per channel
-        shapes_only(torch.empty(2, *image_shape, device="meta")).sum().backward()
-    return counter.get_total_flops() // 2
+
+    def count(model: nn.Module, device: str) -> int:
+        set_activation_checkpointing(model.train(), None)
+        counter = flop_counter()
+        with counter:  # with two images, because BatchNorm does not train on one value per channel
+            model(torch.zeros(2, *image_shape, device=device)).sum().backward()
+        return counter.get_total_flops() // 2
+
+    return without_values(count, model)
+
+
+def without_values(run: Callable[[nn.Module, str], T], model: nn.Module) -> T:
+    """``run(copy, device)`` with a copy of the model on the meta device, or where that fails on the CPU.
+
+    It fails for a module of a user's own that reads values, such as the maximum of its input.
+    """
+    try:
+        return run(copy.deepcopy(model).to("meta"), "meta")
+    except RuntimeError:
+        with torch.random.fork_rng(devices=()):  # on the meta device no random numbers are drawn
+            return run(copy.deepcopy(model).cpu(), "cpu")
 
 
 def flop_counter() -> FlopCounterMode:
