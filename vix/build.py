@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vix.config import check_value, to_plain, validated_partial
 from vix.data.augment import Augmentation
 from vix.data.dataset import ImageData
-from vix.errors import ConfigError, DataError, UserError, first_paragraph, nearest
+from vix.errors import ConfigError, DataError, UserError, first_paragraph, nearest, permission_errors
 from vix.layers.heads import head_width
 from vix.layers.posenc import PositionEncoding
 from vix.layers.tokens import TokenGrid
@@ -304,6 +304,7 @@ class LoadedRun(NamedTuple):
         return tuple(self.results.get("class_names") or self.experiment.data.class_names)
 
 
+@permission_errors()
 def load_run(directory: str | Path, weights: Literal["last", "best"] = "last", device: str = "cpu") -> LoadedRun:
     """A run's model, as from :func:`load_model`, with its config and results.
 

@@ -35,6 +35,20 @@ def naming(key: str) -> Iterator[None]:
         raise type(error)(f"{key}={error}") from error
 
 
+@contextmanager
+def permission_errors(kind: type[UserError] = UserError) -> Iterator[None]:
+    """Context manager and decorator that raises a UserError for a PermissionError.
+
+    ``Path.is_file`` raises one below a directory that the user may not enter.
+
+    kind: of the UserError.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise kind(f"{error.filename}: no permission to read it") from error
+
+
 def nearest_divisors(number: int, near: int) -> str:
     """The one or two divisors of ``number`` nearest to ``near``, separated by commas, for an error message."""
     divisors = (n for n in range(1, number + 1) if number % n == 0)

@@ -137,3 +137,15 @@ def test_the_cost_is_that_of_the_evaluation(compose_config: Compose, mirror: boo
     model.register_forward_hook(lambda _, images, __: passes.append(len(images[0])))
     inference.Inference(experiment, model, 0.0, compiled=False).forward(3)()
     assert passes == [3] * (1 + mirror)
+
+
+def test_a_run_that_cannot_be_loaded_does_not_end_the_others(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(compose_config(*TINY, "attention=softmax", "trainer.epochs=1"), tmp_path / "run")
+    options = ["--device", "cpu", "--batches", "1", "--seconds", "0.01", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["vix", str(tmp_path / "nosuch"), str(tmp_path / "run"), *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert str(end.value.code).startswith(f"error: there is no {tmp_path}/nosuch/checkpoint.pt")
+    assert json.loads((tmp_path / "run" / "cost.json").read_text())["eager"]

@@ -5,11 +5,12 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,18 @@ from forked import Forked, before_each_change, kill_at_change, log_changes, sign
 
 import vix
 from vix.__main__ import main as run_command
+from vix.build import load_run
+from vix.cli import diff
+from vix.cli.plan import plan
+from vix.cli.replay import repeat_step
+from vix.composition.command import Flags
+from vix.composition.compose import compose
 from vix.errors import UserError
 from vix.runs.checkpoint import read_checkpoint
+from vix.runs.results import find_runs
 from vix.runs.run import RunDirectory
-from vix.runs.sweep import Sweep
+from vix.runs.sweep import Sweep, record_end
+from vix.training.init_from import weights_digest
 
 SMALL = (*TINY, "trainer.epochs=3", "augment.flip=true", "model.dropout=0.1", "trainer.checkpoint_every=2")
 
@@ -431,6 +440,47 @@ def test_a_sweep_goes_on_after_a_directory_that_cannot_be_made(tmp_path: Path, f
     assert "o/seed=0: File exists; fix the cause, or choose another directory" in row
     assert output.splitlines()[-1] == "error: 1 of this sweep's jobs did not finish"
     assert "Traceback" not in output
+
+
+def test_a_job_whose_end_cannot_be_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk neither the sweep's folder nor results.json can be written; the next job is tried nevertheless."""
+
+    def full(path: Path, _: object) -> None:
+        raise UserError(f"cannot write {path}")
+
+    monkeypatch.setattr("vix.runs.sweep.write_json", full)
+    (tmp_path / "results.json").write_text('{"status": "running"}')
+    job = {"parts": ["x"], "outputs": "o", "state": "lost", "results": {}, "directory": str(tmp_path)}
+    (tmp_path / "000000.json").write_text(json.dumps(job))
+    record_end(tmp_path, 0, ["x"], "failed", "No space left on device")
+
+
+PLACES: dict[str, Callable[[Path], object]] = {
+    "load_run": load_run,
+    "find_runs": lambda directory: find_runs([directory]),
+    "diff": diff.load,
+    "replay": repeat_step,
+    "config-dir": lambda directory: compose([], Flags(config_dir=str(directory))),
+    "init_from": lambda directory: weights_digest(str(directory)),
+    "plan": lambda directory: plan([*TINY, f"hydra.sweep.dir={directory}"]),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_below_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Such as a colleague's: one line instead of pathlib's PermissionError."""
+    stat = Path.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if tmp_path in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "run"))) as error:
+        PLACES[place](tmp_path / "run")
+    if sys.version_info < (3, 13):  # there pathlib answers False, and the directory is said to be absent
+        assert "no permission to read it" in str(error.value)
 
 
 def test_a_sweep_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

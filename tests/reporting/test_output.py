@@ -13,6 +13,8 @@ from conftest import HANGS, ROOT, TINY, run_train
 from matplotlib.image import imread
 
 from vix.reporting.console import ERRORS, LossyFile, protect_stream
+from vix.reporting.table import Table
+from vix.system.files import run_directory_name
 
 NAME = "a[bold]b[/] :car: $x^{2$ _猫"  # markup, an emoji code, a formula that is none, and a letter that most fonts lack
 
@@ -125,3 +127,19 @@ def test_a_pipe_that_is_not_ready_is_waited_for() -> None:
         with io.BufferedWriter(LossyFile(writing, "wb")) as file:
             file.write(bytes(1_000_000))
         assert reader.communicate()[0].strip() == b"1000000"
+
+
+def test_the_title_of_a_narrow_table_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """For grep: the name of a run is longer than a small table is wide."""
+    Table(title := "Predicted classes: outputs/quickstart,attention=softmax/seed=0", ("a", "b"), [("x", "1")], 1).print()
+    assert capsys.readouterr().out.splitlines()[0] == title
+
+
+def test_the_name_of_a_runs_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vin" / "seed=0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "vin" / "seed=0")
+    assert [run_directory_name(Path(path)) for path in (".", "../seed=1", "/o/vin/seed=2")] == [
+        "vin/seed=0",
+        "vin/seed=1",
+        "vin/seed=2",
+    ]

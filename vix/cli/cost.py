@@ -150,7 +150,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """The command; exits with 1 where the cost of a run cannot be measured, after the others."""
     protect_output()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = parse_arguments(sys.argv[1:])
@@ -165,5 +165,11 @@ def main() -> None:
             return
         if options.out:
             raise UserError(f"--out {options.out}: the cost of a run is written to its {COST_FILE}")
+        errors = []
         for directory in directories:
-            cost_of_run(Path(directory), options)
+            try:
+                cost_of_run(Path(directory), options)
+            except UserError as error:
+                errors.append(f"error: {error}" if directory in str(error) else f"error: {directory}: {error}")
+    if errors:
+        sys.exit("\n".join(errors))

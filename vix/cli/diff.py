@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vix.errors import UserError
+from vix.errors import UserError, permission_errors
 from vix.reporting.console import protect_output
 from vix.reporting.table import Table
 from vix.runs.identity import with_defaults
@@ -35,6 +35,7 @@ RESULTS = (
 ABSENT = "–"
 
 
+@permission_errors()
 def load(directory: Path) -> Row:
     """The results of a run, finished or not. Raises UserError where the directory contains none."""
     path = directory / "results.json"

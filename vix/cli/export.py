@@ -23,7 +23,7 @@ from vix.build import LoadedRun, load_run
 from vix.errors import UserError
 from vix.reporting.console import protect_output
 from vix.runs.identity import git_commit
-from vix.system.files import atomic_write, out_file, user_path
+from vix.system.files import atomic_write, out_file, run_directory_name, user_path
 from vix.system.threads import use_given_cpus
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -58,7 +58,7 @@ def metadata(run: LoadedRun, directory: Path, weights: str) -> dict[str, Any]:
             "scale": 1 / 127.5,  # float32 input = scale · pixel + offset, for pixels from 0 to 255
             "offset": -1.0,
         },
-        "run": "/".join(directory.absolute().parts[-2:]),
+        "run": run_directory_name(directory),
         "weights": weights,
         "mirror_eval": run.experiment.trainer.mirror_eval,
         "results": {key: run.results.get(key) for key in ("top1", "best_top1", "image_set", "tested_on")},

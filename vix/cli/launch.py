@@ -61,7 +61,7 @@ from vix.system.distributed import (
     rank,
     world_size,
 )
-from vix.system.files import LockedError, exclusive_lock, expand_home
+from vix.system.files import LockedError, exclusive_lock, expand_home, run_directory_name
 from vix.system.memory import gpu_out_of_memory, limit_memory, out_of_memory
 from vix.system.threads import use_given_cpus
 from vix.training.batch_sizes import check_batches
@@ -87,7 +87,7 @@ def run_job(cfg: DictConfig) -> float:
     choices, overrides = job.runtime.choices, resolved_overrides(job.overrides.task, cfg)
     directory = Path(job.runtime.output_dir)
     identity = {
-        "name": "/".join(directory.parts[-2:]),
+        "name": run_directory_name(directory),
         "experiment": choices.get("experiment"),
         "recipe": choices.get("recipe"),
         **{group: choices.get(group) for group in GROUPS if group not in ("trainer", "logger")},

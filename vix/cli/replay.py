@@ -1,7 +1,6 @@
 """``python -m vix replay RUN``: repeat the step whose loss or gradient was not finite, and name the first such layer."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from omegaconf import OmegaConf
 import vix
 from vix.build import load_weights
 from vix.cli.errors import one_line_errors
+from vix.errors import UserError, permission_errors
 from vix.layers.checkpointing import set_activation_checkpointing
 from vix.reporting.console import protect_output
 from vix.runs.checkpoint import read_tensors
@@ -33,15 +33,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vix replay", description=__doc__)
     parser.add_argument("directory", type=user_path, help="directory of a run that stopped at a non-finite loss or gradient")
     directory = parser.parse_args().directory
-    if not (directory / FILE).is_file():
-        sys.exit(f"error: {directory} contains no {FILE}: no run in it stopped at a non-finite loss or gradient")
     use_given_cpus()
     with one_line_errors((), batches=""):
         print(repeat_step(directory))
 
 
+@permission_errors()
 def repeat_step(directory: Path) -> str:
-    """Repeat the step saved in a run's directory, on the device and with the activation checkpointing of the run."""
+    """Repeat the step saved in a run's directory, on the device and with the activation checkpointing of the run.
+
+    Raises UserError where there is none.
+    """
+    if not (directory / FILE).is_file():
+        raise UserError(f"{directory} contains no {FILE}: no run in it stopped at a non-finite loss or gradient")
     state = read_tensors(directory / FILE, STEP)
     device = saved_device(state["device"])
     tensors = ("images", "labels", "class_weights")

@@ -36,7 +36,7 @@ from vix.composition.command import CONFIG_DIR, CONFIG_NAME, Command, Flags, fla
 from vix.composition.overlays import OverlayOptions, option_name, typed_keys, unresolved
 from vix.composition.yaml_files import Repository, check_permissions, is_group_file, location
 from vix.config import to_plain
-from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest, one_line
+from vix.errors import ConfigError, UserError, first_paragraph, naming, nearest, one_line, permission_errors
 from vix.overrides import parse_or_none, parse_override
 from vix.runs.identity import run_name
 from vix.runs.results import read_run
@@ -276,6 +276,7 @@ def sweep_directory(cfg: DictConfig) -> Path:
         HydraConfig.instance().cfg = before
 
 
+@permission_errors()
 def make_loader(flags: Flags) -> Loader:
     """A loader with the search path that Hydra uses for these flags. Raises UserError where ``--config-dir`` does not exist."""
     main = compute_search_path_dir(str(CONFIG_DIR.parent / "train.py"), None, expand_home(flags.config_path or str(CONFIG_DIR)))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from vix.reporting.console import console
 
@@ -25,7 +26,7 @@ class Table(NamedTuple):
 
     def print(self) -> None:
         """Print the table, without trailing spaces."""
-        table = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+        table = RichTable(box=box.SIMPLE_HEAD)
         least = 2  # minimum width in characters, beginning with the frame's
         for i, texts in enumerate(zip(self.heads, *self.lines, strict=True)):
             word = i < self.words
@@ -39,6 +40,7 @@ class Table(NamedTuple):
         # In a file or a pipe no line is wrapped, for grep and less -S; on a terminal text is wrapped, but numbers are not.
         output.width = max(least, output.width) if output.is_terminal else 10_000
         with output.capture() as capture:
+            output.print(Text(self.title, style="bold"))
             output.print(table)
         print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vix.errors import UserError
+from vix.errors import UserError, permission_errors
 from vix.overrides import override_key, parse_or_none, settings
 from vix.runs.identity import (
     DEFAULT_RECIPE,
@@ -265,6 +265,7 @@ def wrong_fields(results: Row) -> Iterator[str]:
         yield "history"
 
 
+@permission_errors()
 def find_runs(directories: Iterable[Path]) -> list[RunRecord]:
     """Read every ``results.json`` below the directories. Links are followed; runs archived by ``rerun=true`` are skipped.
 

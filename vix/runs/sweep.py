@@ -24,7 +24,7 @@ from vix.overrides import quote, settings
 from vix.runs.results import UNFINISHED
 from vix.runs.run import read_results
 from vix.system.distributed import PeerLostError, rank
-from vix.system.files import LockedError, atomic_write, exclusive_lock, write_json
+from vix.system.files import atomic_write, exclusive_lock, write_json
 
 FOLDER = "VIX_SWEEP"  # environment variable of every job of a sweep: the folder of the status files
 RERUN = "VIX_RERUN"  # environment variable of every job of a sweep with rerun=true: the token of the rerun
@@ -156,9 +156,10 @@ def record_end(folder: Path, number: int, parts: Sequence[str], state: str, erro
         job = json.loads(path.read_text())
     if job["state"] != "lost":
         return
-    write_json(path, job | {"state": state, "error": error})
+    with suppress(UserError):  # the disk may be full, which is then the reason
+        write_json(path, job | {"state": state, "error": error})
     directory = Path(job.get("directory") or folder / "none")
-    with suppress(OSError, LockedError), exclusive_lock(directory):
+    with suppress(OSError, UserError), exclusive_lock(directory):
         results = read_results(directory / "results.json") or job["results"]
         if results.get("status") in UNFINISHED:
             write_json(directory / "results.json", results | {"status": state, "error": error})

@@ -100,6 +100,11 @@ def user_path(text: str) -> Path:
     return Path(expand_home(text))
 
 
+def run_directory_name(directory: Path) -> str:
+    """The last two parts of a run's directory, such as ``vin/seed=0``, by which it is listed."""
+    return "/".join(Path(os.path.normpath(directory.absolute())).parts[-2:])
+
+
 def out_file(text: str) -> Path:
     """The ``type`` of an argparse argument that is a file to write: as ``user_path``, but refuses a directory."""
     path = user_path(text)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix.errors import ConfigError
+from vix.errors import ConfigError, naming, permission_errors
 from vix.layers.tokens import TokenGrid, join
 from vix.system.files import user_path
 
@@ -20,9 +20,14 @@ TOKEN_TABLE, OFFSET_TABLE, PREFIX_TABLE = "table_ND", "table_HYX", "prefix_table
 
 
 def weights_file(source: str) -> Path:
-    """The file of weights at ``source``, a run's directory or a file."""
-    path = user_path(source)
-    return path / "checkpoint.pt" if path.is_dir() else path
+    """The file of weights at ``source``, a run's directory or a file. Raises ConfigError where there is none."""
+    with naming("trainer.init_from"), permission_errors(ConfigError):
+        path = user_path(source)
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        found = path.is_file()
+    if not found:
+        raise ConfigError(f"trainer.init_from={source}: there is no {path}; pass a run's directory, or a file of weights")
+    return path
 
 
 def read_weights(source: str) -> Weights:
@@ -33,8 +38,6 @@ def read_weights(source: str) -> Weights:
     Raises ConfigError where there is no such file, or it contains something else. Code in it is never executed.
     """
     path = weights_file(source)
-    if not path.is_file():
-        raise ConfigError(f"trainer.init_from={source}: there is no {path}; pass a run's directory, or a file of weights")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any exception
@@ -51,8 +54,8 @@ def weights_digest(source: str) -> str:
     Raises ConfigError as :func:`read_weights`.
     """
     path = weights_file(source)
-    status = path.stat() if path.is_file() else None
-    return digest_of_file(source, str(path.absolute()), *((status.st_size, status.st_mtime_ns) if status else (0, 0)))
+    status = path.stat()
+    return digest_of_file(source, str(path.absolute()), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
