@@ -159,7 +159,7 @@ def main() -> None:
     use_given_cpus()
     with one_line_errors(overrides, flags, batches="--batches"):
         if overrides and directories:
-            raise UserError("pass either directories of runs or overrides, not both")
+            raise UserError("pass either directories of runs or overrides, not both; --device chooses the device")
         if overrides:
             cost_of_config(overrides, flags, options)
             return

@@ -59,12 +59,12 @@ from vix.training.init_from import fit_weights, init_identity
 HOW_TO_READ = (
     "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and measured GB are taken from\n"
     "earlier runs with the same model, data, batch size and hardware in the same output directory, or unknown (–); --measure\n"
-    "trains and evaluates each model for a few uncompiled steps to measure both. GB: peak memory of the training steps,\n"
-    "without the image set; the estimate follows from the shapes of all tensors."
+    "trains and evaluates each model for a few uncompiled steps to measure both (memory on a GPU only). GB: peak memory of\n"
+    "the training steps, without the image set; the estimate follows from the shapes of all tensors."
 )
 HOW_TO_FIT = (
-    "Fits: whether the estimate of training and evaluation, with the image set, is within {:g} GB of PyTorch's memory, as\n"
-    "under trainer.memory_limit_gb. On a GPU, CUDA itself takes about half a GB more, and fragmentation some percent."
+    "Fits: whether the estimate of training and evaluation, with the image set, is within {:g} GB of PyTorch's memory. On a\n"
+    "GPU, CUDA itself takes about half a GB more, and fragmentation some percent."
 )
 
 

@@ -56,7 +56,7 @@ KINDS = {"levit": "softmax", "cvt": "softmax"}  # softmax attention with convolu
 # Column of the table → the word in the title, the axis label with its unit, and the divisor.
 COSTS = {
     "trainable_params": ("parameters", "trainable parameters, millions", 1e6),
-    "minutes": ("time", "training and evaluation, minutes", 1.0),
+    "minutes": ("time", "training, evaluation and compilation, minutes", 1.0),
     "gpu_gb": ("memory", "peak GPU memory, GB", 1.0),
     "latency_ms": ("latency", "median latency of one image in inference, ms", 1.0),
     "inference_gb": ("inference memory", "peak memory in inference at batch size 64, GB", 1.0),
