@@ -18,7 +18,7 @@ from vix.analysis.inference import inference_cost
 from vix.analysis.model_summary import summarize
 from vix.analysis.trained_run import separate
 from vix.build import Experiment, for_inference, load_run, parse
-from vix.cli.errors import one_line_errors
+from vix.cli.errors import error_of_run, one_line_errors
 from vix.composition.command import Flags, add_flags, expand_arguments, flags_from
 from vix.composition.compose import compose
 from vix.errors import UserError
@@ -170,6 +170,6 @@ def main() -> None:
             try:
                 cost_of_run(Path(directory), options)
             except UserError as error:
-                errors.append(f"error: {error}" if directory in str(error) else f"error: {directory}: {error}")
+                errors.append(error_of_run(directory, error))
     if errors:
         sys.exit("\n".join(errors))

@@ -36,6 +36,11 @@ def one_line_errors(
         sys.exit(f"error: {format_error(error, overrides, flags)}")
 
 
+def error_of_run(run: str, error: UserError) -> str:
+    """The message for a run of several that cannot be used, with its directory."""
+    return f"error: {error}" if run in str(error) else f"error: {run}: {error}"
+
+
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """Context manager in which warnings of this program, such as that there is no GPU, are not printed."""

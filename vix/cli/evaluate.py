@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vix.analysis.trained_run import TRAINER_KEYS, check_keys, evaluate, load_trained_run, separate
-from vix.cli.errors import one_line_errors, without_warnings
+from vix.cli.errors import error_of_run, one_line_errors, without_warnings
 from vix.composition.command import add_flags, expand_arguments, flags_from
 from vix.errors import UserError
 from vix.reporting.console import protect_output
@@ -105,7 +105,7 @@ def main() -> None:
             try:
                 rows.append(evaluate(load_trained_run(Path(run), options.weights, overrides, flags), options.split))
             except UserError as error:
-                errors.append(f"error: {error}" if run in str(error) else f"error: {run}: {error}")
+                errors.append(error_of_run(run, error))
     if rows:
         show(rows)
     sys.exit("\n".join(errors) if errors else 0)
