@@ -21,7 +21,8 @@ class LinearAttention(MultiHeadMixer):
         denominator (Cai et al., "EfficientViT", 2022). ``softmax``: softmax of q over its E channels, divided by √E, times
         (softmax of k over the tokens)ᵀv (Shen et al., "Efficient Attention", 2018). ``cosine``: q ⊙ Σ k ⊙ v with q and k of
         length 1 (those shorter than 1e-3 are divided by 1e-3, so that gradients are bounded), which is attention with as many
-        heads as channels, so ``heads`` has no effect (Bolya et al., "Hydra Attention", 2022).
+        heads as channels, so ``heads`` has an effect only on the frequencies of rotary positions and, with ``dim_head``, on the
+        width (Bolya et al., "Hydra Attention", 2022).
 
     Raises ValueError where ``heads`` does not divide ``dim``.
     """

@@ -21,7 +21,8 @@ class Nystrom(MultiHeadMixer):
     heads: number H of heads.
     dim_head: width E of one head; None: dim / heads.
     landmarks: number M of landmarks.
-    pinv_iterations: iterations of the pseudo-inverse (in the paper 6).
+    pinv_iterations: iterations of the pseudo-inverse (in the paper 6). Each enlarges rounding errors where the matrix is nearly
+        singular, as at the beginning of training: with more than about 12 models may not train.
     conv_kernel: kernel size of the depthwise convolution of the values along the tokens, one filter per head, that is added to
         the result; odd, or 0: no convolution.
 

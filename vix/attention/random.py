@@ -12,6 +12,8 @@ class Random(nn.Module):
     The N×N matrix, the softmax of uniform numbers over each row, is a buffer: it is saved with the model and not trained.
     """
 
+    needs_norm = True  # read by LeViT: without one, the mean of the tokens doubles in each block
+
     def __init__(self, dim: int, tokens: TokenGrid) -> None:
         super().__init__()
         self.weights_NN: Tensor
