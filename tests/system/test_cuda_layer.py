@@ -320,7 +320,7 @@ def test_a_trial_leaves_no_trace_in_gradient_scaling() -> None:
     for number in range(2):
         with dry_run(step):
             step.forward_backward(number, *BATCH)
-        assert largest_micro_batch(step, *BATCH) == 4
+        assert largest_micro_batch(step, *BATCH, [4, 2, 1]) == 4
         step.forward_backward(number, *BATCH)
         step.optimizer_step()
     assert step.state.skipped_steps == 0
@@ -420,9 +420,9 @@ def test_a_failed_trial_is_released_before_the_next(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(vix.training.micro_batch.torch, "empty", spy)
     monkeypatch.setattr(TrainStep, "forward_backward", too_much)
-    assert largest_micro_batch(step, *BATCH) == 1
+    assert largest_micro_batch(step, *BATCH, [4, 2, 1]) == 1
     assert len(rooms) == 3
-    assert not fits(step, 2, *BATCH)
+    assert not fits(step, 2, *BATCH, last=False)
 
 
 @pytest.mark.parametrize("how", ["false", pytest.param("true", marks=pytest.mark.slow)])

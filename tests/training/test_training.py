@@ -288,11 +288,11 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(compose_config: Compose, 
 
 def test_more_skipped_steps_than_an_epoch_has_now(compose_config: Compose, tmp_path: Path) -> None:
     """As after float16 with a smaller batch size: the schedule begins at its start, and never with a negative rate."""
-    constant = ("trainer.schedule=linear", "trainer.warmup_epochs=1", "trainer.resume=force")
-    fit(compose_config(*TINY, *constant, "trainer.epochs=1"), tmp_path / "run")
+    warmed_up = ("trainer.schedule=linear", "trainer.warmup_epochs=1", "trainer.resume=force")
+    fit(compose_config(*TINY, *warmed_up, "trainer.epochs=1"), tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     torch.save(checkpoint | {"skipped_steps": 100}, tmp_path / "run" / "checkpoint.pt")
-    results, _ = fit(compose_config(*TINY, *constant, "trainer.epochs=3"), tmp_path / "run")
+    results, _ = fit(compose_config(*TINY, *warmed_up, "trainer.epochs=3"), tmp_path / "run")
     assert all(row["lr"] > 0 for row in results["history"])
 
 

@@ -27,6 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from vix.analysis.cost import Fit, MeasuredCost, estimate_memory, fit_memory, measure_epoch
 from vix.analysis.model_summary import Summary, summarize
@@ -310,7 +311,7 @@ def estimated_memory(experiment: Experiment, target: torch.device, memory_gb: fl
     try:
         memory = estimate_memory(experiment, target)
         fit = None if memory_gb is None else fit_memory(experiment, target, memory_gb * 1e9, memory)
-    except RuntimeError:  # a module of a user's own reads values, which estimates lack
+    except (DataDependentOutputException, DynamicOutputShapeException):  # a module of a user's own reads values
         return None, None
     return memory.training / 1e9, fit
 

@@ -8,7 +8,7 @@ from torch import nn
 from vix.data.dataset import ImageData
 from vix.errors import ConfigError
 from vix.system.distributed import world_size
-from vix.training.micro_batch import MAX_TRIED, forward_error, smallest_part
+from vix.training.micro_batch import fewest_images, smallest_part
 from vix.training.trainer import Trainer
 
 
@@ -26,9 +26,8 @@ def check_batches(make_model: Callable[[], nn.Module], data: ImageData, trainer:
     smallest = smallest_part(images, batch, micro_batch)
     with torch.device("meta"):
         model = make_model().train()
-    reason = forward_error(model, data, smallest)
-    fewest = next((n for n in range(smallest + 1, MAX_TRIED + 1) if not forward_error(model, data, n)), None)
-    if not reason or fewest is None:
+    fewest, reason = fewest_images(model, data)
+    if smallest >= fewest:
         return
     key, size, works = "batch_size", batch, [n for n in range(1, images + 1) if smallest_part(images, n, micro_batch) >= fewest]
     if micro_batch and smallest_part(images, batch, None) >= fewest:

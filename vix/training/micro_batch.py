@@ -4,7 +4,7 @@ import copy
 import gc
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vix.data.dataset import ImageData
-from vix.errors import ConfigError
 from vix.system.distributed import all_reduce_max, world_size
 from vix.system.memory import out_of_memory, release_memory
 from vix.system.rng import get_rng_state, set_rng_state
-from vix.training.train_step import TrainStep, shard_batch
+from vix.training.train_step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +43,21 @@ def dry_run(step: TrainStep) -> Iterator[None]:
         set_rng_state(rng)
 
 
-def largest_micro_batch(step: TrainStep, images: Tensor, labels: Tensor) -> int:
-    """The largest micro-batch whose gradients fit the device's memory, of the batch size, its half, its quarter, ….
+def largest_micro_batch(step: TrainStep, images: Tensor, labels: Tensor, sizes: Sequence[int]) -> int:
+    """The first of these micro-batch sizes whose gradients fit the device's memory.
 
     The sizes are tried in dry runs, with memory reserved for Adam's state and other allocations.
 
     step: the training step.
-    images, labels: a batch.
+    images, labels: the images of a batch in this process.
+    sizes: from :func:`micro_batch_sizes`.
 
-    Raises the device's out-of-memory error where even single images do not fit.
+    Raises the device's out-of-memory error where even the last one does not fit.
     """
-    images, labels, _ = shard_batch(images, labels)
-    size = len(labels)
     try:
-        while not fits(step, size, images, labels):
-            size = math.ceil(size / 2)
+        for size in sizes:
+            if fits(step, size, images, labels, last=size == sizes[-1]):
+                break
             release_memory(images.device)
     finally:
         release_memory(images.device)
@@ -67,12 +66,12 @@ def largest_micro_batch(step: TrainStep, images: Tensor, labels: Tensor) -> int:
     return size
 
 
-def fits(step: TrainStep, size: int, images: Tensor, labels: Tensor) -> bool:
+def fits(step: TrainStep, size: int, images: Tensor, labels: Tensor, last: bool) -> bool:
     """Whether micro-batches of this size, and the other allocations of a run, fit the memory.
 
     The memory of a failed dry run, which the error's traceback refers to, is released when this function returns.
 
-    Raises the out-of-memory error where the size is 1.
+    Raises the out-of-memory error of the last size.
     """
     adam_bytes = 2 * sum(p.nbytes for p in step.state.model.parameters())
     try:
@@ -81,7 +80,7 @@ def fits(step: TrainStep, size: int, images: Tensor, labels: Tensor) -> bool:
             replace(step, micro_batch=size, distributed=False).forward_backward(0, images, labels)
             del reserved
     except Exception as error:
-        if size == 1 or not out_of_memory(error):
+        if last or not out_of_memory(error):
             raise
         return False
     finally:
@@ -89,27 +88,19 @@ def fits(step: TrainStep, size: int, images: Tensor, labels: Tensor) -> bool:
     return True
 
 
-def with_parts_large_enough(size: int, batch: int, model: nn.Module, data: ImageData) -> int:
-    """The largest micro-batch up to ``size`` that leaves no part of a batch with too few images for a layer (BatchNorm).
+def micro_batch_sizes(share: int, batch: int, model: nn.Module, data: ImageData) -> list[int]:
+    """The micro-batch sizes to try, from ``share`` on, each about half of the one before.
 
-    size: of the micro-batches that fit the memory.   batch: batch size.   model: it is not changed.   data: the image set.
+    Each is lowered until it leaves no part of a batch with too few images for a layer (BatchNorm).
 
-    Raises ConfigError where there is none.
+    share: images of a batch in this process.   batch: batch size.   model: it is not changed.   data: the image set.
     """
-    shapes_only = copy.deepcopy(model).to("meta").train()
-    if forward_error(shapes_only, data, MAX_TRIED):
-        return size
-    errors = [forward_error(shapes_only, data, images) for images in range(1, MAX_TRIED)]
-    fewest = next((images for images, error in enumerate(errors, 1) if not error), MAX_TRIED)
-    sizes = [n for n in range(1, size + 1) if smallest_part(data.train_images, batch, n) >= fewest]
-    if not sizes:
-        raise ConfigError(
-            f"trainer.micro_batch=auto: {size} image{'s' * (size > 1)} at a time fit the memory, but this model needs at least "
-            f"{fewest} in every step ({errors[0]}); use more memory, or another trainer.batch_size"
-        )
-    if sizes[-1] < size:
-        log.info("Micro-batch: %d images, because %d would leave fewer than %d over", sizes[-1], size, fewest)
-    return sizes[-1]
+    fewest, _ = fewest_images(copy.deepcopy(model).to("meta").train(), data)
+    works = [n for n in range(1, share + 1) if smallest_part(data.train_images, batch, n) >= fewest]
+    sizes = [share]
+    while smaller := [n for n in works if n <= math.ceil(sizes[-1] / 2) and n < sizes[-1]]:
+        sizes.append(smaller[-1])
+    return sizes
 
 
 def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
@@ -125,6 +116,20 @@ def smallest_part(images: int, batch: int, micro_batch: int | None) -> int:
             at_once = min(micro_batch or share, share)
             parts += [at_once, share % at_once or at_once]
     return min(parts)
+
+
+def fewest_images(model: nn.Module, data: ImageData) -> tuple[int, str]:
+    """The fewest images of a forward pass in training, and the error with fewer; 1 and "" where it fails with any number.
+
+    model: on the meta device, in training mode.
+    """
+    reason = ""
+    for images in range(1, MAX_TRIED + 1):
+        error = forward_error(model, data, images)
+        if not error:
+            return images, reason
+        reason = error
+    return 1, ""
 
 
 def forward_error(model: nn.Module, data: ImageData, images: int) -> str:

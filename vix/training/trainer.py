@@ -32,11 +32,11 @@ from vix.training.compile import Compile, check_cuda_graphs, compile_step
 from vix.training.evaluate import accuracy, predictions
 from vix.training.init_from import fit_weights
 from vix.training.lr_schedule import lr_lambda
-from vix.training.micro_batch import largest_micro_batch, with_parts_large_enough
+from vix.training.micro_batch import largest_micro_batch, micro_batch_sizes
 from vix.training.nonfinite import NonFiniteError, locate_step
 from vix.training.resume import check_state_fits, restore
 from vix.training.state import Progress, TrainState
-from vix.training.train_step import TrainStep
+from vix.training.train_step import TrainStep, shard_batch
 from vix.types import Fraction, NotNegative, NotNegativeFloat, Positive, PositiveFloat
 
 log = logging.getLogger(__name__)
@@ -195,8 +195,9 @@ class Trainer:
         step.class_weights = data.loss_weights(train.labels)
         session = Session(run, data, augmentation, train, test, state, step, seed, steps_per_epoch)
         if self.micro_batch == "auto":
-            largest = largest_micro_batch(step, *session.first_batch(self.batch_size))
-            step.micro_batch = with_parts_large_enough(largest, self.batch_size, model, data)
+            images, labels, _ = shard_batch(*session.first_batch(self.batch_size))
+            sizes = micro_batch_sizes(len(labels), self.batch_size, model, data)
+            step.micro_batch = largest_micro_batch(step, images, labels, sizes)
         if saved:
             restore(state, saved, steps_per_epoch, run.directory)
             log.info("Continuing after %d epochs and %d steps", state.progress.epoch, state.progress.batch)
