@@ -81,7 +81,7 @@ def table(rows: Sequence[Trained]) -> Table:
             row.mixer,
             f"{row.top1:.2f}" if row.std is None else f"{row.top1:.2f} ± {row.std:.2f}",
             str(row.seeds),
-            f"{row.seconds:.0f}",
+            f"{row.seconds:,.0f}",
             f"{row.megabytes:,.0f}",
             f"{row.parameters:,}",
             ", ".join(
