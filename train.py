@@ -3,7 +3,12 @@
 Hydra composes a config from conf/ and the command line; :func:`vix.cli.launch.run_job` builds the model and trains it.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C during the imports ends the process without a traceback; vix.cli.launch.raised_by restores the handler.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import vix.system.threads  # noqa: F401  before PyTorch, because OpenMP reads its wait policy when PyTorch is imported
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from common import fit
-from conftest import TINY
+from conftest import ROOT, TINY
 from omegaconf import DictConfig
 
 from vix.runs.run import RunDirectory, read_results
@@ -105,3 +107,21 @@ def test_a_run_whose_epochs_are_done_is_not_compiled(
     again, _ = fit(cfg, tmp_path)
     assert again["status"] == "finished"
     assert again["history"] == first["history"]
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, -signal.SIGINT), (True, 7)], ids=["in a terminal", "ignored"])
+def test_ctrl_c_while_libraries_are_imported(tmp_path: Path, ignored: bool, status: int) -> None:
+    """It ends the process without a traceback, unless whoever started it lets it ignore Ctrl-C, as ``nohup … &`` does."""
+    (tmp_path / "hydra.py").write_text("import os, signal, sys\nos.kill(os.getpid(), signal.SIGINT)\nsys.exit(7)\n")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py")],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")

@@ -299,7 +299,9 @@ def launch(main: Callable[[], Any]) -> int:
 
 
 def raised_by(main: Callable[[], Any]) -> BaseException | None:
-    """What a call of ``main`` raises; None where it returns."""
+    """What a call of ``main`` raises; None where it returns. From here on Ctrl-C raises KeyboardInterrupt (see train.py)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except ValueError as error:
