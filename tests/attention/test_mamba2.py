@@ -27,13 +27,15 @@ def test_shifted_products_are_a_convolution(kernel: int, dtype: torch.dtype, bou
 def test_a_compiled_convolution() -> None:
     """Compiled code takes the products above, also within autocast, and uncompiled code PyTorch's convolution."""
     torch.manual_seed(0)
-    layer, x_BNW = CausalConv(8, 4), torch.randn(2, 16, 8).to(torch.bfloat16)
+    layer, x_BNW = CausalConv((5, 3), 4), torch.randn(2, 16, 8).to(torch.bfloat16)
     compiled, graphs = traced(layer)
     results = []
     for forward in (layer, compiled):
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            out_BNW = forward(x_BNW)
+            parts = forward(x_BNW)
+        assert [part.shape[-1] for part in parts] == [5, 3]
+        out_BNW = torch.cat(parts, dim=-1)
         out_BNW.float().square().sum().backward()
         assert out_BNW.dtype == torch.bfloat16
         assert layer.weight.grad is not None

@@ -68,9 +68,8 @@ class StateSpace(nn.Module):
     def __init__(self, dim: int, inner: int, heads: int, state: int, conv_kernel: int) -> None:
         super().__init__()
         self.inner, self.heads, self.state = inner, heads, state
-        width = inner + 2 * state
-        self.in_proj = nn.Linear(dim, inner + width + heads, bias=False)
-        self.conv = CausalConv(width, conv_kernel)
+        self.in_proj = nn.Linear(dim, 2 * inner + 2 * state + heads, bias=False)
+        self.conv = CausalConv((inner, 2 * state), conv_kernel)
         # Bare parameters, called neither weight nor bias. The time steps start between 0.001 and 0.1.
         step_H = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)))
         self.step_offset_H = nn.Parameter(step_H + torch.log(-torch.expm1(-step_H)))  # the inverse of softplus
@@ -83,12 +82,13 @@ class StateSpace(nn.Module):
         z_BNF, xbc_BNW, step_BNH = self.in_proj(x_BND).split([self.inner, self.inner + 2 * self.state, self.heads], dim=-1)
         # Of the scan's products; float16 could not hold large ones.
         dtype = torch.float32 if z_BNF.dtype is torch.float16 else z_BNF.dtype
-        xbc_BNW = F.silu(self.conv(xbc_BNW))
+        x_BNF, bc_BNU = self.conv(xbc_BNW)
+        # Heads apart from here on: the loop of a compiled gradient over both together would divide integers for each element.
+        x_BNHE, bc_BNU = F.silu(x_BNF.unflatten(-1, (self.heads, -1))), F.silu(bc_BNU)
         with no_autocast(x_BND):
-            z_BNF, xbc_BNW, step_BNH = upcast_fp32(z_BNF, xbc_BNW, step_BNH)
-            x_BNF, b_BNS, c_BNS = xbc_BNW.split([self.inner, self.state, self.state], dim=-1)
+            z_BNF, x_BNHE, bc_BNU, step_BNH = upcast_fp32(z_BNF, x_BNHE, bc_BNU, step_BNH)
+            b_BNS, c_BNS = bc_BNU.chunk(2, dim=-1)
             step_BNH = F.softplus(step_BNH + self.step_offset_H)
-            x_BNHE = x_BNF.unflatten(-1, (self.heads, -1))
             log_decay_BNH = -self.log_decay_H.exp() * step_BNH
             y_BNHE = scan(step_BNH[..., None] * x_BNHE, log_decay_BNH, b_BNS, c_BNS, dtype) + self.skip_H[:, None] * x_BNHE
             y_BNF = self.norm(y_BNHE.flatten(2) * F.silu(z_BNF))
@@ -96,22 +96,26 @@ class StateSpace(nn.Module):
 
 
 class CausalConv(nn.Conv1d):
-    """Depthwise convolution along the tokens: (B, N, W) → (B, N, W); each token sees itself and those before it.
+    """Depthwise convolution along the tokens: (B, N, W) → parts of (B, N, W); each token sees itself and those before it.
 
     In code compiled for a CPU it is a sum of shifted products (:class:`ShiftedProducts`), as in
     :class:`vix.layers.maps.DepthwiseConv`: PyTorch's backward pass is slow there.
 
-    width: number of channels W.   kernel: number of taps.
+    widths: number of channels of each part; W is their sum.   kernel: number of taps.
     """
 
-    def __init__(self, width: int, kernel: int) -> None:
-        super().__init__(width, width, kernel, padding=kernel - 1, groups=width)
+    bias: nn.Parameter
 
-    def forward(self, x_BNW: Tensor) -> Tensor:
+    def __init__(self, widths: tuple[int, ...], kernel: int) -> None:
+        width = sum(widths)
+        super().__init__(width, width, kernel, padding=kernel - 1, groups=width)
+        self.widths = widths
+
+    def forward(self, x_BNW: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         if x_BNW.is_cpu and torch.compiler.is_compiling() and torch.is_grad_enabled():
-            out_BNW: Tensor = ShiftedProducts.apply(x_BNW, self.weight.squeeze(1), self.bias)
-            return out_BNW
-        return super().forward(x_BNW.mT)[..., : x_BNW.shape[1]].mT
+            parts = (x_BNW.split(self.widths, dim=-1), self.weight.squeeze(1).split(self.widths), self.bias.split(self.widths))
+            return tuple(ShiftedProducts.apply(*part) for part in zip(*parts, strict=True))
+        return super().forward(x_BNW.mT)[..., : x_BNW.shape[1]].mT.split(self.widths, dim=-1)
 
 
 class ShiftedProducts(torch.autograd.Function):
@@ -132,11 +136,10 @@ class ShiftedProducts(torch.autograd.Function):
         taps_KW = taps_first(taps_WK)
         margin, count, dtype = len(taps_KW) - 1, x_BNW.shape[1], x_BNW.dtype
         padded_BMW = F.pad(gradient_BNW, (0, 0, 0, margin))
-        of_x_BNW = sum(padded_BMW[:, margin - k : margin - k + count] * tap_W for k, tap_W in enumerate(taps_KW))
+        shifted = [upcast_fp32(padded_BMW[:, shift : shift + count])[0] for shift in reversed(range(margin + 1))]
+        of_x_BNW = sum(part_BNW * tap_W for part_BNW, tap_W in zip(shifted, taps_KW, strict=True))
         x_BNW, gradient_BNW = upcast_fp32(x_BNW, gradient_BNW)
-        of_taps = [
-            (x_BNW[:, : max(0, count - shift)] * gradient_BNW[:, shift:]).sum(1).sum(0) for shift in reversed(range(margin + 1))
-        ]
+        of_taps = [(x_BNW * part_BNW).sum(1).sum(0) for part_BNW in shifted]
         return of_x_BNW.to(dtype), torch.stack(of_taps, dim=1), gradient_BNW.sum(1).sum(0)
 
 
@@ -170,7 +173,7 @@ def scan(x_BNHE: Tensor, log_decay_BNH: Tensor, b_BNS: Tensor, c_BNS: Tensor, dt
         # the same B and C, so that one product serves all of them (F: heads and their channels).
         to_end_BCHL1 = (sums_BCHL[..., -1:] - sums_BCHL).exp()[..., None]
         decayed_BCLF = (to_end_BCHL1 * x_BCHLE).to(dtype).transpose(2, 3).flatten(3)
-        state_BCSHE = (b_BCLS.mT @ decayed_BCLF).to(x_BNHE.dtype).unflatten(-1, (heads, -1))
+        state_BCSHE = (b_BCLS.mT @ decayed_BCLF).unflatten(-1, (heads, -1)).to(x_BNHE.dtype)
         total_BHC = sums_BCHL[..., -1].transpose(1, 2)
         # From the end of chunk j to the beginning of chunk i, of which only those with j < i are wanted.
         until_BHC = total_BHC.cumsum(dim=-1)
