@@ -26,7 +26,7 @@ from vix.system.files import user_path
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "results/compact"
-RECORD = ROOT / "benchmarks/results/compact-amd-epyc-1-threads.json"
+RECORD = ROOT / "benchmarks/results/compact-intel-xeon-processor-1-threads.json"
 HEADS = ("mixer", "top-1 %, last epoch", "seeds", "seconds per epoch", "peak MB", "parameters", "Pareto front of")
 
 

@@ -218,8 +218,11 @@ def test_compact_benchmark() -> None:
             (line,) = (line for line in accuracy.table(rows).lines if line[0] == name.replace("`", "").split()[0])
             assert cells == [line[1], *line[3:5]]
         caption = " ".join(README.split("| `identity` (mixes nothing) |")[1].split("\n\n")[1].split())
-        assert "(one seed, bfloat16; five of the picture's mixers in float32)" in caption
-        assert f"one thread of an {record['device']['name']};" in caption
+        assert "(one seed, or mean ± standard deviation of three; bfloat16, five of the picture's mixers in float32)" in caption
+        assert {row.seeds for row in rows} == {1, 3}
+        assert record["device"]["name"] == "Intel(R) Xeon(R) Processor"
+        for text in (caption, " ".join(PAGES["docs/compact.md"].split())):
+            assert re.search(r"[Oo]ne thread of an Intel Xeon\b", text)
         kept = find_runs([accuracy.RUNS])
         exceptions = sorted(run.results["attention"] for run in kept if run.results["precision"] != "bf16")
         assert exceptions == ["latent", "neighbourhood", "nystrom", "performer", "window"]
