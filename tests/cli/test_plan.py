@@ -45,6 +45,23 @@ def test_an_optimizer_that_cannot_take_a_step_here(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+def test_measured_costs_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a few steps is near the estimate; the hours of an earlier run are more certain than theirs."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, "attention.landmarks=8", "trainer.device=cpu"]
+    (new,) = plan(arguments, measuring=True)
+    assert new.hours
+    assert new.measured_gb == pytest.approx(new.estimated_gb, rel=0.2)
+
+    assert run_train(tmp_path, *arguments).returncode == 0
+    known = only([*arguments, "seed=1"])
+    (measured,) = plan([*arguments, "seed=1"], measuring=True)
+    assert known.hours == measured.hours is not None
+    assert known.measured_gb is None
+    assert measured.measured_gb == pytest.approx(new.measured_gb, rel=0.2)
+
+
+@pytest.mark.slow
 def test_a_sweep_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names, refusals and states are those of the real sweep; the time is the measured one, and unknown before."""
     monkeypatch.chdir(tmp_path)
@@ -161,6 +178,12 @@ def test_what_is_computed_twice_is_not_kept(compose_config: Compose) -> None:
     cfg = compose_config("experiment=vip", "trainer.batch_size=4", "trainer.device=cpu")
     peaks = [training_memory(parse(cfg), activation_checkpointing=mode) for mode in ("full", "selective", None)]
     assert peaks == sorted(set(peaks))
+
+
+def test_all_images_of_a_batch_exist_with_micro_batches(compose_config: Compose) -> None:
+    run = ("experiment=quickstart", "trainer.micro_batch=2", "trainer.device=cpu")
+    small, large = (training_memory(parse(compose_config(*run, f"trainer.batch_size={n}"))) for n in (4, 100))
+    assert large - small == 96 * (8 * 8 * 4 + 8)  # float32 values, and a label
 
 
 GPU = torch.device("cuda")

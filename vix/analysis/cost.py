@@ -378,11 +378,11 @@ class MeasuredCost(NamedTuple):
     """What an epoch and its evaluation cost.
 
     epoch: seconds.
-    allocated: peak GPU memory of a training step in bytes; None on a CPU.
+    allocated: peak memory of a training step in bytes, with weights, optimizer state and EMA.
     """
 
     epoch: float
-    allocated: int | None
+    allocated: int
 
 
 def measure_epoch(experiment: Experiment) -> MeasuredCost:
@@ -419,4 +419,12 @@ def measure_epoch(experiment: Experiment) -> MeasuredCost:
     evaluated = random_images(min(trainer.eval_batch_size, data.eval_images))
     tested = measure(evaluation, device, seconds=MEASURED_SECONDS)
     seconds = trained.seconds * data.train_images / trainer.batch_size + tested.seconds * data.eval_images / len(evaluated)
-    return MeasuredCost(seconds, trained.allocated if device.type == "cuda" else None)
+    return MeasuredCost(seconds, trained.allocated + (0 if device.type == "cuda" else between_steps(state)))
+
+
+def between_steps(state: TrainState) -> int:
+    """Bytes of what exists between two steps: weights, buffers, optimizer state and EMA."""
+    models = [state.model, *([state.ema.module] if state.ema else [])]
+    weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    values = (*weights, *tree_leaves(state.optimizer.state_dict()["state"]))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

@@ -60,8 +60,8 @@ from vix.training.init_from import fit_weights, init_identity
 HOW_TO_READ = (
     "GFLOPs are per image, for a forward pass and for training. Hours (of the epochs left) and measured GB are taken from\n"
     "earlier runs with the same model, data, batch size and hardware in the same output directory, or unknown (–); --measure\n"
-    "trains and evaluates each model for a few uncompiled steps to measure both (memory on a GPU only). GB: peak memory of\n"
-    "the training steps, without the image set; the estimate follows from the shapes of all tensors."
+    "trains and evaluates each model for a few uncompiled steps to measure both (earlier runs on a CPU have no memory). GB:\n"
+    "peak memory of the training steps, without the image set; the estimate follows from the shapes of all tensors."
 )
 HOW_TO_FIT = (
     "Fits: whether the estimate of training and evaluation, with the image set, is within {:g} GB of PyTorch's memory. On a\n"
@@ -283,7 +283,7 @@ def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
 
 
 def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float | None = None) -> None:
-    """Set the memory of jobs, whether they fit, and if ``measuring`` the hours; once per distinct cost.
+    """Set the memory of jobs, whether they fit, and if ``measuring`` what earlier runs do not tell; once per distinct cost.
 
     measuring, memory_gb: as for :func:`plan`.
     """
@@ -296,14 +296,15 @@ def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float 
         if kind not in estimated:
             estimated[kind] = estimated_memory(experiment, job.target, memory_gb)
         job.estimated_gb, job.fit = estimated[kind]
-        if not measuring or job.hours is not None:
+        if not measuring or not job.left or None not in (job.hours, job.measured_gb):
             continue
         if kind not in measured:
             measured[kind] = measure_epoch(experiment)
         seconds, allocated = measured[kind]
-        if job.measured_gb is None and allocated is not None:
+        if job.measured_gb is None:
             job.measured_gb = allocated / 1e9
-        job.hours = seconds * job.left / 3600
+        if job.hours is None:
+            job.hours = seconds * job.left / 3600
 
 
 def estimated_memory(experiment: Experiment, target: torch.device, memory_gb: float | None) -> tuple[float | None, Fit | None]:
