@@ -141,10 +141,10 @@ def training_memory(
     size = min(micro_batch, trainer.batch_size)
     with pretended_run(experiment, device) as (model, batch, autocast, allocations):
         set_activation_checkpointing(model, activation_checkpointing or trainer.activation_checkpointing)
-        images, labels = batch(size)
+        images, labels = batch(trainer.batch_size)  # all of it exists until its last micro-batch is done
         for _ in range(1 if size == trainer.batch_size else 2):  # gradients exist from the start of a second micro-batch
             with autocast:
-                loss = F.cross_entropy(model(images), labels)
+                loss = F.cross_entropy(model(images[:size]), labels[:size])
             backward(loss)
     return allocations.peak
 
