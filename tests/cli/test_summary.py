@@ -19,6 +19,7 @@ from vix.build import build_model, parse
 from vix.cli.plan import plan
 from vix.composition.command import Flags
 from vix.composition.compose import compose
+from vix.layers.attend import softmax_attention
 from vix.models.counts import flop_counter, parameter_counts, training_flops
 
 PUBLISHED = {row["experiment"]: row for row in csv.DictReader((ROOT / "vix" / "runs" / "published.csv").open())}
@@ -95,6 +96,20 @@ def test_flops_of_vit_by_hand(compose_config, implementation):
     assert summary.forward_flops == 2 * (embedding + 4 * block + dim * 10)
     # The image needs no gradient.
     assert summary.training_flops == 3 * summary.forward_flops - 2 * embedding
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_flops_of_fused_attention_by_hand(device, biased):
+    """Two products, and four in the backward pass, also by the CPU's fused kernels."""
+    q_BHNE, k_BHME, v_BHME = (torch.rand(2, 3, n, 8, device=device, requires_grad=True) for n in (130, 140, 140))
+    bias_1HNM = torch.rand(1, 3, 130, 140, device=device) if biased else None
+    product = 2 * (2 * 3 * 130 * 140 * 8)
+    with flop_counter() as forward:
+        out_BHNE = softmax_attention(q_BHNE, k_BHME, v_BHME, bias_1HNM)
+    with flop_counter() as backward:
+        out_BHNE.sum().backward()
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (2 * product, 4 * product)
 
 
 @pytest.mark.parametrize(

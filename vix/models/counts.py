@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vix.layers import fused_attention
 from vix.layers.checkpointing import set_activation_checkpointing
 
 Shape = tuple[int, ...]
@@ -53,6 +54,10 @@ def flop_counter() -> FlopCounterMode:
         aten._fft_r2c: partial(fourier_flops, 2.5),
         aten._fft_c2r: partial(fourier_flops, 2.5),
         aten.convolution_backward: convolution_backward_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+        fused_attention.OPERATOR.overloadpacket: attention_flops,
+        fused_attention.BACKWARD_OPERATOR.overloadpacket: attention_backward_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
@@ -71,6 +76,16 @@ def convolution_backward_flops(grad_shape: Shape, input_shape: Shape, weight_sha
     transposed, mask = options[4], options[7]
     per_image = math.prod((input_shape if transposed else grad_shape)[2:]) * math.prod(weight_shape)
     return 2 * grad_shape[0] * per_image * (mask[0] + mask[1])
+
+
+def attention_flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, *_: Any, **__: Any) -> int:
+    """FLOPs of fused attention: of its two products."""
+    return 2 * math.prod(q_shape[:-1]) * k_shape[-2] * (q_shape[-1] + v_shape[-1])
+
+
+def attention_backward_flops(_: Shape, *shapes: Any, **__: Any) -> int:
+    """FLOPs of the backward pass of fused attention, without the product that the kernel computes again."""
+    return 2 * attention_flops(*shapes)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
