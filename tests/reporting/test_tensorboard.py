@@ -254,6 +254,15 @@ def test_names_of_any_kind_are_drawn() -> None:
     assert odd[1].var() > 100
 
 
+def test_captions_compare_with_uniform_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class token that attends to itself and to 16 others equally gives each of them 1/17."""
+    captions: list[str] = []
+    monkeypatch.setattr(pictures, "grid", lambda title, cells, texts, colors: captions.extend(texts[0]))
+    images, true = np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int)
+    pictures.attention_maps(images, true, true, [np.full((1, 4, 4), 1 / 17), np.full((1, 4, 4), 2.5 / 17)], ["cat"])
+    assert captions[1:] == ["layer 0\nmax. 1.0 ×", "layer 1\nmax. 2.5 ×"]
+
+
 def test_heat_is_black_at_nothing_bright_at_the_most_and_blue_below() -> None:
     (none, most, half, below) = pictures.heat(np.array([[0.0, 2.0, 1.0, -1.0]]))[0].astype(int)
     assert none.max() < 10

@@ -79,11 +79,12 @@ def attention_maps(images: Array, true: Array, predicted: Array, maps: Sequence[
     maps: for each layer, the attention weights averaged over the heads, (count, Y, X).
 
     Each map has its own color scale, from 0 (black) to its largest weight, which the caption gives as a multiple of the weight
-    of uniform attention. Negative weights, which approximate mixers can produce, are blue.
+    of uniform attention to all tokens, the class token included. Negative weights, which approximate mixers can produce, are
+    blue.
     """
     cells, texts = [], []
     for i, image in enumerate(images):
-        layers = [layer[i] * layer[i].size for layer in maps]
+        layers = [layer[i] * (layer[i].size + 1) for layer in maps]
         cells.append([square(image), *(square(heat(layer)) for layer in layers)])
         caption = f"{short(class_names[true[i]])}\n→ {short(class_names[predicted[i]])}"
         texts.append([caption, *(f"layer {k}\nmax. {layer.max():.1f} ×" for k, layer in enumerate(layers))])
