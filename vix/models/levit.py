@@ -92,9 +92,10 @@ class Downsample(Block):
 
     x + mixer(x), subsampled to every ``stride``-th row and column, followed by a linear layer to the new width and an MLP.
 
-    LeViT's shrinking attention computes queries for the subsampled tokens only. Subsampling the mixer's output instead gives
-    the same result and works with any mixer. The residual connection, which LeViT omits here, passes the input on where the
-    mixer's output is initialized to zero.
+    LeViT's shrinking attention computes queries for the subsampled tokens only. Subsampling the mixer's output instead works
+    with any mixer and computes the same function, except that in training the BatchNorms of queries and output use the
+    statistics of all tokens. The residual connection, which LeViT omits here, passes the input on where the mixer's output is
+    initialized to zero.
 
     dim, dim_after: widths D and D′ of the tokens before and after.
     tokens: grid of the input tokens.
