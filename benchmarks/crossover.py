@@ -43,7 +43,10 @@ def growth(points: Sequence[Point], mixer: str, name: str, quantity: str) -> flo
 def sentence(points: Sequence[Point], mixer: str, against: str) -> str:
     """A sentence that states from how many tokens the mixer trains faster, and with less memory, than ``against``."""
     parts = []
-    for quantity, better in (("seconds", "trains faster"), ("bytes", "takes less memory")):
+    for quantity, better, worse in (
+        ("seconds", "trains faster", "does not train faster"),
+        ("bytes", "takes less memory", "does not take less memory"),
+    ):
         mine, other = (curve(points, m, "training", quantity) for m in (mixer, against))
         sizes = sorted(mine.keys() & other.keys())
         if not sizes:
@@ -52,7 +55,7 @@ def sentence(points: Sequence[Point], mixer: str, against: str) -> str:
         where, last = crossover(mine, other), sizes[-1]
         factor = f"{other[last] / mine[last]:.1f} times at {last:,}"
         if where is None:
-            parts.append(f"never {better} up to {last:,} tokens ({factor})")
+            parts.append(f"{worse} with the most tokens ({factor})")
         elif where == 0:
             parts.append(f"{better} from {sizes[0]:,} tokens or fewer ({factor})")
         else:
