@@ -52,7 +52,11 @@ from vix.training.train_step import TrainStep
 
 Compose = Callable[..., DictConfig]
 STARTER = ROOT / "tests" / "pretended_cuda.py"
-RUN = (*(o for o in TINY if o != "trainer.precision=fp32"), "recipe=modern", "trainer.epochs=2", "trainer.batch_size=20")
+RUN = (
+    *(o for o in TINY if o != "trainer.precision=fp32"),
+    *("recipe=modern", "optimizer=adamw", "augment=modern", "trainer.ema_decay=0.999", "trainer.label_smoothing=0.1"),
+    *("trainer.epochs=2", "trainer.batch_size=20"),
+)
 
 
 @pytest.fixture
