@@ -69,6 +69,7 @@ def test_what_the_user_sets_is_refused(tmp_path: Path, forked: Forked) -> None:
         (("recipe=modern", "optimizer=sgd"), {"optimizer.lr": 0.1, "augment.flip": True, "trainer.clip_norm": 1.0}),
         (("recipe=modern",), {"optimizer.lr": 3.0e-3, "optimizer.no_decay_on_norm_and_bias": True, "augment.crop_padding": 4}),
         (("recipe=modern", "data=cifar10"), {"augment.flip": True}),
+        (("recipe=modern", "augment=none"), {"augment.flip": False, "augment.crop_padding": 0}),
         (("experiment=cvn", "embedding=linear"), {"model.depth": [1, 1, 2]}),
         (("attention=nystrom", "attention.landmarks=4"), {"attention.landmarks": 4}),
     ],
