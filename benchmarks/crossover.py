@@ -55,7 +55,7 @@ def sentence(points: Sequence[Point], mixer: str, against: str) -> str:
         where, last = crossover(mine, other), sizes[-1]
         factor = f"{other[last] / mine[last]:.1f} times at {last:,}"
         if where is None:
-            parts.append(f"{worse} with the most tokens ({factor})")
+            parts.append(f"{worse} at the largest size ({factor})")
         elif where == 0:
             parts.append(f"{better} from {sizes[0]:,} tokens or fewer ({factor})")
         else:

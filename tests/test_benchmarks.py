@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks import everything
 from benchmarks import record as records
-from benchmarks.crossover import crossover
+from benchmarks.crossover import crossover, sentence
 from benchmarks.everything import KINDS, UNFINISHED, Piece, join_side_by_side, kept
 from benchmarks.measure import traffic
 from benchmarks.packages import package_model
@@ -423,6 +423,16 @@ def test_flops_and_bytes_of_a_linear_layer() -> None:
 def test_crossover(mine: dict[int, float], other: dict[int, float], where: float | None) -> None:
     """It is where lines on logarithmic axes meet for the last time."""
     assert crossover(mine, other) == (where if where is None else pytest.approx(where))
+
+
+def test_a_sentence_about_the_largest_size_says_so() -> None:
+    """Less memory at a small size, and more at the largest one."""
+    costs = (("softmax", 100, 3.0, 4), ("softmax", 400, 6.0, 8), ("other", 100, 1.0, 2), ("other", 400, 2.0, 16))
+    points = [{"mixer": m, "pass": "training", "tokens": n, "seconds": s, "bytes": b} for m, n, s, b in costs]
+    assert sentence(points, "other", "softmax") == (
+        "other, compared with softmax attention: trains faster from 100 tokens or fewer (3.0 times at 400); "
+        "does not take less memory at the largest size (0.5 times at 400)."
+    )
 
 
 def test_what_the_next_size_takes_follows_from_the_growth() -> None:

@@ -52,11 +52,12 @@ from vix.training.train_step import TrainStep
 
 Compose = Callable[..., DictConfig]
 STARTER = ROOT / "tests" / "pretended_cuda.py"
-RUN = (
-    *(o for o in TINY if o != "trainer.precision=fp32"),
-    *("recipe=modern", "optimizer=adamw", "augment=modern", "trainer.ema_decay=0.999", "trainer.label_smoothing=0.1"),
-    *("trainer.epochs=2", "trainer.batch_size=20"),
+PLAIN = (*(o for o in TINY if o != "trainer.precision=fp32"), "trainer.epochs=2", "trainer.batch_size=20")
+ALL_PARTS = (
+    *("trainer.schedule=cosine", "trainer.warmup_epochs=1.0", "trainer.clip_norm=1.0", "trainer.label_smoothing=0.1"),
+    *("trainer.ema_decay=0.999", "augment=modern", "optimizer.no_decay_on_norm_and_bias=true"),
 )
+RUN = (*PLAIN, *ALL_PARTS)
 
 
 @pytest.fixture
@@ -526,10 +527,10 @@ def test_the_gradient_of_a_bias_is_counted_for_every_image() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("recipe", ["paper", "modern"])
-def test_no_step_waits_for_the_gpu(compose_config: Compose, precision: str, recipe: str) -> None:
+@pytest.mark.parametrize("parts", [(), ALL_PARTS], ids=["plain", "all"])
+def test_no_step_waits_for_the_gpu(compose_config: Compose, precision: str, parts: tuple[str, ...]) -> None:
     """Batches, gradients and update, under PyTorch's own check of waits."""
-    cfg = compose_config(*RUN, f"recipe={recipe}", f"trainer.precision={precision}", "trainer.device=cuda")
+    cfg = compose_config(*PLAIN, *parts, f"trainer.precision={precision}", "trainer.device=cuda")
     trainer, data = parse(cfg).trainer, parse(cfg).data
     device = trainer.torch_device
     train, _ = data.load(device)

@@ -1,4 +1,4 @@
-"""The parts of the modern recipe, each alone and all together: what they compute, that they train, and that a run continues."""
+"""The parts of training recipes, each alone and all together: what they compute, that they train, and that a run continues."""
 
 import json
 import math

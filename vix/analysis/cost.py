@@ -141,7 +141,7 @@ def training_memory(
     size = min(micro_batch, trainer.batch_size)
     with pretended_run(experiment, device) as (model, batch, autocast, allocations):
         set_activation_checkpointing(model, activation_checkpointing or trainer.activation_checkpointing)
-        images, labels = batch(trainer.batch_size)  # all of it exists until its last micro-batch is done
+        images, labels = batch(trainer.batch_size)  # allocated until the last micro-batch
         for _ in range(1 if size == trainer.batch_size else 2):  # gradients exist from the start of a second micro-batch
             with autocast:
                 loss = F.cross_entropy(model(images[:size]), labels[:size])
@@ -419,11 +419,11 @@ def measure_epoch(experiment: Experiment) -> MeasuredCost:
     evaluated = random_images(min(trainer.eval_batch_size, data.eval_images))
     tested = measure(evaluation, device, seconds=MEASURED_SECONDS)
     seconds = trained.seconds * data.train_images / trainer.batch_size + tested.seconds * data.eval_images / len(evaluated)
-    return MeasuredCost(seconds, trained.allocated + (0 if device.type == "cuda" else between_steps(state)))
+    return MeasuredCost(seconds, trained.allocated + (0 if device.type == "cuda" else state_bytes(state)))
 
 
-def between_steps(state: TrainState) -> int:
-    """Bytes of what exists between two steps: weights, buffers, optimizer state and EMA."""
+def state_bytes(state: TrainState) -> int:
+    """Bytes of weights, buffers, optimizer state and EMA."""
     models = [state.model, *([state.ema.module] if state.ema else [])]
     weights = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     values = (*weights, *tree_leaves(state.optimizer.state_dict()["state"]))

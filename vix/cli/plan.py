@@ -283,7 +283,9 @@ def cost_from_history(job: PlannedRun, earlier: Iterable[Row]) -> None:
 
 
 def estimate_cost(jobs: Iterable[PlannedRun], measuring: bool, memory_gb: float | None = None) -> None:
-    """Set the memory of jobs, whether they fit, and if ``measuring`` what earlier runs do not tell; once per distinct cost.
+    """Set each job's estimated memory and whether it fits. If ``measuring``, measure the hours and memory that are unknown.
+
+    Jobs with the same cost are estimated and measured once.
 
     measuring, memory_gb: as for :func:`plan`.
     """

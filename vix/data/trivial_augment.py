@@ -14,8 +14,8 @@ GRAY = 127.5  # fill value outside of the image
 class TrivialAugment:
     """Apply one of the 14 operations below to each image, with a magnitude drawn uniformly from 0 to ``max_magnitude``.
 
-    An instance has the random numbers of one epoch. Magnitudes are continuous, where the paper has 31 values, and the images
-    are sheared about their center, not about their upper left corner.
+    An instance has the random numbers of one epoch. Magnitudes are continuous, where the paper has 31 values, and shears
+    are about the center of the image, where torchvision's are about its upper left corner.
 
     max_magnitude: largest magnitude, in (0, 1]; 1 is the paper's "wide" space.
     count: images per epoch.

@@ -82,4 +82,3 @@ def differentiate(ctx: Any, gradient_BHNE: Tensor, _: Tensor) -> tuple[Tensor, T
 
 forward.register_autograd(differentiate, setup_context=save)
 OPERATOR = torch.ops.vix.fused_attention.default
-BACKWARD_OPERATOR = torch.ops.vix.fused_attention_backward.default

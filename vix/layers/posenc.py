@@ -65,7 +65,7 @@ class Learned(PositionEncoding):
 class SinCos(PositionEncoding):
     """A fixed table (N, D) of sines (even channels) and cosines (odd channels), added once (Vaswani et al., 2017).
 
-    base: base of the frequencies base^(−2i/D) of channel pairs i; an odd D is rounded up there.
+    base: base of the frequencies base^(−2i/D) of channel pairs i, with an odd D rounded up.
     """
 
     def __init__(self, dim: int, tokens: TokenGrid, *, base: PositiveFloat = 10000.0) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vix.layers import fused_attention
 from vix.layers.checkpointing import set_activation_checkpointing
 
 Shape = tuple[int, ...]
@@ -56,8 +55,8 @@ def flop_counter() -> FlopCounterMode:
         aten.convolution_backward: convolution_backward_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-        fused_attention.OPERATOR.overloadpacket: attention_flops,
-        fused_attention.BACKWARD_OPERATOR.overloadpacket: attention_backward_flops,
+        torch.ops.vix.fused_attention: attention_flops,  # vix/layers/fused_attention.py
+        torch.ops.vix.fused_attention_backward: attention_backward_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
@@ -79,12 +78,12 @@ def convolution_backward_flops(grad_shape: Shape, input_shape: Shape, weight_sha
 
 
 def attention_flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, *_: Any, **__: Any) -> int:
-    """FLOPs of fused attention: of its two products."""
+    """FLOPs of the two matrix products of fused attention."""
     return 2 * math.prod(q_shape[:-1]) * k_shape[-2] * (q_shape[-1] + v_shape[-1])
 
 
 def attention_backward_flops(_: Shape, *shapes: Any, **__: Any) -> int:
-    """FLOPs of the backward pass of fused attention, without the product that the kernel computes again."""
+    """FLOPs of the backward pass of fused attention, without the product that the kernel recomputes."""
     return 2 * attention_flops(*shapes)
 
 
